@@ -1,0 +1,65 @@
+import createError, { type FastifyError } from '@fastify/error'
+
+/** An error of the plugin's own that answers a request. */
+export interface Refusal extends FastifyError {
+  statusCode: number
+  /** Reply headers that belong to the error; Fastify's default error handler sends them. */
+  headers?: Record<string, string>
+}
+
+/** Expected answers carry no stack: nobody reads it, and taking it costs more than the answer itself. */
+const expected = (code: string, message: string, statusCode: number) =>
+  createError<[string?]>(code, message, statusCode, Error, false)
+
+export const KeyMissing = expected('FST_IDEMPOTENCY_KEY_MISSING', 'This request needs an idempotency key: %s', 400)
+export const KeyInvalid = expected('FST_IDEMPOTENCY_KEY_INVALID', 'The idempotency key %s', 422)
+export const KeyReused = expected(
+  'FST_IDEMPOTENCY_KEY_REUSED',
+  'The idempotency key was already used with another request',
+  422
+)
+export const InProgress = expected(
+  'FST_IDEMPOTENCY_IN_PROGRESS',
+  'A request with this idempotency key is still in progress',
+  409
+)
+export const NotReplayable = expected(
+  'FST_IDEMPOTENCY_NOT_REPLAYABLE',
+  'The request with this idempotency key has run, but its reply could not be kept; retrying cannot help',
+  409
+)
+export const Abandoned = expected(
+  'FST_IDEMPOTENCY_ABANDONED',
+  'The request with this idempotency key was interrupted, and its outcome is not known',
+  409
+)
+export const StoreUnavailable = createError<[{ cause: unknown }]>(
+  'FST_IDEMPOTENCY_STORE_UNAVAILABLE',
+  'The idempotency store is not available',
+  503
+)
+export const ScopeFailed = createError<[string, { cause: unknown }]>(
+  'FST_IDEMPOTENCY_SCOPE',
+  'The scope of the idempotency key is not known: %s',
+  500
+)
+export const InvalidOption = createError<[string]>('FST_IDEMPOTENCY_INVALID_OPTION', '%s', 500, TypeError)
+export const RouteTooEarly = createError<[string]>(
+  'FST_IDEMPOTENCY_ROUTE_TOO_EARLY',
+  '%s was declared before fastify-idempotency had loaded, and would run unprotected: ' +
+    'await app.register(idempotency, …) before the routes',
+  500
+)
+
+/** Adds `Retry-After` (RFC 9110 §10.2.3), in whole seconds. */
+export function withRetryAfter<E extends FastifyError>(error: E, seconds: number): E {
+  return Object.assign(error, { headers: { 'retry-after': String(Math.max(1, seconds)) } })
+}
+
+/** A store call got no answer in time. Its outcome is not known. */
+export class StoreTimeout extends Error {
+  override name = 'StoreTimeout'
+  constructor(ms: number) {
+    super(`The idempotency store did not answer within ${ms} ms`)
+  }
+}

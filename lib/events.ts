@@ -1,0 +1,44 @@
+import { type Channel, channel } from 'node:diagnostics_channel'
+import type { IdempotencyEvent, IdempotencyEventName } from '../types/index.js'
+
+const NAMES: readonly IdempotencyEventName[] = [
+  'acquired',
+  'replayed',
+  'conflict',
+  'mismatch',
+  'stored',
+  'released',
+  'tombstoned',
+  'takeover',
+  'lease-lost',
+  'store-error',
+  'bypassed'
+]
+
+// Channels are held here because Node forgets a channel that nobody refers to.
+const channels = Object.fromEntries(NAMES.map((name) => [name, channel(`fastify-idempotency:${name}`)])) as Record<
+  IdempotencyEventName,
+  Channel
+>
+
+/** What an event is about. */
+export interface Subject {
+  readonly request: IdempotencyEvent['request']
+  readonly storageKey: string
+  readonly policy: { readonly route: string }
+  readonly attempt: number
+}
+
+/** Tells the subscribers of an event. Free when there are none. */
+export function publish(name: IdempotencyEventName, subject: Subject, error?: unknown): void {
+  const target = channels[name]
+  if (!target.hasSubscribers) return
+  const event: IdempotencyEvent = {
+    request: subject.request,
+    key: subject.storageKey,
+    route: subject.policy.route,
+    attempt: subject.attempt
+  }
+  if (error !== undefined) event.error = error
+  target.publish(event)
+}

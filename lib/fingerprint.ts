@@ -1,0 +1,201 @@
+import { hash } from 'node:crypto'
+import type { FastifyRequest } from 'fastify'
+
+/**
+ * A fingerprint is `<head>.<payload>`: two hashes, of which the second may be missing while the payload is not
+ * known. The head is known as soon as the request has headers.
+ */
+const SEPARATOR = '.'
+
+/** 128 bits are enough against a second preimage, and keep stored records small. */
+const HEAD_LENGTH = 22
+
+/** What is known before the body is: method, request target, and the credentials unless a scope stands for them. */
+export function headOf(request: FastifyRequest, scoped: boolean): string {
+  const credentials = scoped ? null : (request.headers.authorization ?? null)
+  return digest(JSON.stringify([request.method, request.originalUrl, credentials])).slice(0, HEAD_LENGTH)
+}
+
+export function join(head: string, payload: string): string {
+  return `${head}${SEPARATOR}${payload}`
+}
+
+/** Do two fingerprints agree in all that both know? */
+export function agree(a: string, b: string): boolean {
+  if (a === b || a === '' || b === '') return true
+  const [headA, payloadA = ''] = a.split(SEPARATOR)
+  const [headB, payloadB = ''] = b.split(SEPARATOR)
+  return headA === headB && (payloadA === '' || payloadB === '' || payloadA === payloadB)
+}
+
+/** Does the fingerprint say anything of the payload? */
+export function knowsPayload(fingerprint: string): boolean {
+  return fingerprint !== '' && !fingerprint.endsWith(SEPARATOR)
+}
+
+/** The hash of what a user's function made of a request; empty for an empty result. */
+export function payloadOf(result: unknown): string {
+  if (typeof result === 'string') return result === '' ? '' : digest(result)
+  if (isBytes(result)) return result.byteLength === 0 ? '' : digest(bytes(result))
+  return ''
+}
+
+/**
+ * The payload by value: parsed JSON and forms without regard to member order and white space, other bodies by
+ * their bytes, multipart bodies by fields and file contents. Empty when the body is not at hand, as with a
+ * stream that the handler reads itself.
+ */
+export function payloadOfBody(request: FastifyRequest): string | Promise<string> {
+  const body: unknown = request.body
+  if (body === undefined || body === null) {
+    if (!hasBody(request)) return digest('none')
+    return body === null && isJson(request) ? digest('null') : ''
+  }
+  if (typeof body === 'string') return digest(JSON.stringify(body))
+  if (isBytes(body)) return digest(bytes(body))
+  if (typeof body !== 'object') return digest(canonicalJson(body))
+  if ('pipe' in body || 'getReader' in body) return ''
+  if (isMultipart(request)) return multipart(body)
+  return digest(canonicalJson(body))
+}
+
+function digest(data: string | Uint8Array): string {
+  return hash('sha256', data, 'base64url')
+}
+
+function isBytes(value: unknown): value is NodeJS.ArrayBufferView {
+  return ArrayBuffer.isView(value)
+}
+
+function bytes(view: NodeJS.ArrayBufferView): Uint8Array {
+  return new Uint8Array(view.buffer, view.byteOffset, view.byteLength)
+}
+
+function hasBody(request: FastifyRequest): boolean {
+  const length = request.headers['content-length']
+  return request.headers['transfer-encoding'] !== undefined || (length !== undefined && length !== '0')
+}
+
+function isJson(request: FastifyRequest): boolean {
+  return /^application\/(?:[^;]*\+)?json\b/i.test(request.headers['content-type'] ?? '')
+}
+
+function isMultipart(request: FastifyRequest): boolean {
+  return /^multipart\//i.test(request.headers['content-type'] ?? '')
+}
+
+/** A part of @fastify/multipart with `attachFieldsToBody: true`. */
+interface Part {
+  type?: 'file' | 'field'
+  value?: unknown
+  filename?: string
+  mimetype?: string
+  toBuffer?: () => Promise<Buffer>
+}
+
+async function multipart(body: object): Promise<string> {
+  const fields: [string, unknown][] = []
+  try {
+    for (const [name, value] of Object.entries(body)) {
+      const parts: unknown[] = []
+      for (const part of Array.isArray(value) ? value : [value]) parts.push(await contentOf(part))
+      fields.push([name, parts])
+    }
+  } catch {
+    // Somebody has read and dropped the file: its content is not known.
+    return ''
+  }
+  fields.sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0))
+  return digest(canonicalJson(fields))
+}
+
+async function contentOf(part: unknown): Promise<unknown> {
+  if (typeof part !== 'object' || part === null || isBytes(part)) return part
+  const { type, value, filename, mimetype, toBuffer } = part as Part
+  if (type === 'field') return value
+  if (typeof toBuffer !== 'function') return part
+  return [filename, mimetype, await toBuffer.call(part)]
+}
+
+/** One level of nesting that is being written. */
+interface Level {
+  readonly value: object
+  readonly close: string
+  /** Member names in order; `null` for an array. */
+  readonly names: string[] | null
+  readonly items: readonly unknown[]
+  next: number
+}
+
+/** Below this depth nobody pays for looking out for cycles. */
+const SUSPICIOUS_DEPTH = 64
+
+/**
+ * JSON with the members of every object in order. Without recursion, because the depth of a body is the
+ * client's choice; a cycle, which only a custom parser can make, is written as a mark.
+ */
+export function canonicalJson(root: unknown): string {
+  const levels: Level[] = []
+  let ancestors: Set<object> | null = null
+  let out = ''
+  let value: unknown = root
+  for (;;) {
+    const scalar = scalarJson(value)
+    if (scalar !== null) {
+      out += scalar
+    } else if (ancestors?.has(value as object)) {
+      out += '*'
+    } else {
+      const level = open(value as object)
+      out += level.names === null ? '[' : '{'
+      levels.push(level)
+      if (ancestors !== null) ancestors.add(level.value)
+      else if (levels.length === SUSPICIOUS_DEPTH) ancestors = new Set(levels.map(({ value }) => value))
+    }
+    let level = levels.at(-1)
+    while (level !== undefined && level.next === level.items.length) {
+      out += level.close
+      levels.pop()
+      ancestors?.delete(level.value)
+      level = levels.at(-1)
+    }
+    if (level === undefined) return out
+    if (level.next > 0) out += ','
+    if (level.names !== null) out += `${JSON.stringify(level.names[level.next])}:`
+    value = level.items[level.next++]
+  }
+}
+
+function scalarJson(value: unknown): string | null {
+  switch (typeof value) {
+    case 'string':
+      return JSON.stringify(value)
+    case 'object':
+      if (value === null) return 'null'
+      if (isBytes(value)) return `#${digest(bytes(value))}`
+      if (value instanceof Date) return `@${value.getTime()}`
+      return null
+    case 'bigint':
+      return `${value}n`
+    default:
+      return String(value)
+  }
+}
+
+function open(value: object): Level {
+  if (Array.isArray(value)) return { value, close: ']', names: null, items: value, next: 0 }
+  if (value instanceof Map || value instanceof Set) {
+    return { value, close: ']', names: null, items: [...value], next: 0 }
+  }
+  const names = Object.keys(value)
+  if (!inOrder(names)) names.sort()
+  const members = value as Record<string, unknown>
+  return { value, close: '}', names, items: names.map((name) => members[name]), next: 0 }
+}
+
+function inOrder(names: readonly string[]): boolean {
+  for (let i = 1; i < names.length; i++) {
+    if ((names[i - 1] as string) > (names[i] as string)) return false
+  }
+  return true
+}

@@ -1,0 +1,120 @@
+import { hash, randomUUID } from 'node:crypto'
+import type { FastifyRequest } from 'fastify'
+import { KeyInvalid } from './errors.js'
+
+/** Where a route looks for its key, and what it accepts as one. */
+export interface KeyRules {
+  /** Lower-case name of the header, or `null`. */
+  readonly header: string | null
+  readonly field: string | null
+  readonly keyFormat: 'any' | 'uuid' | 'structured' | RegExp
+  readonly maxKeyLength: number
+}
+
+/** RFC 9562 §5.4: version 4 in the third group, variant 10xx in the fourth. */
+const UUID_V4 = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/i
+
+/**
+ * RFC 9651 §3.3.3 and §4.2.5: a quoted string of printable ASCII in which only `"` and `\` are escaped,
+ * with the parameters of §3.1.2 behind it.
+ */
+const STRUCTURED_STRING =
+  /^"((?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"(?: *; *[a-z*][a-z0-9_.*-]*(?:=(?:"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*"|[^\s",;]+))?)*$/
+
+const NON_ASCII = /[\u0080-\uffff]/
+const utf8 = new TextDecoder('utf-8', { fatal: true })
+
+/** The raw key in the header; `undefined` for none. */
+export function keyInHeader(request: FastifyRequest, rules: KeyRules): string | undefined {
+  if (rules.header === null) return undefined
+  const value = request.headers[rules.header]
+  if (value === undefined) return undefined
+  if (typeof value !== 'string') throw new KeyInvalid('was sent more than once')
+  const key = decodeLatin1(value.trim())
+  // Node joins repeated headers with a comma: a bare key with one is two keys.
+  if (key.includes(',') && !key.startsWith('"')) throw new KeyInvalid('was sent more than once')
+  return key
+}
+
+/** The raw key in the query string; `undefined` for none. */
+export function keyInQuery(request: FastifyRequest, rules: KeyRules): string | undefined {
+  return rules.field === null ? undefined : keyInFields(request.query, rules.field)
+}
+
+/** The raw key in a parsed body: JSON, form or multipart; `undefined` for none. */
+export function keyInBody(request: FastifyRequest, rules: KeyRules): string | undefined {
+  return rules.field === null ? undefined : keyInFields(request.body, rules.field)
+}
+
+function keyInFields(fields: unknown, name: string): string | undefined {
+  if (typeof fields !== 'object' || fields === null || Array.isArray(fields) || !Object.hasOwn(fields, name))
+    return undefined
+  let value = (fields as Record<string, unknown>)[name]
+  // @fastify/multipart with `attachFieldsToBody: true` wraps each field.
+  if (typeof value === 'object' && value !== null && 'fieldname' in value && 'value' in value) value = value.value
+  if (value === undefined) return undefined
+  if (Array.isArray(value)) throw new KeyInvalid('was sent more than once')
+  if (typeof value !== 'string') throw new KeyInvalid('must be a string')
+  return value
+}
+
+/**
+ * The client's key without quotes and parameters. `"abc"` and `abc` are the same key.
+ * @throws FST_IDEMPOTENCY_KEY_INVALID
+ */
+export function parseKey(raw: unknown, rules: Pick<KeyRules, 'keyFormat' | 'maxKeyLength'>): string {
+  if (typeof raw !== 'string') throw new KeyInvalid('must be a single string')
+  const key = unquote(raw, rules.keyFormat === 'structured')
+  if (key.trim() === '') throw new KeyInvalid('must not be blank')
+  // A UTF-16 code unit is at most three bytes of UTF-8: short keys need not be measured.
+  if (key.length * 3 > rules.maxKeyLength && Buffer.byteLength(key) > rules.maxKeyLength) {
+    throw new KeyInvalid(`must not be longer than ${rules.maxKeyLength} bytes`)
+  }
+  if (rules.keyFormat === 'uuid') {
+    if (!UUID_V4.test(key)) throw new KeyInvalid('must be a UUID, version 4')
+  } else if (rules.keyFormat instanceof RegExp) {
+    rules.keyFormat.lastIndex = 0
+    if (!rules.keyFormat.test(key)) throw new KeyInvalid('does not have the required form')
+  }
+  return key
+}
+
+function unquote(raw: string, mustBeQuoted: boolean): string {
+  const trimmed = raw.trim()
+  if (!trimmed.startsWith('"')) {
+    if (mustBeQuoted && trimmed !== '') throw new KeyInvalid('must be a quoted string (RFC 9651)')
+    return raw
+  }
+  const content = STRUCTURED_STRING.exec(trimmed)?.[1]
+  if (content === undefined) throw new KeyInvalid('is not a well-formed quoted string (RFC 9651)')
+  return content.replaceAll(/\\(["\\])/g, '$1')
+}
+
+/** Node reads header bytes as Latin-1; a key is the same key in a header and in a body. */
+function decodeLatin1(value: string): string {
+  if (!NON_ASCII.test(value)) return value
+  try {
+    return utf8.decode(Buffer.from(value, 'latin1'))
+  } catch {
+    return value
+  }
+}
+
+/**
+ * The key under which a store keeps an operation. JSON frames scope and key unambiguously, and escapes lone
+ * surrogates that would otherwise all hash alike.
+ */
+export function storageKey(scope: string | null, key: string): string {
+  return hash('sha256', JSON.stringify([scope, key]), 'base64url')
+}
+
+export function generateKey(): string {
+  return randomUUID()
+}
+
+/** A UUID made of the storage key and a label, with the version and variant bits of a version 4 UUID. */
+export function deriveKey(storageKey: string, label: string): string {
+  const hex = hash('sha256', JSON.stringify([storageKey, label]), 'hex')
+  const variant = ((Number.parseInt(hex.charAt(16), 16) & 0x3) | 0x8).toString(16)
+  return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-4${hex.slice(13, 16)}-${variant}${hex.slice(17, 20)}-${hex.slice(20, 32)}`
+}

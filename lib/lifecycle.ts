@@ -1,0 +1,588 @@
+import { type ServerResponse, STATUS_CODES } from 'node:http'
+import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
+import type { StoredHeader, TombstoneReason } from '../types/index.js'
+import {
+  asStream,
+  CapturedStream,
+  headersSince,
+  isBuffered,
+  isResponse,
+  type Payload,
+  replyRecord,
+  snapshot,
+  tombstone
+} from './capture.js'
+import { KeyMissing, type Refusal, ScopeFailed } from './errors.js'
+import { payloadOf as hashOf, payloadOfBody } from './fingerprint.js'
+import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
+import { Operation, type Verdict } from './operation.js'
+import { isFinal, type Policy } from './options.js'
+import { PROBLEM_TYPE, problemOf } from './problem.js'
+import type { Registration } from './registration.js'
+import { payloadOf, putOn } from './replay.js'
+import { RequestContext } from './request-context.js'
+
+/** Where a request keeps its exchange; `null` without a key, `SKIPPED` when `skip` said so. */
+export const kExchange = Symbol('fastify-idempotency.exchange')
+/** Where a request keeps the plugin's own error that answers it. */
+export const kRefusal = Symbol('fastify-idempotency.refusal')
+/** Where a request keeps the hash of its payload, taken before validation may change it. */
+export const kPayload = Symbol('fastify-idempotency.payload')
+
+const SKIPPED = Symbol('skipped')
+const CLOSED = Symbol('closed')
+const HANDLER_TIMEOUT = 'FST_ERR_HANDLER_TIMEOUT'
+
+declare module 'fastify' {
+  interface FastifyRequest {
+    [kExchange]: Exchange | typeof SKIPPED | null
+    [kRefusal]: Refusal | null
+    [kPayload]: string | null
+  }
+}
+
+type Done = (error?: Error | null, payload?: unknown) => void
+type Handler = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply) => unknown
+type Headers = ReturnType<typeof snapshot>
+
+const NO_HEADERS = Object.freeze({}) as Headers
+
+/** One request and its reply, on the way of one operation. */
+class Exchange {
+  readonly operation: Operation
+  readonly reply: FastifyReply
+  /** The headers that were on the reply when the handler started. */
+  headersBefore: Headers = NO_HEADERS
+  /** `detached`: the handler has returned without a promise, and replies from a callback, if ever. */
+  handler: 'waiting' | 'started' | 'detached' | 'settled' = 'waiting'
+  /** Where the reply is: not there yet, being stored, or handed on to Fastify. */
+  sending: 'no' | 'storing' | 'passed' = 'no'
+  /** Was there another attempt to send while the first was being stored? */
+  disturbed = false
+  /** Has onError been there since the handler started? */
+  failed = false
+  clientGone = false
+  stream: CapturedStream | null = null
+  timeout: Timeout | null = null
+
+  constructor(operation: Operation, reply: FastifyReply) {
+    this.operation = operation
+    this.reply = reply
+  }
+}
+
+/** What is left to do after Fastify's handlerTimeout has answered, while the handler goes on. */
+interface Timeout {
+  /** The reply's status and headers as the handler had left them. */
+  readonly statusBefore: number
+  readonly headersSet: StoredHeader[]
+  /** The same as the timeout has left them. */
+  statusAfter: number
+  headersAfter: Headers
+}
+
+const exchanges = new WeakMap<object, Exchange | typeof CLOSED>()
+
+function exchangeOf(request: FastifyRequest): Exchange | null {
+  const exchange = request[kExchange]
+  return exchange instanceof Exchange ? exchange : null
+}
+
+/** The hooks of one covered route, in the order of a request's life. */
+export class Lifecycle {
+  readonly #policy: Policy
+  readonly #registration: Registration
+  /** Is the key looked for once more when the body is there? */
+  readonly #claimsLate: boolean
+
+  constructor(policy: Policy, registration: Registration) {
+    this.#policy = policy
+    this.#registration = registration
+    this.#claimsLate = policy.hook === 'preHandler' || (policy.field !== null && policy.getKey === null)
+  }
+
+  /** Last of the phase that the `hook` option names: claims the key, if it can be seen already. */
+  readonly claim = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
+    const { skip, getKey } = this.#policy
+    if (!this.#covers(request)) return done()
+    if (skip === null && getKey === null) {
+      // Without a key there is nothing to wait for, and no promise to pay for.
+      let raw: string | undefined
+      try {
+        raw = this.#keyBeforeBody(request)
+        if (raw === undefined) this.#missing(this.#claimsLate)
+      } catch (error) {
+        return done(this.#refuse(request, reply, error))
+      }
+      return raw === undefined ? done() : this.#guarded(request, reply, this.#begin(request, reply, raw))
+    }
+    return this.#guarded(request, reply, this.#claim(request, reply, false))
+  }
+
+  readonly claimInPreParsing = (request: FastifyRequest, reply: FastifyReply, _payload: unknown, done: Done): unknown =>
+    this.claim(request, reply, done)
+
+  /** Last preValidation hook: takes the hash of the payload before validation coerces it, or hooks change it. */
+  readonly hashPayload = (request: FastifyRequest, _reply: FastifyReply, done: Done): unknown => {
+    if (!this.#covers(request) || !this.#keyInSight(request)) return done()
+    const learn = (payload: string) => {
+      request[kPayload] = payload
+      exchangeOf(request)?.operation.learn(payload)
+    }
+    const payload = payloadOfBody(request)
+    if (typeof payload !== 'string') return payload.then(learn)
+    learn(payload)
+    return done()
+  }
+
+  /** Last preHandler hook: claims a key that came with the body, and gives the verdict. */
+  readonly settle = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
+    if (!this.#covers(request)) return done()
+    const exchange = exchangeOf(request)
+    if (exchange === null) {
+      if (!this.#claimsLate || request[kExchange] === SKIPPED) return done()
+    } else if (exchange.operation.phase === 'held' && typeof this.#policy.fingerprint !== 'function') {
+      return done()
+    }
+    return this.#guarded(request, reply, this.#settle(request, reply, exchange))
+  }
+
+  /** In the handler's place: starts the operation, and sees how the handler ends. */
+  wrap(handler: Handler): RouteHandlerMethod {
+    return function idempotent(this: FastifyInstance, request: FastifyRequest, reply: FastifyReply): unknown {
+      const exchange = exchangeOf(request)
+      if (exchange === null || exchange.operation.phase === 'unprotected') return handler.call(this, request, reply)
+      if (exchange.operation.phase !== 'held') {
+        // The client has left, and the key has been given back: nobody protects this run.
+        reply.hijack()
+        return
+      }
+      exchange.operation.start()
+      exchange.handler = 'started'
+      exchange.headersBefore = snapshot(reply)
+      let result: unknown
+      try {
+        result = handler.call(this, request, reply)
+      } catch (error) {
+        return afterThrow(exchange, error)
+      }
+      if (result === undefined || result === reply) {
+        exchange.handler = 'detached'
+        return exchange.sending === 'no' ? result : undefined
+      }
+      if (!isThenable(result)) return afterReturn(exchange, result)
+      // Promise.resolve, because a thenable that is not a promise may do its work once per `then`.
+      return Promise.resolve(result).then(
+        (value) => afterReturn(exchange, value),
+        (error) => afterThrow(exchange, error)
+      )
+    } as RouteHandlerMethod
+  }
+
+  /** First onSend hook of the route, behind the instance's: stores the reply before it leaves. */
+  readonly onSend = (request: FastifyRequest, reply: FastifyReply, payload: Payload, done: Done): unknown => {
+    const { problemDetails, documentationUrl, replayHeader } = this.#policy
+    const refusal = request[kRefusal]
+    // Only Fastify's own error handler has set the length by now: a custom one decides for itself.
+    if (refusal !== null && problemDetails && reply.hasHeader('content-length')) {
+      reply.removeHeader('content-length').header('content-type', PROBLEM_TYPE)
+      return done(null, problemOf(refusal, documentationUrl))
+    }
+    const exchange = exchangeOf(request)
+    if (exchange === null) return done()
+    const { operation } = exchange
+    if (operation.reply !== null) {
+      // The instance's hooks have seen this payload before, when it was stored: what they made of it now is void.
+      putOn(reply, operation.reply, replayHeader)
+      return done(null, payloadOf(operation.reply) ?? (isNothing(payload) ? undefined : ''))
+    }
+    if (exchange.handler === 'waiting') {
+      if (operation.phase === 'over' || operation.phase === 'unprotected') return done()
+      return operation.cancel()
+    }
+    if (exchange.sending === 'storing') {
+      // Somebody sends twice, or the handler's timeout strikes: the first reply is on its way.
+      exchange.disturbed = true
+      return new Promise(() => {})
+    }
+    if (exchange.sending === 'passed') {
+      // Sending the first reply failed: a stream that nobody reads any more is read to its end for the record.
+      exchange.stream?.destroy()
+      return done()
+    }
+    return this.#send(exchange, request, payload)
+  }
+
+  readonly onError = (
+    request: FastifyRequest,
+    reply: FastifyReply,
+    error: { code?: string },
+    done: () => void
+  ): void => {
+    const exchange = exchangeOf(request)
+    if (exchange !== null) {
+      exchange.failed = true
+      const working = exchange.handler === 'started' || exchange.handler === 'detached'
+      if (error?.code === HANDLER_TIMEOUT && working && exchange.sending === 'no') {
+        exchange.timeout = {
+          statusBefore: reply.statusCode,
+          headersSet: headersSince(exchange.headersBefore, reply, this.#policy),
+          statusAfter: 0,
+          headersAfter: NO_HEADERS
+        }
+      }
+    }
+    done()
+  }
+
+  #covers(request: FastifyRequest): boolean {
+    return this.#policy.methods === null || this.#policy.methods.has(request.method)
+  }
+
+  #keyBeforeBody(request: FastifyRequest): string | undefined {
+    return keyInHeader(request, this.#policy) ?? keyInQuery(request, this.#policy)
+  }
+
+  #keyInSight(request: FastifyRequest): boolean {
+    const { fingerprint, getKey, header, field, hook } = this.#policy
+    if (fingerprint !== true || request[kExchange] === SKIPPED) return false
+    if (request[kExchange] !== null) return true
+    if (!this.#claimsLate && hook !== 'preValidation') return false
+    if (getKey !== null || (header !== null && request.headers[header] !== undefined)) return true
+    return field !== null && (hasField(request.body, field) || hasField(request.query, field))
+  }
+
+  /** @throws FST_IDEMPOTENCY_KEY_MISSING when there is no other place left where a key may be. */
+  #missing(mayComeLater: boolean): void {
+    const { required, header, field } = this.#policy
+    if (!required || mayComeLater) return
+    const places = [header === null ? '' : `the header ${header}`, field === null ? '' : `the field ${field}`]
+    throw new KeyMissing(places.filter(Boolean).join(' or ') || 'see the documentation of this service')
+  }
+
+  async #claim(request: FastifyRequest, reply: FastifyReply, late: boolean): Promise<unknown> {
+    const { skip, getKey, hook } = this.#policy
+    if (skip !== null && (!late || hook === 'preHandler') && (await skip(request))) {
+      request[kExchange] = SKIPPED
+      return
+    }
+    let raw: unknown
+    if (getKey !== null) raw = (await getKey(request)) ?? undefined
+    else raw = this.#keyBeforeBody(request) ?? (late ? keyInBody(request, this.#policy) : undefined)
+    if (raw !== undefined) return this.#begin(request, reply, raw)
+    this.#missing(!late && this.#claimsLate)
+  }
+
+  /** A key has been found: the request becomes an operation. */
+  async #begin(request: FastifyRequest, reply: FastifyReply, raw: unknown): Promise<unknown> {
+    const policy = this.#policy
+    const key = parseKey(raw, policy)
+    // Before the first await: who leaves from here on is noticed.
+    if (reply.raw.destroyed) exchanges.set(reply.raw, CLOSED)
+    else reply.raw.once('close', onClose)
+    const scope = policy.scope === null ? null : await scopeOf(request, policy.scope)
+    const operation = new Operation(request, policy, this.#registration, key, scope)
+    const exchange = new Exchange(operation, reply)
+    const alreadyClosed = exchanges.has(reply.raw)
+    exchanges.set(reply.raw, exchange)
+    request[kExchange] = exchange
+    request.idempotency = new RequestContext(operation)
+    if (alreadyClosed) {
+      await operation.cancel()
+      return obey('gone', exchange, policy)
+    }
+    if (typeof policy.fingerprint === 'function' && policy.hook === 'preHandler') {
+      operation.learn(hashOf(await policy.fingerprint(request)))
+    } else if (request[kPayload] !== null) {
+      operation.learn(request[kPayload])
+    }
+    return obey(await operation.claim(), exchange, policy)
+  }
+
+  async #settle(request: FastifyRequest, reply: FastifyReply, early: Exchange | null): Promise<unknown> {
+    const { fingerprint } = this.#policy
+    let exchange = early
+    if (exchange === null) {
+      const answered = await this.#claim(request, reply, true)
+      exchange = exchangeOf(request)
+      if (exchange === null || answered !== undefined) return answered
+    }
+    if (typeof fingerprint === 'function' && this.#policy.hook !== 'preHandler') {
+      exchange.operation.learn(hashOf(await fingerprint(request)))
+    }
+    return obey(await exchange.operation.settle(), exchange, this.#policy)
+  }
+
+  async #guarded(request: FastifyRequest, reply: FastifyReply, work: Promise<unknown>): Promise<unknown> {
+    try {
+      return await work
+    } catch (error) {
+      throw this.#refuse(request, reply, error)
+    }
+  }
+
+  /** Marks the plugin's own errors, and puts their headers on the reply, whoever handles errors. */
+  #refuse(request: FastifyRequest, reply: FastifyReply, error: unknown): Error {
+    if (isRefusal(error)) {
+      const { documentationUrl } = this.#policy
+      request[kRefusal] = error
+      if (error.headers !== undefined) reply.headers(error.headers)
+      if (documentationUrl !== null) {
+        const links = [reply.getHeader('link') ?? [], `<${documentationUrl}>; rel="describedby"`].flat()
+        reply.header('link', links.join(', '))
+      }
+    }
+    return error as Error
+  }
+
+  /** The handler's reply has come: decides what is kept of it. */
+  async #send(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
+    const { operation, reply } = exchange
+    if (exchange.timeout !== null) return passTimeout(exchange, exchange.timeout)
+    if (reply.raw.headersSent) return store(exchange, payload, () => bury(operation, 'hijacked'))
+    let body = payload
+    if (isResponse(payload)) {
+      if (payload.bodyUsed) return payload
+      // What Fastify would do after the last hook, which is too late to decide about the reply.
+      reply.code(payload.status)
+      for (const [name, value] of payload.headers) reply.header(name, value)
+      body = payload.body as Payload
+    }
+    const final = isFinalReply(this.#policy, request, reply)
+    if (!isBuffered(body) && !hasNoBody(reply.statusCode)) return sendStream(exchange, body, final)
+    if (!final) return store(exchange, body, () => operation.release())
+    const kept = isBuffered(body) ? body : undefined
+    if (sizeOf(kept) > this.#policy.maxReplySize) return store(exchange, body, () => bury(operation, 'too-large'))
+    const headers = headersSince(exchange.headersBefore, reply, this.#policy)
+    const record = replyRecord(operation.fingerprint, reply.statusCode, headers, kept)
+    return store(exchange, body, () => operation.complete(record))
+  }
+}
+
+/** Does what the verdict says; the answer is what a hook has to return. */
+function obey(verdict: Verdict, { operation, reply }: Exchange, { replayHeader }: Policy): FastifyReply | undefined {
+  if (verdict === 'replay' && operation.reply !== null) {
+    putOn(reply, operation.reply, replayHeader)
+    return reply.send(payloadOf(operation.reply))
+  }
+  // Nobody is there to answer, and nothing must run: Fastify stops where a reply counts as sent.
+  if (verdict === 'gone') reply.hijack()
+  return undefined
+}
+
+/** Ends the claim while the reply waits, and hands the reply on as it was. */
+async function store(exchange: Exchange, payload: Payload, end: () => Promise<void>): Promise<Payload> {
+  const { reply } = exchange
+  const { statusCode } = reply
+  const headers = reply.getHeaders()
+  exchange.sending = 'storing'
+  await end()
+  exchange.sending = 'passed'
+  if (exchange.disturbed && !reply.raw.headersSent) {
+    reply.code(statusCode)
+    for (const name in reply.getHeaders()) reply.removeHeader(name)
+    reply.headers(headers)
+  }
+  return payload
+}
+
+function sendStream(exchange: Exchange, payload: Payload, final: boolean): Payload {
+  const { operation, reply, headersBefore } = exchange
+  const { policy } = operation
+  const source = asStream(payload)
+  // Neither a stream nor anything else that can be sent: Fastify will say so.
+  if (source === null) return payload
+  const { statusCode } = reply
+  const headers = headersSince(headersBefore, reply, policy)
+  const length = Number(reply.getHeader('content-length') ?? Number.NaN)
+  const isEventStream = /^text\/event-stream\b/i.test(String(reply.getHeader('content-type') ?? ''))
+  exchange.sending = 'passed'
+  exchange.stream = new CapturedStream(
+    source,
+    {
+      limit: final ? policy.maxReplySize : 0,
+      expected: Number.isNaN(length) ? undefined : length,
+      drain: !isEventStream
+    },
+    {
+      ended: (body) => {
+        if (!final) return operation.release()
+        if (body === null) return bury(operation, 'too-large')
+        return operation.complete(replyRecord(operation.fingerprint, statusCode, headers, body))
+      },
+      failed: (beforeFirstByte) => (final && !beforeFirstByte ? bury(operation, 'stream-failed') : operation.release())
+    }
+  )
+  return exchange.stream
+}
+
+/** The operation has run, but its reply cannot be kept. */
+function bury(operation: Operation, reason: TombstoneReason): Promise<void> {
+  return operation.complete(tombstone(operation.fingerprint, reason))
+}
+
+/**
+ * Fastify's handlerTimeout has answered in the handler's place. The claim stays until the handler has ended;
+ * one that replies from a callback is not seen to end, so it must not run again.
+ */
+async function passTimeout(exchange: Exchange, timeout: Timeout): Promise<void> {
+  exchange.sending = 'passed'
+  timeout.statusAfter = exchange.reply.statusCode
+  timeout.headersAfter = snapshot(exchange.reply)
+  if (exchange.handler === 'detached') await bury(exchange.operation, 'hijacked')
+}
+
+/** The handler has returned, or its promise has: what Fastify is to see of it. */
+function afterReturn(exchange: Exchange, value: unknown): unknown {
+  const { operation, reply, timeout } = exchange
+  exchange.handler = 'settled'
+  if (timeout !== null) {
+    void completeLate(exchange, timeout, value)
+    return reply
+  }
+  if (exchange.sending !== 'no') {
+    // Fastify takes the reply for unsent while it is being stored, and would send what was returned as well.
+    if (value !== undefined && value !== reply) reply.log.warn('handler returned a value after its reply was sent')
+    return reply
+  }
+  if (exchange.clientGone && value === undefined) {
+    if (isHijacked(reply)) void bury(operation, 'hijacked')
+    // Fastify sends nothing to a client that is gone: then nothing would be stored either.
+    else if (!reply.sent) return reply.send()
+  }
+  return value
+}
+
+function afterThrow(exchange: Exchange, error: unknown): unknown {
+  const { reply, timeout } = exchange
+  exchange.handler = 'settled'
+  if (timeout !== null) {
+    void completeLate(exchange, timeout, error instanceof Error ? error : new Error(String(error)))
+    return reply
+  }
+  if (exchange.sending === 'no') throw error
+  reply.log.error({ err: error }, 'handler failed after its reply was sent')
+  return reply
+}
+
+/**
+ * The handler has ended after its handlerTimeout: Fastify drops what it made, so the reply is put together
+ * here, without the hooks that a reply in time would have passed.
+ */
+async function completeLate(exchange: Exchange, timeout: Timeout, value: unknown): Promise<void> {
+  const { operation, reply } = exchange
+  const { policy, request } = operation
+  const raw = reply.raw
+  const answered = raw.statusCode
+  try {
+    raw.statusCode = answered === timeout.statusAfter || timeout.statusAfter === 0 ? timeout.statusBefore : answered
+    if (value instanceof Error) raw.statusCode = statusOf(value)
+    if (!isFinalReply(policy, request, reply)) return await operation.release()
+    if (value === undefined || value === reply) return await bury(operation, 'hijacked')
+    const late = timeout.statusAfter === 0 ? [] : headersSince(timeout.headersAfter, reply, policy)
+    const headers = new Map([...timeout.headersSet, ...late])
+    const { body, type } = serialise(reply, value)
+    if (sizeOf(body) > policy.maxReplySize) return await bury(operation, 'too-large')
+    if (value instanceof Error || !headers.has('content-type')) headers.set('content-type', type)
+    await operation.complete(replyRecord(operation.fingerprint, raw.statusCode, [...headers], body))
+  } catch (error) {
+    reply.log.error({ err: error }, 'idempotency could not keep the reply of a handler that was timed out')
+    await bury(operation, 'stream-failed')
+  } finally {
+    raw.statusCode = answered
+  }
+}
+
+function serialise(reply: FastifyReply, value: unknown): { body: string | Buffer; type: string } {
+  if (typeof value === 'string') return { body: value, type: 'text/plain; charset=utf-8' }
+  if (ArrayBuffer.isView(value)) {
+    return { body: Buffer.from(value.buffer, value.byteOffset, value.byteLength), type: 'application/octet-stream' }
+  }
+  const type = 'application/json; charset=utf-8'
+  if (value instanceof Error) {
+    const { code } = value as { code?: string }
+    const statusCode = statusOf(value)
+    return { body: JSON.stringify({ statusCode, code, error: STATUS_CODES[statusCode], message: value.message }), type }
+  }
+  const stream = isResponse(value) ? (value.body as Payload) : (value as Payload)
+  if (isResponse(value) || asStream(stream) !== null) {
+    asStream(stream)?.destroy()
+    throw new TypeError('A stream cannot be kept after the handlerTimeout')
+  }
+  return { body: reply.serialize(value as Record<string, unknown>) as string, type }
+}
+
+function statusOf(error: Error): number {
+  const { statusCode, status } = error as { statusCode?: number; status?: number }
+  return [statusCode, status].find((code) => code !== undefined && code >= 400 && code <= 599) ?? 500
+}
+
+/** The response's 'close', in whatever way the exchange ended: `this` is the raw response. */
+function onClose(this: ServerResponse): void {
+  const exchange = exchanges.get(this)
+  if (!(exchange instanceof Exchange)) {
+    exchanges.set(this, CLOSED)
+    return
+  }
+  const { operation, reply } = exchange
+  if (exchange.handler === 'waiting') {
+    void operation.cancel()
+  } else if (exchange.sending === 'no') {
+    exchange.clientGone = true
+    // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
+    if (this.writableEnded && exchange.failed) void operation.release()
+    else if (this.writableEnded || isHijacked(reply)) void bury(operation, 'hijacked')
+    // Else the client has left, and the handler is still at work: its reply will be stored.
+  }
+}
+
+function isFinalReply(policy: Policy, request: FastifyRequest, reply: FastifyReply): boolean {
+  try {
+    return policy.shouldStore(request, reply)
+  } catch (error) {
+    // The handler has succeeded: whoever decides about its reply must not undo that.
+    request.log.error({ err: error }, 'idempotency option shouldStore failed: the default decides')
+    return isFinal(request, reply)
+  }
+}
+
+async function scopeOf(request: FastifyRequest, scope: NonNullable<Policy['scope']>): Promise<string> {
+  let value: unknown
+  try {
+    value = await scope(request)
+  } catch (cause) {
+    throw new ScopeFailed('the option "scope" failed', { cause })
+  }
+  if (typeof value === 'number' || typeof value === 'bigint') return String(value)
+  if (typeof value === 'string' && value !== '') return value
+  throw new ScopeFailed('the option "scope" gave nothing', { cause: undefined })
+}
+
+function isRefusal(error: unknown): error is Refusal {
+  return error instanceof Error && 'code' in error && String(error.code).startsWith('FST_IDEMPOTENCY_')
+}
+
+function isHijacked(reply: FastifyReply): boolean {
+  return reply.sent && !reply.raw.writableEnded
+}
+
+function isThenable(value: unknown): value is PromiseLike<unknown> {
+  return typeof value === 'object' && value !== null && 'then' in value && typeof value.then === 'function'
+}
+
+function isNothing(payload: unknown): boolean {
+  return payload === undefined || payload === null
+}
+
+/** RFC 9110 §6.4.1: such replies end with their head, whatever the handler gave. */
+function hasNoBody(statusCode: number): boolean {
+  return statusCode === 204 || statusCode === 304
+}
+
+function sizeOf(body: string | Buffer | null | undefined): number {
+  return body === undefined || body === null ? 0 : Buffer.byteLength(body)
+}
+
+function hasField(fields: unknown, name: string): boolean {
+  return typeof fields === 'object' && fields !== null && Object.hasOwn(fields, name)
+}

@@ -1,0 +1,383 @@
+import { randomUUID } from 'node:crypto'
+import type { FastifyRequest } from 'fastify'
+import type { Acquisition, Claim, StoredRecord, StoredReply } from '../types/index.js'
+import { Abandoned, InProgress, KeyReused, NotReplayable, StoreUnavailable, withRetryAfter } from './errors.js'
+import { publish, type Subject } from './events.js'
+import { agree, headOf, join, knowsPayload } from './fingerprint.js'
+import { storageKey } from './key.js'
+import { keepAlive, letGo, type Renewable } from './leases.js'
+import type { Policy } from './options.js'
+import type { Registration } from './registration.js'
+import { insist, StoreInUse } from './store-in-use.js'
+import type { Waiter } from './waiting.js'
+import { within } from './within.js'
+
+/**
+ * Where an operation is in its life:
+ *
+ *   asking ──> held ──> running ──> ending ──> over
+ *     │ ▲        └───────────────────────────────▲
+ *     ▼ │                                        │
+ *   undecided ───────────────────────────────────┘
+ *
+ * `undecided`: somebody else holds or finished the key, and the verdict has to wait for the payload.
+ * `unprotected`: the store failed, and the route prefers to run all the same.
+ */
+type Phase = 'asking' | 'undecided' | 'held' | 'running' | 'ending' | 'over' | 'unprotected'
+
+/** What is to be done with the request. Refusals are thrown. */
+export type Verdict = 'run' | 'replay' | 'later' | 'gone'
+
+/** The store failed while a key was asked for. */
+class StoreFailure extends Error {}
+
+/** The life of one keyed request: from the claim of its key to the end of the claim. Knows nothing of replies. */
+export class Operation implements Subject, Waiter, Renewable {
+  readonly request: FastifyRequest
+  readonly policy: Policy
+  readonly key: string
+  readonly storageKey: string
+  attempt = 0
+  replayed = false
+  phase: Phase = 'asking'
+  /** The handler asked that its reply be not stored. */
+  discarded = false
+  /** The reply to replay, after the verdict 'replay'. */
+  reply: StoredReply | null = null
+  readonly #registration: Registration
+  readonly #store: StoreInUse
+  readonly #token = randomUUID()
+  readonly #head: string
+  #payload = ''
+  #found: Acquisition | null = null
+  #gone = false
+  /** What could not be stored yet. */
+  #unstored: StoredRecord | null = null
+  #controller: AbortController | null = null
+
+  constructor(request: FastifyRequest, policy: Policy, registration: Registration, key: string, scope: string | null) {
+    this.request = request
+    this.policy = policy
+    this.key = key
+    this.storageKey = storageKey(scope, key)
+    this.#registration = registration
+    this.#store = StoreInUse.of(policy.store)
+    this.#head = headOf(request, scope !== null)
+  }
+
+  get fingerprint(): string {
+    return join(this.#head, this.#payload)
+  }
+
+  get lease(): number {
+    return this.policy.lease
+  }
+
+  get waitTimeout(): number {
+    return this.policy.waitTimeout
+  }
+
+  get signal(): AbortSignal {
+    this.#controller ??= new AbortController()
+    return this.#controller.signal
+  }
+
+  /** The payload's hash is known now. */
+  learn(payload: string): void {
+    this.#payload = payload
+  }
+
+  /** Asks for the key. `'later'`: the verdict needs the payload, ask `settle` when it is known. */
+  claim(): Promise<Verdict> {
+    this.#registration.operations.add(this)
+    return this.#judge(async () => this.#decide(await this.#acquire(false), false))
+  }
+
+  /** The verdict, when everything is known. */
+  settle(): Promise<Verdict> {
+    const found = this.#found
+    if (found === null) return Promise.resolve(this.phase === 'over' ? 'gone' : 'run')
+    this.#found = null
+    return this.#judge(() => this.#decide(found, true))
+  }
+
+  /** The handler starts. */
+  start(): void {
+    this.phase = 'running'
+  }
+
+  /**
+   * Ends the claim with a record. Resolves when it is stored; or when the store fails, and goes on in the
+   * background, while the claim is kept.
+   */
+  async complete(record: StoredRecord): Promise<void> {
+    if (this.phase === 'over') return
+    if (this.discarded) return this.release()
+    this.phase = 'ending'
+    const { storeTimeout, lease } = this.policy
+    const step = () => this.#complete(record)
+    let stored: boolean | null
+    try {
+      stored = await within(storeTimeout, step())
+    } catch (error) {
+      this.#report(error)
+      this.#unstored = record
+      keepAlive(this)
+      void insist(Math.max(lease, storeTimeout), step, () => this.#registration.closed || this.phase === 'over').then(
+        (stored) => this.#completed(stored, record)
+      )
+      return
+    }
+    this.#completed(stored, record)
+  }
+
+  /** Gives the key back: nothing is stored, and a retry runs. */
+  async release(): Promise<void> {
+    if (this.phase === 'over') return
+    this.phase = 'ending'
+    letGo(this)
+    const { store, storeTimeout } = this.policy
+    try {
+      if (await within(storeTimeout, store.release(this.storageKey, this.#token))) {
+        publish('released', this)
+        this.#log('released')
+      } else {
+        this.#lost()
+      }
+    } catch (error) {
+      this.#report(error)
+      this.disown()
+    }
+    this.#end()
+  }
+
+  /** The request has ended before its handler started, or its client has. Nothing is stored. */
+  async cancel(): Promise<void> {
+    this.#gone = true
+    this.#store.waiting.leave(this)
+    if (this.phase === 'held') await this.release()
+    else if (this.phase === 'undecided') this.#end()
+  }
+
+  /** The server closes: a duplicate that waits gets its answer now. */
+  stopWaiting(): void {
+    this.#store.waiting.leave(this)
+  }
+
+  /** Tells the store that this process is alive, and keeps on doing so. */
+  renew(): void {
+    void this.#renew()
+  }
+
+  /** Asks the store once for a duplicate that waits. */
+  look(): Promise<Acquisition> {
+    return this.#acquire(false)
+  }
+
+  /** The claim may have been written, but is not needed. */
+  disown(): void {
+    this.#store.disown(this.storageKey, this.#token, this.policy.storeTimeout)
+  }
+
+  /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
+  async #judge(decide: () => Promise<Verdict>): Promise<Verdict> {
+    try {
+      const verdict = await decide()
+      if (verdict === 'replay' || verdict === 'gone') this.#end()
+      return verdict
+    } catch (error) {
+      this.#end()
+      if (!(error instanceof StoreFailure)) throw error
+      if (this.#gone) return 'gone'
+      if (!this.policy.bypasses) {
+        const refusal = new StoreUnavailable({ cause: error.cause })
+        throw withRetryAfter(refusal, Math.ceil(this.policy.storeTimeout / 1_000))
+      }
+      this.phase = 'unprotected'
+      publish('bypassed', this, error.cause)
+      this.#log('bypassed')
+      return 'run'
+    }
+  }
+
+  /** `final`: everything that can be known of this request is known. */
+  async #decide(first: Acquisition, final: boolean): Promise<Verdict> {
+    for (let found = first; ; ) {
+      if (found.state === 'acquired') return this.#hold(found.attempt)
+      if (this.#gone) return 'gone'
+      const theirs = found.state === 'completed' ? found.record.fingerprint : found.fingerprint
+      if (!agree(theirs, this.fingerprint)) {
+        publish('mismatch', this)
+        this.#log('mismatch')
+        throw new KeyReused()
+      }
+      switch (found.state) {
+        case 'completed':
+          if (!final) return this.#postpone(found)
+          if (found.record.kind === 'tombstone') throw this.#conflict(new NotReplayable())
+          return this.#replay(found.record)
+        case 'running': {
+          if (!this.policy.waits) throw this.#conflict(withRetryAfter(new InProgress(), 1))
+          if (!final) return this.#postpone(found)
+          const result = this.#registration.closing ? 'left' : await this.#store.waiting.wait(this)
+          if (result === 'left' && this.#gone) return 'gone'
+          if (result === 'timeout' || result === 'left') throw this.#conflict(withRetryAfter(new InProgress(), 1))
+          found = result
+          break
+        }
+        case 'abandoned':
+          if (!this.policy.reruns) throw this.#conflict(new Abandoned())
+          if (!final && knowsPayload(theirs) && !knowsPayload(this.fingerprint)) return this.#postpone(found)
+          found = await this.#acquire(true)
+          if (found.state === 'acquired' && found.attempt > 1) publish('takeover', this)
+      }
+    }
+  }
+
+  #postpone(found: Acquisition): Verdict {
+    this.phase = 'undecided'
+    this.#found = found
+    return 'later'
+  }
+
+  async #hold(attempt: number): Promise<Verdict> {
+    this.attempt = attempt
+    this.phase = 'held'
+    this.#store.live.set(this.storageKey, this)
+    keepAlive(this)
+    publish('acquired', this)
+    this.#log('acquired')
+    if (!this.#gone) return 'run'
+    await this.release()
+    return 'gone'
+  }
+
+  #replay(reply: StoredReply): Verdict {
+    this.reply = reply
+    this.replayed = true
+    publish('replayed', this)
+    this.#log('replayed')
+    return 'replay'
+  }
+
+  #conflict<E extends Error>(error: E): E {
+    publish('conflict', this, error)
+    this.#log('conflict')
+    return error
+  }
+
+  async #acquire(takeover: boolean): Promise<Acquisition> {
+    const other = this.#store.live.get(this.storageKey)
+    // The reply is there, only the store does not have it yet.
+    if (other !== undefined && other.#unstored !== null) {
+      return { state: 'completed', record: other.#unstored, ttlMs: other.policy.ttl }
+    }
+    let answer: Promise<Acquisition> | null = null
+    try {
+      answer = this.policy.store.acquire(this.storageKey, this.#claimOf(takeover))
+      const found = await within(this.policy.storeTimeout, answer)
+      if (found.state !== 'abandoned' || other === undefined || other === this) return found
+      // The owner is alive in this very process, which has stalled for longer than the lease.
+      other.renew()
+      return { state: 'running', fingerprint: other.fingerprint, leaseMs: other.lease }
+    } catch (error) {
+      this.#report(error)
+      // The claim may have been written all the same.
+      void answer?.then(
+        (late) => late.state === 'acquired' && this.disown(),
+        () => this.disown()
+      )
+      throw new StoreFailure('The key could not be asked for', { cause: error })
+    }
+  }
+
+  #claimOf(takeover: boolean): Claim {
+    const { lease: leaseMs, retain: retainMs } = this.policy
+    return { token: this.#token, fingerprint: this.fingerprint, leaseMs, retainMs, takeover }
+  }
+
+  async #complete(record: StoredRecord): Promise<boolean> {
+    const { store, ttl } = this.policy
+    if (await store.complete(this.storageKey, this.#token, record, ttl)) return true
+    return (await this.#reclaim()) && store.complete(this.storageKey, this.#token, record, ttl)
+  }
+
+  #completed(stored: boolean | null, record: StoredRecord): void {
+    this.#unstored = null
+    if (this.phase === 'over') return
+    this.#end()
+    if (stored === null) return
+    if (!stored) {
+      this.#lost()
+      return
+    }
+    const event = record.kind === 'reply' ? 'stored' : 'tombstoned'
+    publish(event, this)
+    this.#log(event)
+  }
+
+  async #renew(): Promise<void> {
+    if (this.phase === 'over') return
+    const { store, storeTimeout, lease } = this.policy
+    try {
+      const renewed = await within(storeTimeout, store.renew(this.storageKey, this.#token, lease))
+      // Once the claim is ending, the last step finds out by itself.
+      if (!renewed && this.#isHeld() && !(await within(storeTimeout, this.#reclaim())) && this.#isHeld()) {
+        this.#end()
+        this.#lost()
+      }
+    } catch (error) {
+      if (!this.#isOver()) this.#report(error)
+    }
+    if (this.#isHeld() || this.#unstored !== null) keepAlive(this)
+  }
+
+  /**
+   * A store that lost its data does not know the claim any more, although nobody else has taken it: then it is
+   * claimed anew, in one atomic step that fails if anybody else was faster.
+   */
+  async #reclaim(): Promise<boolean> {
+    const { store } = this.policy
+    if (store.get === undefined || (await store.get(this.storageKey)) !== null) return false
+    const { state } = await store.acquire(this.storageKey, this.#claimOf(false))
+    return state === 'acquired'
+  }
+
+  /** Another has the key now: whatever the handler still does, it does for the second time. */
+  #lost(): void {
+    publish('lease-lost', this)
+    this.request.log.warn(this.#bindings(), 'idempotency claim lost to another owner')
+    this.#controller ??= new AbortController()
+    this.#controller.abort()
+  }
+
+  /** The claim needs no care any more. */
+  #end(): void {
+    this.phase = 'over'
+    letGo(this)
+    if (this.#store.live.get(this.storageKey) === this) this.#store.live.delete(this.storageKey)
+    this.#registration.ended(this)
+  }
+
+  // Methods, because the phase changes while others are awaited, which the compiler does not see.
+  #isHeld(): boolean {
+    return this.phase === 'held' || this.phase === 'running'
+  }
+
+  #isOver(): boolean {
+    return this.phase === 'over'
+  }
+
+  #report(error: unknown): void {
+    publish('store-error', this, error)
+    this.request.log.error({ ...this.#bindings(), err: error }, 'idempotency store failed')
+  }
+
+  #log(event: string): void {
+    this.request.log.debug(this.#bindings(), `idempotency ${event}`)
+  }
+
+  #bindings(): object {
+    return { idempotency: { key: this.storageKey, route: this.policy.route, attempt: this.attempt } }
+  }
+}

@@ -1,0 +1,279 @@
+import { METHODS, validateHeaderName } from 'node:http'
+import { inspect } from 'node:util'
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { ClaimHook, IdempotencyOptions, IdempotencyRouteOptions, IdempotencyStore } from '../types/index.js'
+import { InvalidOption } from './errors.js'
+import type { KeyRules } from './key.js'
+import { MemoryStore } from './stores/memory.js'
+
+/** RFC 9110 §9.2.1, and RFC 10008 for QUERY: a request that changes nothing needs no protection. */
+const SAFE_METHODS: ReadonlySet<string> = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE', 'QUERY'])
+
+/** RFC 9110 §15.5.9, RFC 8470 §5.2 and RFC 6585 §4: below 500, and yet an invitation to try again. */
+const RETRYABLE_STATUSES: ReadonlySet<number> = new Set([408, 425, 429])
+
+/** How long an unfinished claim is remembered where replies are kept for ever. */
+const RETAIN_WITHOUT_TTL = 86_400_000
+
+/** The options of one route, checked and complete. */
+export interface Policy extends KeyRules {
+  /** The route's URL pattern. */
+  readonly route: string
+  /** The methods of the route that are covered; `null` for all of them. */
+  readonly methods: ReadonlySet<string> | null
+  readonly store: IdempotencyStore
+  readonly skip: ((request: FastifyRequest) => boolean | Promise<boolean>) | null
+  readonly getKey: ((request: FastifyRequest) => string | undefined | Promise<string | undefined>) | null
+  readonly required: boolean
+  readonly scope: ((request: FastifyRequest) => string | Promise<string>) | null
+  readonly fingerprint: Exclude<IdempotencyRouteOptions['fingerprint'], undefined>
+  readonly hook: ClaimHook
+  readonly waits: boolean
+  readonly waitTimeout: number
+  readonly lease: number
+  readonly reruns: boolean
+  readonly ttl: number | null
+  readonly retain: number
+  readonly shouldStore: (request: FastifyRequest, reply: FastifyReply) => boolean
+  readonly maxReplySize: number
+  readonly excludeHeaders: ReadonlySet<string>
+  readonly replayHeader: string | null
+  readonly bypasses: boolean
+  readonly storeTimeout: number
+  readonly problemDetails: boolean
+  readonly documentationUrl: string | null
+}
+
+/** The options of one registration, checked. */
+export interface RegistrationOptions {
+  readonly global: boolean
+  readonly methods: ReadonlySet<string>
+  readonly routeDefaults: Readonly<IdempotencyRouteOptions> & { readonly store: IdempotencyStore }
+}
+
+/** What an option takes, in words for the message, and as a check. */
+interface Rule {
+  takes: string
+  accepts: (value: unknown) => boolean
+}
+
+const isPositiveInteger = (value: unknown) => Number.isSafeInteger(value) && (value as number) > 0
+const isFunction = (value: unknown) => typeof value === 'function'
+const isSyncFunction = (value: unknown) => typeof value === 'function' && value.constructor.name !== 'AsyncFunction'
+const isHeaderName = (value: unknown) => {
+  if (typeof value !== 'string') return false
+  try {
+    validateHeaderName(value)
+    return true
+  } catch {
+    return false
+  }
+}
+const listOf = (accepts: Rule['accepts']) => (value: unknown) => Array.isArray(value) && value.every(accepts)
+const oneOf = (...values: string[]): Rule => ({
+  takes: values.map((value) => `'${value}'`).join(' or '),
+  accepts: (value) => values.includes(value as string)
+})
+
+const BOOLEAN: Rule = { takes: 'true or false', accepts: (value) => typeof value === 'boolean' }
+const DURATION: Rule = { takes: 'a positive integer of milliseconds', accepts: isPositiveInteger }
+const BYTES: Rule = { takes: 'a positive integer of bytes', accepts: isPositiveInteger }
+const FUNCTION: Rule = { takes: 'a function', accepts: isFunction }
+const HEADER: Rule = { takes: 'a header name, or false', accepts: (value) => value === false || isHeaderName(value) }
+
+const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
+  store: { takes: 'an IdempotencyStore (acquire, renew, complete and release)', accepts: isStore },
+  skip: FUNCTION,
+  header: HEADER,
+  field: { takes: 'the name of a field', accepts: (value) => typeof value === 'string' && value !== '' },
+  getKey: FUNCTION,
+  keyFormat: {
+    takes: "'any', 'uuid', 'structured' or a RegExp",
+    accepts: (value) => value instanceof RegExp || ['any', 'uuid', 'structured'].includes(value as string)
+  },
+  maxKeyLength: BYTES,
+  required: BOOLEAN,
+  scope: FUNCTION,
+  fingerprint: {
+    takes: 'true, false or a function',
+    accepts: (value) => typeof value === 'boolean' || isFunction(value)
+  },
+  hook: oneOf('onRequest', 'preParsing', 'preValidation', 'preHandler'),
+  onConflict: oneOf('reject', 'wait'),
+  waitTimeout: DURATION,
+  lease: DURATION,
+  onAbandoned: oneOf('rerun', 'reject'),
+  ttl: {
+    takes: 'a positive integer of milliseconds, or null for ever',
+    accepts: (value) => value === null || isPositiveInteger(value)
+  },
+  shouldStore: { takes: 'a function that answers at once (not async)', accepts: isSyncFunction },
+  maxReplySize: BYTES,
+  excludeHeaders: { takes: 'an array of header names', accepts: listOf(isHeaderName) },
+  replayHeader: HEADER,
+  onStoreError: oneOf('reject', 'bypass'),
+  storeTimeout: DURATION,
+  problemDetails: BOOLEAN,
+  documentationUrl: {
+    takes: 'an absolute URL',
+    accepts: (value) => typeof value === 'string' && URL.canParse(value) && !/[<>\s]/.test(value)
+  }
+}
+
+const REGISTRATION_RULES: Record<keyof IdempotencyOptions, Rule> = {
+  ...ROUTE_RULES,
+  global: BOOLEAN,
+  methods: {
+    takes: `an array of methods that change something (not ${[...SAFE_METHODS].join(', ')})`,
+    accepts: listOf((value) => typeof value === 'string' && isUnsafeMethod(value.toUpperCase()))
+  }
+}
+
+/** What `register` takes for itself, and hands to the plugin all the same. */
+const FASTIFY_OPTIONS: ReadonlySet<string> = new Set(['prefix', 'logLevel', 'logSerializers'])
+
+/**
+ * Checks and copies the options of `app.register`.
+ * @throws FST_IDEMPOTENCY_INVALID_OPTION
+ */
+export function registrationOptions(options: IdempotencyOptions): RegistrationOptions {
+  const own = Object.fromEntries(Object.entries(options).filter(([name]) => !FASTIFY_OPTIONS.has(name)))
+  const { global = false, methods = ['POST', 'PATCH'], ...route } = checked<IdempotencyOptions>(own, REGISTRATION_RULES)
+  return Object.freeze({
+    global,
+    methods: new Set(methods.map((method) => method.toUpperCase())),
+    routeDefaults: Object.freeze({ ...route, store: route.store ?? new MemoryStore() })
+  })
+}
+
+/** What `onRoute` tells of a route. */
+export interface RouteDeclaration {
+  readonly method: string | readonly string[]
+  readonly url: string
+  readonly config?: object
+}
+
+/**
+ * The policy of a route; `null` when it is not covered.
+ * @throws FST_IDEMPOTENCY_INVALID_OPTION
+ */
+export function routePolicy(route: RouteDeclaration, registration: RegistrationOptions): Policy | null {
+  const config = (route.config as { idempotency?: unknown } | undefined)?.idempotency
+  if (config === false || (config === undefined && !registration.global)) return null
+  const where = ` of ${describeRoute(route)}`
+  if (config !== undefined && config !== true && !isPlainObject(config)) {
+    throw new InvalidOption(`config.idempotency${where} takes true, false or an object, got ${describe(config)}`)
+  }
+  const methods = typeof route.method === 'string' ? [route.method] : route.method
+  const covered = methods.filter((method) =>
+    config === undefined ? registration.methods.has(method) : !SAFE_METHODS.has(method)
+  )
+  if (covered.length === 0) {
+    if (config === undefined) return null
+    throw new InvalidOption(`config.idempotency${where} takes no route that has safe methods only`)
+  }
+  const own = config === undefined || config === true ? {} : checked(config, ROUTE_RULES, where)
+  const options: IdempotencyRouteOptions = { ...registration.routeDefaults, ...own }
+  return Object.freeze({
+    route: route.url,
+    methods: covered.length === methods.length ? null : new Set(covered),
+    ...complete(options, registration.routeDefaults.store, where)
+  })
+}
+
+/** Does the plugin cover such a route, or refuse it at least? */
+export function concerns(route: RouteDeclaration, registration: RegistrationOptions): boolean {
+  const config = (route.config as { idempotency?: unknown } | undefined)?.idempotency
+  if (config !== undefined) return config !== false
+  if (!registration.global) return false
+  return [route.method].flat().some((method) => registration.methods.has(method))
+}
+
+export function describeRoute({ method, url }: RouteDeclaration): string {
+  return `${[method].flat().join('|')} ${url}`
+}
+
+function complete(
+  options: IdempotencyRouteOptions,
+  store: IdempotencyStore,
+  where: string
+): Omit<Policy, 'route' | 'methods'> {
+  const { header = 'Idempotency-Key', replayHeader = 'Idempotent-Replayed', keyFormat = 'any' } = options
+  const { ttl = 86_400_000, field, getKey } = options
+  if (header === false && field === undefined && getKey === undefined) {
+    throw new InvalidOption(`option "header"${where} takes false only together with "field" or "getKey"`)
+  }
+  return {
+    store: options.store ?? store,
+    skip: options.skip ?? null,
+    header: header === false ? null : header.toLowerCase(),
+    field: field ?? null,
+    getKey: getKey ?? null,
+    // A copy without `g` and `y`: those make an expression remember its last match.
+    keyFormat: keyFormat instanceof RegExp ? new RegExp(keyFormat, keyFormat.flags.replaceAll(/[gy]/g, '')) : keyFormat,
+    maxKeyLength: options.maxKeyLength ?? 255,
+    required: options.required ?? false,
+    scope: options.scope ?? null,
+    fingerprint: options.fingerprint ?? true,
+    hook: options.hook ?? 'onRequest',
+    waits: options.onConflict === 'wait',
+    waitTimeout: options.waitTimeout ?? 60_000,
+    lease: options.lease ?? 30_000,
+    reruns: options.onAbandoned !== 'reject',
+    ttl,
+    retain: ttl ?? RETAIN_WITHOUT_TTL,
+    shouldStore: options.shouldStore ?? isFinal,
+    maxReplySize: options.maxReplySize ?? 1_048_576,
+    excludeHeaders: new Set(options.excludeHeaders?.map((name) => name.toLowerCase())),
+    replayHeader: replayHeader === false ? null : replayHeader.toLowerCase(),
+    bypasses: options.onStoreError === 'bypass',
+    storeTimeout: options.storeTimeout ?? 2_000,
+    problemDetails: options.problemDetails ?? false,
+    documentationUrl: options.documentationUrl ?? null
+  }
+}
+
+/** The default `shouldStore`: is this status an answer, or an invitation to try again? */
+export function isFinal(_request: FastifyRequest, reply: FastifyReply): boolean {
+  return reply.statusCode < 500 && !RETRYABLE_STATUSES.has(reply.statusCode)
+}
+
+/** A shallow copy without the options that are `undefined`. */
+function checked<T extends object>(options: object, rules: Record<string, Rule>, where = ''): T {
+  const copy: Record<string, unknown> = {}
+  for (const [name, value] of Object.entries(options)) {
+    const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
+    if (rule === undefined) {
+      throw new InvalidOption(`option "${name}"${where} is not known; known are ${Object.keys(rules).join(', ')}`)
+    }
+    if (value === undefined) continue
+    if (!rule.accepts(value)) {
+      throw new InvalidOption(`option "${name}"${where} takes ${rule.takes}, got ${describe(value)}`)
+    }
+    copy[name] = Array.isArray(value) ? Object.freeze([...value]) : value
+  }
+  return copy as T
+}
+
+function isStore(value: unknown): boolean {
+  if (typeof value !== 'object' || value === null) return false
+  const store = value as Record<string, unknown>
+  return (
+    ['acquire', 'renew', 'complete', 'release'].every((method) => isFunction(store[method])) &&
+    ['changed', 'get', 'delete', 'close'].every((method) => store[method] === undefined || isFunction(store[method]))
+  )
+}
+
+// Methods that Fastify learns by `addHttpMethod` are not among Node's: anything that looks like one will do.
+function isUnsafeMethod(method: string): boolean {
+  return !SAFE_METHODS.has(method) && (METHODS.includes(method) || /^[A-Z][A-Z-]*$/.test(method))
+}
+
+function isPlainObject(value: unknown): value is object {
+  return typeof value === 'object' && value !== null && !Array.isArray(value)
+}
+
+function describe(value: unknown): string {
+  const kind = value === null ? '' : ` (${Array.isArray(value) ? 'array' : typeof value})`
+  return `${inspect(value, { depth: 0, breakLength: Infinity }).slice(0, 80)}${kind}`
+}

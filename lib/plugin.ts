@@ -1,0 +1,98 @@
+import type { FastifyInstance, RouteOptions } from 'fastify'
+import type { IdempotencyOptions } from '../types/index.js'
+import { routesDeclaredOn } from './early-routes.js'
+import { RouteTooEarly } from './errors.js'
+import { InstanceApi } from './instance-api.js'
+import { kExchange, kPayload, kRefusal, Lifecycle } from './lifecycle.js'
+import { concerns, describeRoute, type Policy, registrationOptions, routePolicy } from './options.js'
+import { Registration } from './registration.js'
+
+/** Where an instance keeps the registration that is in force for its routes: its own, or the nearest above. */
+const kRegistration = Symbol('fastify-idempotency.registration')
+
+/** The routes that some registration has seen, covered or not. */
+const seen = new WeakSet<RouteOptions>()
+
+/** The configs of covered routes: the HEAD twin that Fastify adds to a route has the same one. */
+const coveredConfigs = new WeakSet<object>()
+
+export function plugin(fastify: FastifyInstance, options: IdempotencyOptions, done: (error?: Error) => void): void {
+  const registration = new Registration(registrationOptions(options))
+
+  decorate(fastify, 'idempotency', new InstanceApi(registration.options.routeDefaults))
+  decorate(fastify, kRegistration, registration)
+  decorateRequest(fastify)
+
+  fastify.addHook('onRoute', function (route) {
+    if ((this as { [kRegistration]?: Registration })[kRegistration] !== registration) return
+    seen.add(route)
+    if (isHeadTwin(route)) return
+    const policy = routePolicy(route, registration.options)
+    if (policy !== null) cover(this, route, policy, registration)
+  })
+
+  fastify.addHook('onReady', function (done) {
+    const early = routesDeclaredOn(this).find(
+      ({ route }) => !seen.has(route) && !isHeadTwin(route) && concerns(route, registration.options)
+    )
+    done(early && new RouteTooEarly(describeRoute(early.route)))
+  })
+
+  fastify.addHook('preClose', (done) => {
+    registration.startClosing()
+    done()
+  })
+
+  fastify.addHook('onClose', async () => {
+    await registration.close()
+  })
+
+  done()
+}
+
+/** Puts the hooks of a covered route in their places, and the operation around its handler. */
+function cover(instance: FastifyInstance, route: RouteOptions, policy: Policy, registration: Registration): void {
+  registration.cover(policy)
+  if (route.config !== undefined) coveredConfigs.add(route.config)
+  const lifecycle = new Lifecycle(policy, registration)
+  route.handler = lifecycle.wrap(route.handler as never)
+
+  // Other plugins' onRoute hooks may still add to the route. When they are done, ours go to the very end of
+  // their phases, and to the very beginning of onSend, whatever the order of registration.
+  // Without parameters, so that an error on its way to somebody else's callback is not taken for handled here.
+  instance.after(() => {
+    if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.claim)
+    if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.claimInPreParsing)
+    route.preValidation = last(route.preValidation, lifecycle.hashPayload)
+    if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.claim)
+    route.preHandler = last(route.preHandler, lifecycle.settle)
+    route.onSend = [lifecycle.onSend as never, ...list(route.onSend)]
+    route.onError = last(route.onError, lifecycle.onError)
+  })
+}
+
+/** A new array, because the user's own may serve several routes. */
+function last<Hook>(hooks: Hook | Hook[] | undefined, hook: unknown): Hook[] {
+  return [...list(hooks), hook as Hook]
+}
+
+function list<Hook>(hooks: Hook | Hook[] | undefined): Hook[] {
+  if (hooks === undefined || hooks === null) return []
+  return Array.isArray(hooks) ? hooks : [hooks]
+}
+
+function isHeadTwin(route: RouteOptions): boolean {
+  return route.method === 'HEAD' && route.config !== undefined && coveredConfigs.has(route.config)
+}
+
+/** A second registration in a child of the first one's instance is its own master; in the same one it is an error. */
+function decorate(fastify: FastifyInstance, name: string | symbol, value: unknown): void {
+  if (name in fastify && !Object.hasOwn(fastify, name)) Object.defineProperty(fastify, name, { value })
+  else fastify.decorate(name as string, value)
+}
+
+function decorateRequest(fastify: FastifyInstance): void {
+  for (const name of ['idempotency', kExchange, kRefusal, kPayload] as string[]) {
+    if (!fastify.hasRequestDecorator(name)) fastify.decorateRequest(name, null as never)
+  }
+}

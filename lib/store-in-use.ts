@@ -1,0 +1,110 @@
+import type { IdempotencyStore } from '../types/index.js'
+import type { Operation } from './operation.js'
+import { WaitingRoom } from './waiting.js'
+import { within } from './within.js'
+
+const FIRST_PAUSE_MS = 50
+const LONGEST_PAUSE_MS = 1_000
+/** A claim that was never given back lapses by itself: forgetting the oldest is safe. */
+const MAX_DISOWNED = 10_000
+
+/** A claim that may have been written, and that nobody needs. */
+interface Disowned {
+  readonly key: string
+  readonly token: string
+  readonly timeout: number
+}
+
+const inUse = new WeakMap<IdempotencyStore, StoreInUse>()
+
+/** What this process knows of one store: shared by all registrations and routes that use it. */
+export class StoreInUse {
+  /** The operations of this process that hold a claim, by storage key. */
+  readonly live = new Map<string, Operation>()
+  readonly waiting: WaitingRoom
+  readonly #store: IdempotencyStore
+  readonly #disowned = new Set<Disowned>()
+  #returning: Promise<void> | null = null
+  #users = 0
+
+  private constructor(store: IdempotencyStore) {
+    this.#store = store
+    this.waiting = new WaitingRoom(store)
+  }
+
+  static of(store: IdempotencyStore): StoreInUse {
+    let known = inUse.get(store)
+    if (known === undefined) {
+      known = new StoreInUse(store)
+      inUse.set(store, known)
+    }
+    return known
+  }
+
+  /** One more registration uses the store. */
+  enter(): void {
+    this.#users++
+  }
+
+  /** One registration less; the last one closes the store. */
+  async leave(): Promise<void> {
+    if (--this.#users > 0) return
+    this.#disowned.clear()
+    await this.#store.close?.()
+  }
+
+  /** Gives a claim back in the background, as soon as the store can be reached. */
+  disown(key: string, token: string, timeout: number): void {
+    this.#disowned.add({ key, token, timeout })
+    if (this.#disowned.size > MAX_DISOWNED) {
+      for (const oldest of this.#disowned) {
+        this.#disowned.delete(oldest)
+        break
+      }
+    }
+    this.#returning ??= this.#giveBack().finally(() => {
+      this.#returning = null
+    })
+  }
+
+  /** Resolves when nothing is left to be given back. */
+  async returned(): Promise<void> {
+    await this.#returning
+  }
+
+  async #giveBack(): Promise<void> {
+    let pause = FIRST_PAUSE_MS
+    for (const claim of this.#disowned) {
+      while (this.#disowned.has(claim)) {
+        try {
+          await within(claim.timeout, this.#store.release(claim.key, claim.token))
+          this.#disowned.delete(claim)
+          pause = FIRST_PAUSE_MS
+        } catch {
+          await sleep(pause)
+          pause = Math.min(pause * 2, LONGEST_PAUSE_MS)
+        }
+      }
+    }
+  }
+}
+
+/** A pause that does not keep the process alive. */
+export function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => {
+    setTimeout(resolve, ms).unref()
+  })
+}
+
+/** Repeats a step until the store answers; `null` when there is no more point in it. */
+export async function insist<T>(timeout: number, step: () => Promise<T>, pointless: () => boolean): Promise<T | null> {
+  for (let pause = FIRST_PAUSE_MS; ; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
+    await sleep(pause)
+    if (pointless()) return null
+    try {
+      return await within(timeout, step())
+    } catch {
+      // The first failure was reported; the store is still not back.
+    }
+  }
+}

@@ -1,0 +1,79 @@
+import type { StoredHeader, StoredRecord, TombstoneReason } from '../../types/index.js'
+
+/*
+ * A record as bytes: four bytes for the length of the head, the head as JSON, and the body as it is.
+ *
+ *   reply      [fingerprint, createdAt, statusCode, text (1 or 0), [[name, value], …]]
+ *   tombstone  [fingerprint, createdAt, reason]
+ */
+
+const LENGTH_BYTES = 4
+const REASONS: readonly unknown[] = ['too-large', 'stream-failed', 'hijacked'] satisfies TombstoneReason[]
+
+/** The bytes of a record, behind `prefix`. The body is copied once, into the place that it is sent from. */
+export function encodeRecord(record: StoredRecord, prefix: Buffer): Buffer {
+  const { fingerprint, createdAt } = record
+  const head = JSON.stringify(
+    record.kind === 'tombstone'
+      ? [fingerprint, createdAt, record.reason]
+      : [fingerprint, createdAt, record.statusCode, record.text ? 1 : 0, record.headers]
+  )
+  const headLength = Buffer.byteLength(head)
+  const body = record.kind === 'reply' ? record.body : null
+  const start = prefix.length + LENGTH_BYTES
+  const bytes = Buffer.allocUnsafe(start + headLength + (body?.length ?? 0))
+  prefix.copy(bytes)
+  bytes.writeUInt32BE(headLength, prefix.length)
+  bytes.write(head, start)
+  body?.copy(bytes, start + headLength)
+  return bytes
+}
+
+/**
+ * The record in `bytes`, which starts at `offset`.
+ * @throws when the bytes are not those of a record.
+ */
+export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
+  const start = offset + LENGTH_BYTES
+  if (bytes.length < start) throw undecodable()
+  const end = start + bytes.readUInt32BE(offset)
+  if (bytes.length < end) throw undecodable()
+  let head: unknown
+  try {
+    head = JSON.parse(bytes.toString('utf8', start, end))
+  } catch {
+    throw undecodable()
+  }
+  if (!Array.isArray(head) || typeof head[0] !== 'string' || !Number.isFinite(head[1])) throw undecodable()
+  const [fingerprint, createdAt, third, text, headers] = head as [string, number, ...unknown[]]
+  if (head.length === 3 && REASONS.includes(third)) {
+    return { kind: 'tombstone', fingerprint, createdAt, reason: third as TombstoneReason }
+  }
+  if (head.length !== 5 || !isStatus(third) || (text !== 0 && text !== 1) || !areHeaders(headers)) throw undecodable()
+  return {
+    kind: 'reply',
+    fingerprint,
+    createdAt,
+    statusCode: third,
+    headers,
+    body: bytes.subarray(end),
+    text: text === 1
+  }
+}
+
+function isStatus(value: unknown): value is number {
+  return Number.isInteger(value) && (value as number) >= 100 && (value as number) <= 999
+}
+
+function areHeaders(value: unknown): value is StoredHeader[] {
+  return Array.isArray(value) && value.every(isHeader)
+}
+
+function isHeader(value: unknown): value is StoredHeader {
+  if (!Array.isArray(value) || value.length !== 2 || typeof value[0] !== 'string') return false
+  return typeof value[1] === 'string' || (Array.isArray(value[1]) && value[1].every((item) => typeof item === 'string'))
+}
+
+function undecodable(): Error {
+  return new Error('A stored idempotency record could not be decoded')
+}

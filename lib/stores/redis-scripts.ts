@@ -1,0 +1,130 @@
+import { createHash } from 'node:crypto'
+
+/*
+ * One key holds one operation, as one binary string:
+ *
+ *   kind     'P' a claim, 'C' a record, 'R' released
+ *   version  '1'
+ *   length   one byte: the length of the token
+ *   token    the owner's, also behind 'C' and 'R', so that a repeated completion or release is recognised
+ *
+ * Behind a claim's token: one byte, '1' when somebody waits, and `attempt:retainMs:fingerprint`.
+ * Behind a record's token: the record. Kind to token is called the owner.
+ *
+ * A claim's key expires after retainMs + leaseMs. So its lease has lapsed when PTTL is retainMs or less, and
+ * no clock but that of Redis has a say.
+ */
+
+/** A script, and the name that Redis gives it. */
+export interface Script {
+  readonly source: string
+  readonly sha: string
+}
+
+const script = (source: string): Script => ({ source, sha: createHash('sha1').update(source).digest('hex') })
+
+/** Parses a claim in `v`: where its flag byte is, its attempt, its retainMs. */
+const PARSE_CLAIM = `
+local function parse(v)
+  local flag = 4 + string.byte(v, 3)
+  local attempt, retain = string.match(v, '^(%d+):(%d+):', flag + 1)
+  return flag, tonumber(attempt), tonumber(retain)
+end`
+
+/**
+ * The careful acquire, for what SET NX GET cannot decide: abandoned claims, released keys, and servers before
+ * Redis 7 where NX excludes GET.
+ *
+ *   KEYS[1]  the key
+ *   ARGV[1]  the owner that asks
+ *   ARGV[2]  ':retainMs:fingerprint'
+ *   ARGV[3]  retainMs + leaseMs
+ *   ARGV[4]  '1' when an abandoned claim may be taken over
+ *
+ * Returns {attempt} when the key is the owner's now; else {0, value, PTTL, 1 when abandoned}.
+ */
+export const ACQUIRE = script(`${PARSE_CLAIM}
+local v = redis.call('GET', KEYS[1])
+local kind = v and string.sub(v, 1, 1)
+local flag, attempt, retain = '0', 0, 0
+if kind == 'P' then
+  local at
+  at, attempt, retain = parse(v)
+  flag = string.sub(v, at, at)
+  local left = redis.call('PTTL', KEYS[1])
+  if string.sub(v, 1, #ARGV[1]) == ARGV[1] then
+    attempt = attempt - 1
+  elseif left > retain or ARGV[4] ~= '1' then
+    return {0, v, left, left <= retain and 1 or 0}
+  end
+elseif kind and kind ~= 'R' then
+  return {0, v, redis.call('PTTL', KEYS[1]), 0}
+end
+redis.call('SET', KEYS[1], ARGV[1] .. flag .. string.format('%d', attempt + 1) .. ARGV[2], 'PX', ARGV[3])
+return {attempt + 1}`)
+
+/**
+ *   KEYS[1]  the key
+ *   ARGV[1]  the owner
+ *   ARGV[2]  leaseMs
+ *
+ * Returns 1 when the claim is the owner's, and was renewed.
+ */
+export const RENEW = script(`${PARSE_CLAIM}
+if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then return 0 end
+local _, _, retain = parse(redis.call('GET', KEYS[1]))
+redis.call('PEXPIRE', KEYS[1], string.format('%.0f', retain + tonumber(ARGV[2])))
+return 1`)
+
+/**
+ * Ends a claim: by a record, or by the mark of its release.
+ *
+ *   KEYS[1]  the key
+ *   ARGV[1]  the owner
+ *   ARGV[2]  the value to put in the claim's place; its owner differs from ARGV[1] in the kind only
+ *   ARGV[3]  milliseconds until it expires, '' for never
+ *   ARGV[4]  the channel of those who wait
+ *
+ * Returns 1 when the claim was the owner's, or when this has been done before. PUBLISH comes last and may be
+ * refused (ACL): what is written counts all the same.
+ */
+export const FINISH = script(`
+local n = #ARGV[1]
+local v = redis.call('GETRANGE', KEYS[1], 0, n)
+local owner = string.sub(v, 1, n)
+if owner ~= ARGV[1] then
+  return owner == string.sub(ARGV[2], 1, n) and 1 or 0
+end
+if ARGV[3] == '' then
+  redis.call('SET', KEYS[1], ARGV[2])
+else
+  redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+end
+if string.sub(v, n + 1) == '1' then redis.pcall('PUBLISH', ARGV[4], '') end
+return 1`)
+
+/**
+ * Marks a running claim, so that its end is published.
+ *
+ *   KEYS[1]  the key
+ *
+ * Returns 1 when there is a running claim to wait for.
+ */
+export const WATCH = script(`${PARSE_CLAIM}
+if redis.call('GETRANGE', KEYS[1], 0, 0) ~= 'P' then return 0 end
+local flag, _, retain = parse(redis.call('GET', KEYS[1]))
+if redis.call('PTTL', KEYS[1]) <= retain then return 0 end
+redis.call('SETRANGE', KEYS[1], flag - 1, '1')
+return 1`)
+
+/**
+ *   KEYS[1]  the key
+ *   ARGV[1]  the channel of those who wait
+ *
+ * Returns 1 when there was a claim or a record to forget.
+ */
+export const DELETE = script(`
+local kind = redis.call('GETRANGE', KEYS[1], 0, 0)
+redis.call('DEL', KEYS[1])
+redis.pcall('PUBLISH', ARGV[1], '')
+return (kind ~= '' and kind ~= 'R') and 1 or 0`)

@@ -1,0 +1,215 @@
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
+import { InvalidOption } from '../errors.js'
+import { decodeRecord, encodeRecord } from './record.js'
+import { ACQUIRE, DELETE, FINISH, RENEW, type Script, WATCH } from './redis-scripts.js'
+import { RedisSubscriptions } from './redis-subscriptions.js'
+import { RELEASE_MEMORY_MS } from './released.js'
+
+/** What a `RedisStore` needs of an ioredis client (`Redis` or `Cluster`). */
+export interface RedisClient {
+  pipeline(): unknown
+  evalshaBuffer(...args: never[]): Promise<unknown>
+  evalBuffer(...args: never[]): Promise<unknown>
+  duplicate(...args: never[]): unknown
+}
+
+/** Options of a `RedisStore`. */
+export interface RedisStoreOptions {
+  /**
+   * Put before every key, and before every channel.
+   * @default 'idempotency:'
+   */
+  keyPrefix?: string
+}
+
+/** The part of an ioredis pipeline that is used here. */
+interface Pipeline {
+  setBuffer(key: string, value: Buffer, ...options: (string | number)[]): Pipeline
+  getBuffer(key: string): Pipeline
+  pttl(key: string): Pipeline
+  exec(): Promise<[error: Error | null, result: unknown][] | null>
+}
+
+type Evaluate = (script: string, keys: number, key: string, ...args: (string | Buffer)[]) => Promise<unknown>
+
+const VERSION = '1'
+const LONGEST_TOKEN = 255
+const CLAIM = 0x50 // P
+const RECORD = 0x43 // C
+const RELEASED = 0x52 // R
+
+/**
+ * Claims and replies in Redis (6.2 and newer, Valkey), by an ioredis client: single, Sentinel or Cluster. One
+ * round trip to acquire and one to complete; the lease is decided by the clock of Redis alone. The client
+ * stays the caller's: it is never closed here.
+ */
+export class RedisStore implements IdempotencyStore {
+  readonly #client: RedisClient
+  readonly #prefix: string
+  readonly #subscriptions: RedisSubscriptions
+  /** Does the server take SET with NX and GET together? Redis does from 7.0 on. */
+  #setNxGet = true
+
+  /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
+  constructor(client: RedisClient, options: RedisStoreOptions = {}) {
+    const methods = ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate'] as const
+    if (!methods.every((method) => typeof (client as RedisClient | undefined)?.[method] === 'function')) {
+      throw new InvalidOption('RedisStore takes an ioredis client, such as app.redis of @fastify/redis')
+    }
+    for (const name of Object.keys(options)) {
+      if (name !== 'keyPrefix') throw new InvalidOption(`RedisStore has no option "${name}"`)
+    }
+    const { keyPrefix = 'idempotency:' } = options
+    if (typeof keyPrefix !== 'string') {
+      throw new InvalidOption(`RedisStore option "keyPrefix" takes a string, got ${typeof keyPrefix}`)
+    }
+    this.#client = client
+    this.#prefix = keyPrefix
+    this.#subscriptions = new RedisSubscriptions(client)
+  }
+
+  async acquire(key: string, claim: Claim): Promise<Acquisition> {
+    if (!this.#setNxGet) return this.#acquireCarefully(key, claim)
+    const owner = ownerOf(CLAIM, claim.token)
+    const value = Buffer.concat([owner, Buffer.from(`01:${claim.retainMs}:${claim.fingerprint}`)])
+    const [set, pttl] = await this.#pipeline((pipeline) =>
+      pipeline
+        .setBuffer(this.#prefix + key, value, 'PX', claim.retainMs + claim.leaseMs, 'NX', 'GET')
+        .pttl(this.#prefix + key)
+    )
+    if (set?.[0]) {
+      if (!/syntax error/i.test(set[0].message)) throw set[0]
+      this.#setNxGet = false
+      return this.#acquireCarefully(key, claim)
+    }
+    const held = set?.[1]
+    if (held === null) return { state: 'acquired', attempt: 1 }
+    if (pttl?.[0]) throw pttl[0]
+    const left = Number(pttl?.[1])
+    // What was read in two commands is enough to see a record or a live claim; all else is asked in one step.
+    if (Buffer.isBuffer(held) && (held[0] === RECORD || (held[0] === CLAIM && !lapsed(held, left)))) {
+      if (held[0] === RECORD || !startsWith(held, owner)) return decode(held, left, false)
+    }
+    return this.#acquireCarefully(key, claim)
+  }
+
+  async #acquireCarefully(
+    key: string,
+    { token, fingerprint, leaseMs, retainMs, takeover }: Claim
+  ): Promise<Acquisition> {
+    const reply = await this.#run(
+      ACQUIRE,
+      key,
+      ownerOf(CLAIM, token),
+      `:${retainMs}:${fingerprint}`,
+      String(retainMs + leaseMs),
+      takeover ? '1' : '0'
+    )
+    const [attempt, value, left, abandoned] = reply as [number, Buffer, number, number]
+    return attempt > 0 ? { state: 'acquired', attempt } : decode(value, left, abandoned === 1)
+  }
+
+  async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
+    return (await this.#run(RENEW, key, ownerOf(CLAIM, token), String(leaseMs))) === 1
+  }
+
+  async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+    const value = encodeRecord(record, ownerOf(RECORD, token))
+    return this.#finish(key, token, value, ttlMs === null ? '' : String(ttlMs))
+  }
+
+  async release(key: string, token: string): Promise<boolean> {
+    return this.#finish(key, token, ownerOf(RELEASED, token), String(RELEASE_MEMORY_MS))
+  }
+
+  changed(key: string, signal: AbortSignal): Promise<void> {
+    const watch = async () => (await this.#run(WATCH, key)) === 1
+    return this.#subscriptions.changed(this.#prefix + key, watch, signal)
+  }
+
+  async get(key: string): Promise<Acquisition | null> {
+    const [get, pttl] = await this.#pipeline((pipeline) =>
+      pipeline.getBuffer(this.#prefix + key).pttl(this.#prefix + key)
+    )
+    const error = get?.[0] ?? pttl?.[0]
+    if (error) throw error
+    const value = get?.[1]
+    if (!Buffer.isBuffer(value) || value[0] === RELEASED) return null
+    const left = Number(pttl?.[1])
+    return decode(value, left, value[0] === CLAIM && lapsed(value, left))
+  }
+
+  async delete(key: string): Promise<boolean> {
+    return (await this.#run(DELETE, key, this.#prefix + key)) === 1
+  }
+
+  /** Closes the connection that listens for changes; the next duplicate that waits opens another. */
+  close(): Promise<void> {
+    return this.#subscriptions.close()
+  }
+
+  async #finish(key: string, token: string, value: Buffer, expiry: string): Promise<boolean> {
+    return (await this.#run(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)) === 1
+  }
+
+  async #pipeline(build: (pipeline: Pipeline) => Pipeline): Promise<[error: Error | null, result: unknown][]> {
+    return (await build(this.#client.pipeline() as Pipeline).exec()) ?? []
+  }
+
+  async #run(script: Script, key: string, ...args: (string | Buffer)[]): Promise<unknown> {
+    const client = this.#client as unknown as { evalshaBuffer: Evaluate; evalBuffer: Evaluate }
+    try {
+      return await client.evalshaBuffer(script.sha, 1, this.#prefix + key, ...args)
+    } catch (error) {
+      if (!(error instanceof Error) || !error.message.startsWith('NOSCRIPT')) throw error
+      return client.evalBuffer(script.source, 1, this.#prefix + key, ...args)
+    }
+  }
+}
+
+function ownerOf(kind: number, token: string): Buffer {
+  const length = Buffer.byteLength(token)
+  if (length === 0 || length > LONGEST_TOKEN) throw new RangeError('A token is 1 to 255 bytes long')
+  const owner = Buffer.allocUnsafe(3 + length)
+  owner[0] = kind
+  owner.write(VERSION, 1)
+  owner[2] = length
+  owner.write(token, 3)
+  return owner
+}
+
+function startsWith(value: Buffer, prefix: Buffer): boolean {
+  return value.length >= prefix.length && value.compare(prefix, 0, prefix.length, 0, prefix.length) === 0
+}
+
+/** Where the bytes behind the token start. */
+function afterToken(value: Buffer): number {
+  if (value.length < 3 || value[1] !== VERSION.charCodeAt(0)) throw undecodable()
+  return 3 + (value[2] as number)
+}
+
+function parseClaim(value: Buffer): { attempt: number; retainMs: number; fingerprint: string } {
+  const match = /^[01](\d+):(\d+):(.*)$/s.exec(value.toString('utf8', afterToken(value)))
+  if (match === null) throw undecodable()
+  const [, attempt, retainMs, fingerprint] = match as unknown as [string, string, string, string]
+  return { attempt: Number(attempt), retainMs: Number(retainMs), fingerprint }
+}
+
+function lapsed(claim: Buffer, left: number): boolean {
+  return left <= parseClaim(claim).retainMs
+}
+
+function decode(value: Buffer, left: number, abandoned: boolean): Acquisition {
+  if (value[0] === RECORD) {
+    const record = decodeRecord(value, afterToken(value))
+    return { state: 'completed', record, ttlMs: left === -1 ? null : Math.max(0, left) }
+  }
+  if (value[0] !== CLAIM) throw undecodable()
+  const { attempt, retainMs, fingerprint } = parseClaim(value)
+  if (abandoned) return { state: 'abandoned', fingerprint, attempt }
+  return { state: 'running', fingerprint, leaseMs: Math.max(0, left - retainMs) }
+}
+
+function undecodable(): Error {
+  return new Error('A stored idempotency claim could not be decoded')
+}

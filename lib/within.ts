@@ -1,0 +1,50 @@
+import { Deadlines } from './deadlines.js'
+import { StoreTimeout } from './errors.js'
+
+/** A store call that has not answered yet. */
+class PendingCall<T> {
+  readonly promise: Promise<T>
+  resolve!: (value: T) => void
+  reject!: (error: unknown) => void
+
+  constructor() {
+    this.promise = new Promise((resolve, reject) => {
+      this.resolve = resolve
+      this.reject = reject
+    })
+  }
+}
+
+// One timer for all calls with the same limit; there are as many limits as `storeTimeout` options.
+const limits = new Map<number, Deadlines<PendingCall<never>>>()
+
+function limit(ms: number): Deadlines<PendingCall<never>> {
+  let deadlines = limits.get(ms)
+  if (deadlines === undefined) {
+    deadlines = new Deadlines(ms, (call) => call.reject(new StoreTimeout(ms)), true)
+    limits.set(ms, deadlines)
+  }
+  return deadlines
+}
+
+/**
+ * The answer of a store call, or a `StoreTimeout` when there is none after `ms` milliseconds. A store that
+ * throws instead of rejecting is treated alike.
+ */
+export function within<T>(ms: number, answer: Promise<T>): Promise<T> {
+  const deadlines = limit(ms)
+  const call = new PendingCall<T>()
+  const pending = call as unknown as PendingCall<never>
+  deadlines.add(pending)
+  answer.then(
+    (value) => {
+      deadlines.delete(pending)
+      call.resolve(value)
+    },
+    (error) => {
+      deadlines.delete(pending)
+      call.reject(error)
+    }
+  )
+  return call.promise
+}

@@ -1,0 +1,26 @@
+import type { FastifyRequest } from 'fastify'
+
+/** The events that are published on the diagnostics channels `fastify-idempotency:<name>`. */
+export type IdempotencyEventName =
+  | 'acquired'
+  | 'replayed'
+  | 'conflict'
+  | 'mismatch'
+  | 'stored'
+  | 'released'
+  | 'tombstoned'
+  | 'takeover'
+  | 'lease-lost'
+  | 'store-error'
+  | 'bypassed'
+
+/** The message of every event. */
+export interface IdempotencyEvent {
+  request: FastifyRequest
+  /** The storage key: a hash, never the client's key. */
+  key: string
+  /** The route's URL pattern. */
+  route: string
+  attempt: number
+  error?: unknown
+}

@@ -1,0 +1,145 @@
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { IdempotencyStore } from './store.js'
+
+/** The phases of a request in which its key can be claimed. */
+export type ClaimHook = 'onRequest' | 'preParsing' | 'preValidation' | 'preHandler'
+
+/** What a key may look like. */
+export type KeyFormat = 'any' | 'uuid' | 'structured' | RegExp
+
+/** Options that a route may set for itself in `config.idempotency`. Durations are milliseconds, sizes are bytes. */
+export interface IdempotencyRouteOptions {
+  /**
+   * Where claims and replies live.
+   * @default new MemoryStore()
+   */
+  store?: IdempotencyStore
+  /** Lets a request through unprotected when it returns `true`. Asked before anything else. */
+  skip?: (request: FastifyRequest) => boolean | Promise<boolean>
+  /**
+   * The request header that carries the key; `false` for none.
+   * @default 'Idempotency-Key'
+   */
+  header?: string | false
+  /** The name of a query parameter or body field that may carry the key instead of the header, as in HTML forms. */
+  field?: string
+  /** Finds the key in place of `header` and `field`; `undefined` for none. */
+  getKey?: (request: FastifyRequest) => string | undefined | Promise<string | undefined>
+  /**
+   * What a key must look like: `'any'`, `'uuid'` (RFC 9562, version 4), `'structured'` (only a quoted
+   * string, RFC 9651 §3.3.3), or a regular expression.
+   * @default 'any'
+   */
+  keyFormat?: KeyFormat
+  /**
+   * The longest key, in UTF-8 bytes, without quotes and parameters.
+   * @default 255
+   */
+  maxKeyLength?: number
+  /**
+   * Refuse a covered request that has no key.
+   * @default false
+   */
+  required?: boolean
+  /**
+   * Who the caller is: a user, tenant or account. The same key in two scopes is two operations. Without it
+   * the request's `Authorization` header is part of the fingerprint.
+   */
+  scope?: (request: FastifyRequest) => string | Promise<string>
+  /**
+   * Compare the payload of requests with the same key: by value (`true`), not at all (`false`), or by what a
+   * function makes of the request. An empty result means unknown, and is never a mismatch.
+   * @default true
+   */
+  fingerprint?:
+    | boolean
+    | ((request: FastifyRequest) => string | NodeJS.ArrayBufferView | Promise<string | NodeJS.ArrayBufferView>)
+  /**
+   * When the key is claimed: after the instance's and the route's own hooks of that phase. A key in the body
+   * is claimed in `preHandler`, whatever this says.
+   * @default 'onRequest'
+   */
+  hook?: ClaimHook
+  /**
+   * What becomes of a duplicate while the first request runs: refused with 409 (`'reject'`), or held until
+   * the first one's reply is there (`'wait'`).
+   * @default 'reject'
+   */
+  onConflict?: 'reject' | 'wait'
+  /**
+   * How long a duplicate waits before it gets its 409 after all.
+   * @default 60_000
+   */
+  waitTimeout?: number
+  /**
+   * How long a claim outlives its process. Renewed for as long as the request runs.
+   * @default 30_000
+   */
+  lease?: number
+  /**
+   * What becomes of a retry when the owner of the claim died: `'rerun'` the handler, or `'reject'` with 409
+   * because the outcome is not known.
+   * @default 'rerun'
+   */
+  onAbandoned?: 'rerun' | 'reject'
+  /**
+   * How long a stored reply is replayed, from its completion; `null` for ever.
+   * @default 86_400_000
+   */
+  ttl?: number | null
+  /**
+   * Is this reply final? A reply that is not releases the key, so that a retry runs the handler again.
+   * @default every status below 500 but 408, 425 and 429
+   */
+  shouldStore?: (request: FastifyRequest, reply: FastifyReply) => boolean
+  /**
+   * The largest reply body that is kept. A larger one leaves a tombstone.
+   * @default 1_048_576
+   */
+  maxReplySize?: number
+  /**
+   * Names of reply headers that are not stored, besides those that never are.
+   * @default []
+   */
+  excludeHeaders?: readonly string[]
+  /**
+   * The reply header that marks a replay with `true`; `false` for none.
+   * @default 'Idempotent-Replayed'
+   */
+  replayHeader?: string | false
+  /**
+   * What becomes of a request whose key cannot be claimed because the store fails: refused with 503
+   * (`'reject'`), or run without protection (`'bypass'`).
+   * @default 'reject'
+   */
+  onStoreError?: 'reject' | 'bypass'
+  /**
+   * How long a call to the store may take before it counts as failed.
+   * @default 2_000
+   */
+  storeTimeout?: number
+  /**
+   * Send the plugin's own errors as `application/problem+json` (RFC 9457).
+   * @default false
+   */
+  problemDetails?: boolean
+  /** Where the errors are documented: sent as `Link: <url>; rel="describedby"`, and as the problem `type`. */
+  documentationUrl?: string
+}
+
+/** Options of `app.register(idempotency, options)`. */
+export interface IdempotencyOptions extends IdempotencyRouteOptions {
+  /**
+   * Cover every route whose method is in `methods`, unless its `config.idempotency` is `false`.
+   * @default false
+   */
+  global?: boolean
+  /**
+   * The methods that `global` covers. Safe methods are never covered.
+   * @default ['POST', 'PATCH']
+   */
+  methods?: readonly string[]
+}
+
+/** What a route may say in `config.idempotency`. */
+export type IdempotencyRouteConfig = boolean | IdempotencyRouteOptions

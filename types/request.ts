@@ -1,0 +1,53 @@
+import type { Acquisition, IdempotencyStore } from './store.js'
+
+/** `request.idempotency` of a covered request with a key. */
+export interface RequestIdempotency {
+  /** The client's key, without quotes and parameters. */
+  readonly key: string
+  /**
+   * Which run of the operation this is: 1 for the first, one more each time that the owner of the claim died
+   * before it finished. 0 where nothing was claimed: a replay, or a request that bypassed a failing store.
+   */
+  readonly attempt: number
+  /** `true` when the reply comes from the store. */
+  readonly replayed: boolean
+  /** Aborts when the claim was lost to another owner: what this handler still does is done twice. */
+  readonly signal: AbortSignal
+  /** Do not store this reply, whatever it is: the key is released, and a retry runs the handler again. */
+  discard(): void
+  /**
+   * A UUID that is the same on every attempt of this operation, for calls to other services. It has the form
+   * of a version 4 UUID, for services that insist on one.
+   * @param label Tells several downstream calls of one operation apart.
+   */
+  deriveKey(label: string): string
+}
+
+/** Names one operation from outside of its request. */
+export interface OperationSelector {
+  /** What the `scope` option returned for the caller; left out where there is no `scope`. */
+  scope?: string
+}
+
+/** `app.idempotency`. */
+export interface InstanceIdempotency {
+  /** The store of this registration. */
+  readonly store: IdempotencyStore
+  /** A new random key (UUID, version 4). */
+  generateKey(): string
+  /**
+   * `<input type="hidden" …>` with a new key, for an HTML form that posts to a covered route.
+   * @throws FST_IDEMPOTENCY_INVALID_OPTION where no `field` is configured.
+   */
+  hiddenInput(): string
+  /**
+   * What is known of a client's key; `null` for nothing.
+   * @throws when the store has no `get`.
+   */
+  get(key: string, selector?: OperationSelector): Promise<Acquisition | null>
+  /**
+   * Forgets a client's key: the next request with it runs. `true` when there was something to forget.
+   * @throws when the store has no `delete`.
+   */
+  delete(key: string, selector?: OperationSelector): Promise<boolean>
+}

@@ -1,0 +1,97 @@
+/** What a caller brings when it asks for a key. */
+export interface Claim {
+  /** Names the owner. Made by the caller, never by the store: a repeated call with the same token is the same claim. */
+  token: string
+  /** What the request looks like, as far as it is known at this point. Opaque to the store. */
+  fingerprint: string
+  /** Milliseconds for which the claim is safe from others without being renewed. */
+  leaseMs: number
+  /** Milliseconds, after the lease, for which an unfinished claim is remembered, so that `attempt` and `abandoned` survive it. */
+  retainMs: number
+  /** May this claim take over a key whose owner's lease has lapsed? */
+  takeover: boolean
+}
+
+/** What holds a key, or that it is now ours. */
+export type Acquisition =
+  /** The key belongs to the caller's token. `attempt` is 1, and one more after each takeover. */
+  | { state: 'acquired'; attempt: number }
+  /** Another token holds the key under a lease with `leaseMs` milliseconds to go. */
+  | { state: 'running'; fingerprint: string; leaseMs: number }
+  /** The owner's lease lapsed without a result, and the claim did not ask to take over. */
+  | { state: 'abandoned'; fingerprint: string; attempt: number }
+  /** The operation has ended. `ttlMs` is what is left of the record's life, `null` for ever. */
+  | { state: 'completed'; record: StoredRecord; ttlMs: number | null }
+
+/** A reply header as it is stored: its lower-case name and its value or values. */
+export type StoredHeader = [name: string, value: string | string[]]
+
+/** Why a reply could not be kept. */
+export type TombstoneReason = 'too-large' | 'stream-failed' | 'hijacked'
+
+/** What is known of every finished operation. */
+export interface RecordBase {
+  /** What the request looked like. Opaque to the store. */
+  fingerprint: string
+  /** Wall-clock milliseconds since the epoch, for people; no decision rests on it. */
+  createdAt: number
+}
+
+/** A reply that can be sent again, byte for byte. */
+export interface StoredReply extends RecordBase {
+  kind: 'reply'
+  statusCode: number
+  headers: StoredHeader[]
+  body: Buffer
+  /** The payload was a string, and is replayed as one. */
+  text: boolean
+}
+
+/** The operation ran, but its reply could not be kept: it must neither run again nor be replayed. */
+export interface Tombstone extends RecordBase {
+  kind: 'tombstone'
+  reason: TombstoneReason
+}
+
+/** What is kept of a finished operation. */
+export type StoredRecord = StoredReply | Tombstone
+
+/**
+ * Where claims and records live. Every method is one atomic step: no other call on the same key may be
+ * seen to happen between what it reads and what it writes. Time is the store's own clock, and an expired
+ * lease and an expired record are dealt with inside `acquire`.
+ *
+ * `false` from `renew`, `complete` or `release` means that the token does not own the key, and that
+ * nothing was changed. A rejected promise means that the outcome is not known.
+ */
+export interface IdempotencyStore {
+  /**
+   * Takes the key, or says what holds it. A repeated call with the token that holds the key is `acquired`
+   * again, so that a caller who lost the answer can ask once more.
+   */
+  acquire(key: string, claim: Claim): Promise<Acquisition>
+  /** Lets the claim live `leaseMs` from now. Also `true` for a lapsed lease that nobody has taken over. */
+  renew(key: string, token: string, leaseMs: number): Promise<boolean>
+  /**
+   * Puts the record in the place of the claim, for `ttlMs` milliseconds from now, `null` for ever.
+   * `true` again when this token's completion has already happened.
+   */
+  complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean>
+  /**
+   * Gives the key back as if it had never been claimed. `true` again when this token's release has already
+   * happened and the key is still free.
+   */
+  release(key: string, token: string): Promise<boolean>
+  /**
+   * Resolves when the key may have changed, at once when no claim is running on it, and when the signal
+   * aborts. A change that follows the call is never missed, however early it comes. Without this method
+   * duplicates that wait poll.
+   */
+  changed?(key: string, signal: AbortSignal): Promise<void>
+  /** What holds the key, without touching it; `null` when nothing does. */
+  get?(key: string): Promise<Acquisition | null>
+  /** Forgets the key, whatever holds it. `true` when there was something to forget. */
+  delete?(key: string): Promise<boolean>
+  /** Lets go of what the store itself opened: timers, its own connections. Never of a client it was given. */
+  close?(): Promise<void>
+}
