@@ -16,7 +16,8 @@ const seen = new WeakSet<RouteOptions>()
 /** The configs of covered routes: the HEAD twin that Fastify adds to a route has the same one. */
 const coveredConfigs = new WeakSet<object>()
 
-export function plugin(fastify: FastifyInstance, options: IdempotencyOptions, done: (error?: Error) => void): void {
+// Async, because what a plugin with a callback throws, Fastify does not catch.
+export async function plugin(fastify: FastifyInstance, options: IdempotencyOptions): Promise<void> {
   const registration = new Registration(registrationOptions(options))
 
   decorate(fastify, 'idempotency', new InstanceApi(registration.options.routeDefaults))
@@ -46,8 +47,6 @@ export function plugin(fastify: FastifyInstance, options: IdempotencyOptions, do
   fastify.addHook('onClose', async () => {
     await registration.close()
   })
-
-  done()
 }
 
 /** Puts the hooks of a covered route in their places, and the operation around its handler. */
