@@ -1,6 +1,6 @@
 import http from 'node:http'
 import type { AddressInfo } from 'node:net'
-import Fastify, { type FastifyInstance, type FastifyServerOptions } from 'fastify'
+import Fastify, { type FastifyInstance, type FastifyServerOptions, type InjectOptions } from 'fastify'
 import idempotency, { type IdempotencyOptions } from '../../index.js'
 
 /** Something with a teardown: a tap test. */
@@ -74,6 +74,11 @@ export function start(port: number, { path = '/', method = 'POST', key, body, he
 
 export function post(port: number, options: Post = {}): Promise<Reply> {
   return start(port, options).reply
+}
+
+/** `app.inject`, begun at once: by itself it waits until somebody awaits it. */
+export async function inject(app: FastifyInstance, request: InjectOptions) {
+  return await app.inject(request)
 }
 
 /** The body of a Fastify error. */

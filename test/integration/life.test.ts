@@ -1,0 +1,591 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import t from 'tap'
+import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
+import { build, codeOf, inject, listen, post, REPLAYED, start } from '../support/app.js'
+import { latch, until } from '../support/latch.js'
+
+/* What happens to the request that holds the claim, and what becomes of the key. */
+
+const config = (options: IdempotencyOptions = {}) => ({ config: { idempotency: { ...options } } })
+const keyed = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+
+/** A store that counts what ends its claims. */
+class CountingStore extends MemoryStore {
+  completed = 0
+  released = 0
+  override complete(...args: Parameters<IdempotencyStore['complete']>) {
+    this.completed++
+    return super.complete(...args)
+  }
+  override release(...args: Parameters<IdempotencyStore['release']>) {
+    this.released++
+    return super.release(...args)
+  }
+}
+
+t.test('a final reply is stored, and replayed to every duplicate until its ttl', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', config({ ttl: 150 }), async (_request, reply) => reply.code(201).send({ run: ++runs }))
+  const first = await app.inject(keyed)
+  t.same([first.statusCode, first.json(), first.headers[REPLAYED]], [201, { run: 1 }, undefined])
+  for (let i = 0; i < 3; i++) {
+    const again = await app.inject(keyed)
+    t.same([again.statusCode, again.body, again.headers[REPLAYED]], [201, first.body, 'true'])
+  }
+  await until(async () => (await app.idempotency.get('k')) === null)
+  t.same((await app.inject(keyed)).json(), { run: 2 })
+})
+
+t.test('a reply that is not final releases the key, and a retry runs as attempt 1', async (t) => {
+  for (const status of [500, 502, 503, 408, 425, 429]) {
+    const app = await build(t)
+    const attempts: unknown[] = []
+    app.post('/', config(), async (request, reply) => {
+      attempts.push(request.idempotency?.attempt)
+      return reply.code(attempts.length === 1 ? status : 200).send('x')
+    })
+    t.equal((await app.inject(keyed)).statusCode, status)
+    t.equal((await app.inject(keyed)).statusCode, 200)
+    t.same(attempts, [1, 1])
+  }
+})
+
+t.test('an error that the handler throws counts by its status', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', config(), async () => {
+    runs++
+    throw Object.assign(new Error('no funds'), { statusCode: 402 })
+  })
+  app.post('/500', config(), async () => {
+    runs++
+    throw new Error('oops')
+  })
+  const first = await app.inject(keyed)
+  const second = await app.inject(keyed)
+  t.same([second.statusCode, second.body, second.headers[REPLAYED], runs], [402, first.body, 'true', 1])
+  const other = { ...keyed, url: '/500', headers: { 'idempotency-key': 'other' } }
+  await app.inject(other)
+  t.equal((await app.inject(other)).headers[REPLAYED], undefined)
+  t.equal(runs, 3)
+})
+
+t.test('shouldStore: () => true stores every reply of the handler, 500 too', async (t) => {
+  const app = await build(t, { shouldStore: () => true })
+  let runs = 0
+  app.post('/', config(), async () => {
+    runs++
+    throw new Error('oops')
+  })
+  const first = await app.inject(keyed)
+  const second = await app.inject(keyed)
+  t.same([second.statusCode, second.body, second.headers[REPLAYED], runs], [500, first.body, 'true', 1])
+})
+
+t.test('a shouldStore that throws leaves the decision to the default, and the reply alone', async (t) => {
+  const app = await build(t, {
+    shouldStore: () => {
+      throw new Error('broken')
+    }
+  })
+  app.post('/', config(), async () => 'fine')
+  t.same((await app.inject(keyed)).body, 'fine')
+  t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+})
+
+t.test('discard() releases the key, whatever the reply is', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', config(), async (request) => {
+    request.idempotency?.discard()
+    return { run: ++runs }
+  })
+  t.same((await app.inject(keyed)).json(), { run: 1 })
+  t.same((await app.inject(keyed)).json(), { run: 2 })
+})
+
+t.test('what ends the request before its handler releases the key, and stores nothing', async (t) => {
+  const fail = Object.assign(new Error('no'), { statusCode: 401 })
+  const cases: [name: string, options: object, request: object, status: number][] = [
+    ['a preHandler hook that throws', { preHandler: async () => Promise.reject(fail) }, {}, 401],
+    [
+      'a preHandler hook that replies',
+      { preHandler: async (_: FastifyRequest, reply: FastifyReply) => reply.code(403).send('no') },
+      {},
+      403
+    ],
+    ['a preValidation hook that throws', { preValidation: async () => Promise.reject(fail) }, {}, 401],
+    ['a validation error', { schema: { body: { type: 'object', required: ['a'] } } }, { payload: {} }, 400],
+    [
+      'a body that does not parse',
+      {},
+      { payload: '{', headers: { ...keyed.headers, 'content-type': 'application/json' } },
+      400
+    ],
+    [
+      'a body of an unknown type',
+      {},
+      { payload: 'x', headers: { ...keyed.headers, 'content-type': 'application/x' } },
+      415
+    ],
+    ['a body that is too large', { bodyLimit: 10 }, { payload: { a: 'x'.repeat(20) } }, 413]
+  ]
+  for (const [name, options, request, status] of cases) {
+    t.test(name, async (t) => {
+      const store = new CountingStore()
+      const app = await build(t, { store })
+      let runs = 0
+      app.post('/', { ...options, ...config() } as never, async () => ++runs)
+      t.equal((await app.inject({ ...keyed, ...request })).statusCode, status)
+      t.same([store.completed, store.released, runs], [0, 1, 0])
+      t.equal(await app.idempotency.get('k'), null)
+    })
+  }
+})
+
+t.test('a reply larger than maxReplySize leaves a tombstone', async (t) => {
+  const app = await build(t, { maxReplySize: 10 })
+  let runs = 0
+  app.post('/string', config(), async () => `${++runs}`.repeat(11))
+  app.post('/euro', config(), async () => {
+    runs++
+    return '€€€€'
+  })
+  app.post('/exact', config(), async () => {
+    runs++
+    return '0123456789'
+  })
+  for (const url of ['/string', '/euro']) {
+    runs = 0
+    const request = { ...keyed, url, headers: { 'idempotency-key': url } }
+    t.equal((await app.inject(request)).statusCode, 200)
+    const second = await app.inject(request)
+    t.same([second.statusCode, codeOf(second), runs], [409, 'FST_IDEMPOTENCY_NOT_REPLAYABLE', 1])
+  }
+  const exact = { ...keyed, url: '/exact', headers: { 'idempotency-key': 'exact' } }
+  await app.inject(exact)
+  t.equal((await app.inject(exact)).headers[REPLAYED], 'true')
+})
+
+t.test('a hijacked reply leaves a tombstone', async (t) => {
+  const handlers: Record<string, (request: FastifyRequest, reply: FastifyReply) => unknown> = {
+    hijack: async (_request, reply) => {
+      reply.hijack()
+      reply.raw.end('raw')
+    },
+    'hijack, ended later': (_request, reply) => {
+      reply.hijack()
+      setImmediate(() => reply.raw.end('raw'))
+    },
+    'raw end without hijack': async (_request, reply) => {
+      reply.raw.end('raw')
+      return reply
+    }
+  }
+  for (const [name, handler] of Object.entries(handlers)) {
+    t.test(name, async (t) => {
+      const app = await build(t)
+      let runs = 0
+      app.post('/', config(), (request, reply) => {
+        runs++
+        return handler(request, reply) as never
+      })
+      const port = await listen(app)
+      t.equal((await post(port, { key: 'k' })).text, 'raw')
+      await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+      const second = await post(port, { key: 'k' })
+      t.same([second.status, codeOf(second), runs], [409, 'FST_IDEMPOTENCY_NOT_REPLAYABLE', 1])
+    })
+  }
+})
+
+t.test('a client that leaves while the handler runs changes nothing: the reply is stored', async (t) => {
+  const kinds: Record<string, (reply: FastifyReply) => unknown> = {
+    'an async handler that returns a value': async () => 'done',
+    'an async handler that sends and returns nothing': async (reply) => void reply.code(201).send('done'),
+    'an async handler that returns reply.send()': async (reply) => reply.send('done'),
+    'a handler that fails with a final error': async () => {
+      throw Object.assign(new Error('done'), { statusCode: 404 })
+    }
+  }
+  for (const [name, finish] of Object.entries(kinds)) {
+    for (const body of [undefined, '{"a":1}']) {
+      t.test(`${name}, ${body === undefined ? 'without' : 'with'} a body`, async (t) => {
+        const app = await build(t)
+        const [entered, leave, closed] = [latch(), latch(), latch()]
+        let runs = 0
+        app.post('/', config(), async (_request, reply) => {
+          runs++
+          reply.raw.on('close', () => closed.open())
+          entered.open()
+          await leave.promise
+          return finish(reply)
+        })
+        const port = await listen(app)
+        const client = start(port, { key: 'k', ...(body === undefined ? {} : { body }) })
+        await entered.promise
+        client.hangUp()
+        await closed.promise
+        leave.open()
+        await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+        const retry = await post(port, { key: 'k', ...(body === undefined ? {} : { body }) })
+        t.match(retry.text, /done/)
+        t.same([retry.headers[REPLAYED], runs], ['true', 1])
+      })
+    }
+  }
+  t.test('an async handler that returns undefined, as for a 204', async (t) => {
+    const app = await build(t)
+    const [entered, leave, closed] = [latch(), latch(), latch()]
+    app.post('/', config(), async (_request, reply) => {
+      reply.raw.on('close', () => closed.open())
+      entered.open()
+      await leave.promise
+      reply.code(204)
+    })
+    const port = await listen(app)
+    const client = start(port, { key: 'k', body: '{}' })
+    await entered.promise
+    client.hangUp()
+    await closed.promise
+    leave.open()
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+    const retry = await post(port, { key: 'k', body: '{}' })
+    t.same([retry.status, retry.headers[REPLAYED]], [204, 'true'])
+  })
+  t.test('a handler that replies from a callback', async (t) => {
+    const app = await build(t)
+    const [entered, closed] = [latch<() => void>(), latch()]
+    app.post('/', config(), (_request, reply) => {
+      reply.raw.on('close', () => closed.open())
+      entered.open(() => void reply.send('done'))
+    })
+    const port = await listen(app)
+    const client = start(port, { key: 'k', body: '{}' })
+    const answer = await entered.promise
+    client.hangUp()
+    await closed.promise
+    t.equal((await app.idempotency.get('k'))?.state, 'running')
+    answer()
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+    t.equal((await post(port, { key: 'k', body: '{}' })).text, 'done')
+  })
+})
+
+t.test('a client that leaves before the handler gives the key back, and no handler runs', async (t) => {
+  for (const body of [undefined, '{"a":1}']) {
+    for (const phase of ['onRequest', 'preHandler'] as const) {
+      t.test(`in ${phase}, ${body === undefined ? 'without' : 'with'} a body`, async (t) => {
+        const store = new CountingStore()
+        const [entered, leave, closed] = [latch(), latch(), latch()]
+        const acquire = store.acquire.bind(store)
+        if (phase === 'onRequest') {
+          store.acquire = async (...args) => {
+            entered.open()
+            await leave.promise
+            return acquire(...args)
+          }
+        }
+        const app = await build(t, { store })
+        let runs = 0
+        app.post(
+          '/',
+          {
+            ...config(),
+            onRequest: async (_request: FastifyRequest, reply: FastifyReply) => {
+              reply.raw.on('close', () => closed.open())
+            },
+            preHandler: async () => {
+              entered.open()
+              await leave.promise
+            }
+          },
+          async () => ++runs
+        )
+        const port = await listen(app)
+        const client = start(port, { key: 'k', ...(body === undefined ? {} : { body }) })
+        await entered.promise
+        client.hangUp()
+        await closed.promise
+        leave.open()
+        await until(() => store.released === 1)
+        t.equal(await app.idempotency.get('k'), null)
+        t.equal((await post(port, { key: 'k', ...(body === undefined ? {} : { body }) })).text, '1')
+      })
+    }
+  }
+})
+
+t.test("Fastify's handlerTimeout answers 503, and the claim is kept until the handler settles", async (t) => {
+  const endings: [
+    name: string,
+    end: (reply: FastifyReply) => unknown,
+    then: { status: number; text?: RegExp; code?: string; runs: number }
+  ][] = [
+    ['a value is stored', () => ({ late: true }), { status: 200, text: /{"late":true}/, runs: 1 }],
+    [
+      'with the status that it has set',
+      (reply) => {
+        reply.code(201).header('location', '/1')
+        return 'late'
+      },
+      { status: 201, text: /late/, runs: 1 }
+    ],
+    [
+      'a failure that is not final is released',
+      () => {
+        throw new Error('late')
+      },
+      { status: 200, text: /again/, runs: 2 }
+    ],
+    [
+      'a final failure is stored',
+      () => {
+        throw Object.assign(new Error('late'), { statusCode: 409, code: 'MINE' })
+      },
+      { status: 409, code: 'MINE', runs: 1 }
+    ],
+    [
+      'a reply that Fastify dropped leaves a tombstone',
+      (reply) => void reply.send('late'),
+      { status: 409, code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', runs: 1 }
+    ]
+  ]
+  for (const [name, end, then] of endings) {
+    t.test(name, async (t) => {
+      const app = await build(t)
+      const leave = latch()
+      let runs = 0
+      app.post('/', { ...config(), handlerTimeout: 20 }, async (_request, reply) => {
+        if (++runs > 1) return 'again'
+        await leave.promise
+        return end(reply)
+      })
+      t.equal((await app.inject(keyed)).statusCode, 503)
+      const meanwhile = await app.inject(keyed)
+      t.same([meanwhile.statusCode, codeOf(meanwhile)], [409, 'FST_IDEMPOTENCY_IN_PROGRESS'])
+      leave.open()
+      await until(async () => (await app.idempotency.get('k'))?.state !== 'running')
+      const retry = await app.inject(keyed)
+      t.equal(retry.statusCode, then.status)
+      if (then.text) t.match(retry.body, then.text)
+      if (then.code) t.equal(codeOf(retry), then.code)
+      t.equal(runs, then.runs)
+    })
+  }
+})
+
+t.test('a handler that runs five times as long as its lease runs once', async (t) => {
+  const app = await build(t)
+  const leave = latch()
+  let runs = 0
+  app.post('/', config({ lease: 60 }), async () => {
+    runs++
+    await leave.promise
+    return 'done'
+  })
+  const first = inject(app, keyed)
+  const end = performance.now() + 300
+  while (performance.now() < end) {
+    t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+    await sleep(20)
+  }
+  leave.open()
+  t.equal((await first).body, 'done')
+  t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+  t.equal(runs, 1)
+})
+
+t.test('a claim whose owner died is run again after its lease, and the rerun sees attempt 2', async (t) => {
+  const store = new MemoryStore()
+  const dead = await build(t, { store })
+  dead.post('/', config({ lease: 60 }), () => new Promise(() => {}))
+  void inject(dead, keyed).catch(() => {})
+  await until(async () => (await dead.idempotency.get('k'))?.state === 'running')
+
+  // Another process, which shares nothing with the first one but the data; the first renews no more.
+  const shared = withoutRenewal(store)
+  const app = await build(t, { store: shared.store })
+  app.post('/', config({ lease: 60 }), async (request) => request.idempotency?.attempt)
+  shared.die()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'abandoned')
+  t.equal((await app.inject(keyed)).body, '2')
+})
+
+t.test(
+  "with onAbandoned 'reject' the retry of a dead owner's request is told that the outcome is not known",
+  async (t) => {
+    const store = new MemoryStore()
+    const app = await build(t, { store, onAbandoned: 'reject' })
+    let runs = 0
+    app.post('/', config({ lease: 60 }), async () => ++runs)
+    const shared = withoutRenewal(store)
+    const dead = await build(t, { store: shared.store })
+    dead.post('/', config({ lease: 60 }), () => new Promise(() => {}))
+    shared.die()
+    void inject(dead, keyed).catch(() => {})
+    await until(async () => (await app.idempotency.get('k'))?.state === 'abandoned')
+    const retry = await app.inject(keyed)
+    t.same([retry.statusCode, codeOf(retry), runs], [409, 'FST_IDEMPOTENCY_ABANDONED', 0])
+  }
+)
+
+/** The same data, as another process sees it; after `die` nothing is renewed through it any more. */
+function withoutRenewal(store: MemoryStore) {
+  let dead = false
+  return {
+    die: () => {
+      dead = true
+      store.renew = async () => true
+    },
+    store: {
+      acquire: (...args) => store.acquire(...args),
+      renew: (...args) => (dead ? Promise.resolve(true) : store.renew(...args)),
+      complete: (...args) => store.complete(...args),
+      release: (...args) => store.release(...args),
+      get: (key) => store.get(key)
+    } satisfies IdempotencyStore
+  }
+}
+
+t.test('a lost claim aborts the signal; the late reply goes to its own client, and overwrites nothing', async (t) => {
+  const store = new MemoryStore()
+  const app = await build(t, { store })
+  const [entered, leave] = [latch<AbortSignal>(), latch()]
+  let runs = 0
+  app.post('/', config({ lease: 60 }), async (request) => {
+    if (++runs > 1) return 'new owner'
+    entered.open(request.idempotency?.signal as AbortSignal)
+    await leave.promise
+    return 'late'
+  })
+  const late = inject(app, keyed)
+  const signal = await entered.promise
+  t.equal(signal.aborted, false)
+  t.equal(await app.idempotency.delete('k'), true)
+  t.equal((await app.inject(keyed)).body, 'new owner')
+  await until(() => signal.aborted)
+  leave.open()
+  t.equal((await late).body, 'late')
+  t.equal((await app.inject(keyed)).body, 'new owner')
+})
+
+t.test('callNotFound: the 404 is the reply of the handler, and is stored', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', config(), (_request, reply) => {
+    runs++
+    reply.callNotFound()
+  })
+  const first = await app.inject(keyed)
+  const second = await app.inject(keyed)
+  t.same([second.statusCode, second.body, second.headers[REPLAYED], runs], [404, first.body, 'true', 1])
+})
+
+t.test('a reply that cannot be serialised is released with its 500', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', config(), async () => (++runs === 1 ? { n: 1n } : { n: 1 }))
+  t.equal((await app.inject(keyed)).statusCode, 500)
+  t.same((await app.inject(keyed)).json(), { n: 1 })
+})
+
+t.test('an onSend hook that fails behind the stored reply does not undo it: the retry is a replay', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  let broken = true
+  app.post(
+    '/',
+    {
+      ...config(),
+      onSend: async () => {
+        if (broken) throw new Error('broken')
+      }
+    },
+    async () => ++runs
+  )
+  t.equal((await app.inject(keyed)).statusCode, 500)
+  broken = false
+  const retry = await app.inject(keyed)
+  t.same([retry.body, retry.headers[REPLAYED], runs], ['1', 'true', 1])
+})
+
+t.test('a handler that sends without returning, and then returns or throws, sends once', async (t) => {
+  const handlers: Record<string, (request: FastifyRequest, reply: FastifyReply) => unknown> = {
+    'async, returns nothing': async (_request, reply) => void reply.code(201).header('x-a', '1').send('sent'),
+    'async, returns something else': async (_request, reply) => {
+      reply.code(201).header('x-a', '1').send('sent')
+      return 'returned'
+    },
+    'async, throws': async (_request, reply) => {
+      reply.code(201).header('x-a', '1').send('sent')
+      throw new Error('afterwards')
+    },
+    'sync, returns something else': (_request, reply) => {
+      reply.code(201).header('x-a', '1').send('sent')
+      return 'returned'
+    },
+    'sync, throws': (_request, reply) => {
+      reply.code(201).header('x-a', '1').send('sent')
+      throw new Error('afterwards')
+    },
+    'sends twice': (_request, reply) => {
+      reply.code(201).header('x-a', '1').send('sent')
+      reply.send('again')
+    },
+    'sends, and an error behind it': (_request, reply) => {
+      reply.code(201).header('x-a', '1').send('sent')
+      reply.send(new Error('again'))
+    }
+  }
+  for (const [name, handler] of Object.entries(handlers)) {
+    t.test(name, async (t) => {
+      const store = new CountingStore()
+      const complete = store.complete.bind(store)
+      store.complete = async (...args) => {
+        await sleep(10)
+        return complete(...args)
+      }
+      const app = await build(t, { store })
+      app.post('/', config(), handler as never)
+      const port = await listen(app)
+      const first = await post(port, { key: 'k' })
+      t.same([first.status, first.text, first.headers['x-a'], first.headers[REPLAYED]], [201, 'sent', '1', undefined])
+      const second = await post(port, { key: 'k' })
+      t.same([second.status, second.text, second.headers['x-a'], second.headers[REPLAYED]], [201, 'sent', '1', 'true'])
+      t.equal(store.completed, 1)
+    })
+  }
+})
+
+t.test('a thenable that is not a promise does its work once', async (t) => {
+  const app = await build(t)
+  let work = 0
+  app.post('/', config(), () => ({
+    // biome-ignore lint/suspicious/noThenProperty: this is the point of the test
+    then(resolve: (value: unknown) => void) {
+      work++
+      resolve({ work })
+    }
+  }))
+  t.same((await app.inject(keyed)).json(), { work: 1 })
+  t.equal(work, 1)
+})
+
+t.test('a retry that is sent on receipt of the reply is a replay, never a 409', async (t) => {
+  const store = new MemoryStore()
+  const complete = store.complete.bind(store)
+  store.complete = async (...args) => {
+    await sleep(15)
+    return complete(...args)
+  }
+  const app = await build(t, { store })
+  app.post('/', config(), async () => 'x')
+  const port = await listen(app)
+  for (let i = 0; i < 5; i++) {
+    await post(port, { key: `${i}` })
+    t.equal((await post(port, { key: `${i}` })).headers[REPLAYED], 'true')
+  }
+})
