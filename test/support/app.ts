@@ -41,7 +41,7 @@ export async function listen(app: FastifyInstance): Promise<number> {
   return (app.server.address() as AddressInfo).port
 }
 
-/** Starts a request over a real socket. The promise rejects when the reply breaks off. */
+/** Starts a request over a real socket, and leaves its response to be read. */
 export function start(port: number, { path = '/', method = 'POST', key, body, headers = {} }: Post = {}) {
   const request = http.request({
     host: '127.0.0.1',
@@ -55,25 +55,22 @@ export function start(port: number, { path = '/', method = 'POST', key, body, he
       ...headers
     }
   })
-  const reply = new Promise<Reply>((resolve, reject) => {
+  const response = new Promise<http.IncomingMessage>((resolve, reject) => {
     request.on('error', reject)
-    request.on('response', (response) => {
-      const chunks: Buffer[] = []
-      response.on('data', (chunk) => chunks.push(chunk))
-      response.on('error', reject)
-      response.on('end', () => {
-        const bytes = Buffer.concat(chunks)
-        resolve({ status: response.statusCode ?? 0, headers: response.headers, body: bytes, text: bytes.toString() })
-      })
-    })
+    request.on('response', resolve)
   })
-  reply.catch(() => {})
+  response.catch(() => {})
   request.end(body)
-  return { request, reply, hangUp: () => request.destroy() }
+  return { response, hangUp: () => request.destroy() }
 }
 
-export function post(port: number, options: Post = {}): Promise<Reply> {
-  return start(port, options).reply
+/** A whole exchange. Rejects when the reply breaks off. */
+export async function post(port: number, options: Post = {}): Promise<Reply> {
+  const response = await start(port, options).response
+  const chunks: Buffer[] = []
+  for await (const chunk of response) chunks.push(chunk)
+  const body = Buffer.concat(chunks)
+  return { status: response.statusCode ?? 0, headers: response.headers, body, text: body.toString() }
 }
 
 /** `app.inject`, begun at once: by itself it waits until somebody awaits it. */

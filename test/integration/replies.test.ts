@@ -1,0 +1,429 @@
+import { createReadStream, readFileSync } from 'node:fs'
+import { PassThrough, Readable } from 'node:stream'
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import t from 'tap'
+import type { IdempotencyOptions } from '../../index.js'
+import { build, codeOf, listen, post, REPLAYED, type Reply, start } from '../support/app.js'
+import { latch, until } from '../support/latch.js'
+
+/* What is stored of a reply, and what a replay looks like. */
+
+type Handler = (request: FastifyRequest, reply: FastifyReply) => unknown
+
+const file = new URL(import.meta.url)
+const everyByte = Buffer.from(Array.from({ length: 256 }, (_, byte) => byte))
+const web = (...chunks: (string | Uint8Array)[]) =>
+  new ReadableStream({
+    start(controller) {
+      for (const chunk of chunks)
+        controller.enqueue(typeof chunk === 'string' ? new TextEncoder().encode(chunk) : chunk)
+      controller.close()
+    }
+  })
+
+const payloads: Record<string, Handler> = {
+  'an object': async () => ({ a: 1, b: ['ä', null] }),
+  'a string': async () => 'text €',
+  'an empty string': async () => '',
+  null: async () => null,
+  'a number': async () => 42,
+  'no payload': async (_request, reply) => reply.send(),
+  'undefined of an async handler': async () => undefined,
+  'a 204': async (_request, reply) => reply.code(204).send(),
+  'a 204 with an object': async (_request, reply) => reply.code(204).send({ a: 1 }),
+  'a 304': async (_request, reply) => reply.code(304).send(),
+  'a redirect': async (_request, reply) => reply.redirect('/elsewhere', 303),
+  'a Buffer': async () => everyByte,
+  'a Buffer with a type': async (_request, reply) => reply.type('image/png').send(everyByte),
+  'a Uint8Array': async () => new Uint8Array(everyByte),
+  'a Uint16Array with an offset': async () => new Uint16Array(everyByte.buffer, everyByte.byteOffset + 2, 10),
+  'a DataView': async () => new DataView(everyByte.buffer, everyByte.byteOffset, 7),
+  'JSON as a string': async (_request, reply) => reply.type('application/json').send('{"a":1}'),
+  'a custom serializer': async (_request, reply) => reply.serializer(() => 'custom').send({ a: 1 }),
+  'a custom serializer to bytes': async (_request, reply) => reply.serializer(() => everyByte as never).send({ a: 1 }),
+  'HTML with a status': async (_request, reply) => reply.code(202).type('text/html').send('<p>'),
+  'a callback-style handler': (_request, reply) => void setImmediate(() => reply.send({ late: true })),
+  'a sync handler that returns': () => ({ sync: true }),
+  'a Node stream': async () => Readable.from([Buffer.from('one '), Buffer.from('two')]),
+  'a Node stream of strings': async () => Readable.from(['ä ', '€'], { objectMode: false, encoding: 'utf8' }),
+  'an empty Node stream': async () => Readable.from([]),
+  'a file': async (_request, reply) => reply.type('text/javascript').send(createReadStream(file)),
+  'a stream with a content-length': async (_request, reply) =>
+    reply.header('content-length', 7).send(Readable.from([Buffer.from('one '), Buffer.from('two')])),
+  'a stream with a 204': async (_request, reply) => reply.code(204).send(Readable.from([Buffer.from('nothing')])),
+  'a web stream': async () => web('one ', everyByte),
+  'a Response': async () => new Response('hello', { status: 202, headers: { 'x-a': '1', 'content-type': 'text/x' } }),
+  'a Response without a body': async () => new Response(null, { status: 201, headers: { 'x-a': '1' } }),
+  'a Response with a stream': async () => new Response(web('one ', 'two')),
+  'many headers': async (_request, reply) =>
+    reply
+      .headers({ location: '/1', etag: '"v1"', 'x-number': 7, 'cache-control': 'no-store' })
+      .header('x-list', ['a', 'b'])
+      .send('x')
+}
+
+/** What has to be equal, in a first reply and its replay. */
+function essence({ status, headers, body }: Reply) {
+  const { date: _, connection: _c, 'keep-alive': _k, 'transfer-encoding': _t, 'content-length': _l, ...kept } = headers
+  const { [REPLAYED]: _r, ...rest } = kept
+  return { status, headers: rest, body: body.toString('latin1') }
+}
+
+t.test('every kind of payload replays byte for byte, with its status and headers', async (t) => {
+  for (const [name, handler] of Object.entries(payloads)) {
+    t.test(name, async (t) => {
+      const app = await build(t)
+      let runs = 0
+      app.post('/', { config: { idempotency: true } }, (request, reply) => {
+        runs++
+        return handler(request, reply) as never
+      })
+      app.post('/bare', (request, reply) => handler(request, reply) as never)
+      const port = await listen(app)
+      const bare = await post(port, { path: '/bare' })
+      const first = await post(port, { key: 'k' })
+      t.same(essence(first), essence(bare), 'the first reply is what it would be without the plugin')
+      t.equal(first.headers['content-length'], bare.headers['content-length'])
+      t.equal(first.headers[REPLAYED], undefined)
+      for (let i = 0; i < 2; i++) {
+        const replay = await post(port, { key: 'k' })
+        t.same(essence(replay), essence(first))
+        t.equal(replay.headers[REPLAYED], 'true')
+        if (replay.headers['content-length'] !== undefined) {
+          t.equal(replay.headers['content-length'], String(first.body.length))
+        }
+      }
+      t.equal(runs, 1)
+    })
+  }
+})
+
+t.test('a file that is read as a stream is the file', async (t) => {
+  const app = await build(t)
+  app.post('/', { config: { idempotency: true } }, async () => createReadStream(file))
+  const port = await listen(app)
+  await post(port, { key: 'k' })
+  t.ok((await post(port, { key: 'k' })).body.equals(readFileSync(file)))
+})
+
+t.test('the filter of a response schema holds for the replay', async (t) => {
+  const app = await build(t)
+  const schema = { response: { 200: { type: 'object', properties: { open: { type: 'string' } } } } }
+  app.post('/', { schema, config: { idempotency: true } }, async () => ({ open: 'yes', secret: 'no' }))
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  await app.inject(request)
+  const replay = await app.inject(request)
+  t.same(replay.json(), { open: 'yes' })
+  t.notMatch((await app.idempotency.get('k'))?.state === 'completed' && replay.body, /secret/)
+})
+
+t.test(
+  'headers that were there before the handler are fresh on a replay, those of the handler are stored',
+  async (t) => {
+    const app = await build(t)
+    let count = 0
+    app.addHook('onRequest', async (_request, reply) => {
+      reply.headers({ 'x-request': String(++count), 'x-changed': 'before', 'x-list': ['a'] })
+    })
+    app.post('/', { config: { idempotency: true } }, async (_request, reply) =>
+      reply.headers({ 'x-changed': 'by the handler', location: '/1' }).send('x')
+    )
+    const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+    await app.inject(request)
+    const { headers } = await app.inject(request)
+    t.match(headers, { 'x-request': '2', 'x-changed': 'by the handler', location: '/1', 'x-list': ['a'] })
+  }
+)
+
+t.test('headers of one connection, client or moment are never stored', async (t) => {
+  const app = await build(t, { excludeHeaders: ['X-Mine'] })
+  const never = {
+    'set-cookie': ['a=1', 'b=2'],
+    'keep-alive': 'timeout=5',
+    'www-authenticate': 'Basic',
+    'proxy-authenticate': 'Basic',
+    'proxy-anything': 'x',
+    upgrade: 'h2c',
+    date: 'Thu, 01 Jan 1970 00:00:00 GMT',
+    'x-mine': 'x'
+  }
+  app.post('/', { config: { idempotency: true } }, async (_request, reply) =>
+    reply.headers({ ...never, 'x-kept': '1' }).send('x')
+  )
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  t.match((await app.inject(request)).headers, { 'set-cookie': ['a=1', 'b=2'], 'x-mine': 'x' })
+  const found = await app.idempotency.get('k')
+  t.ok(found?.state === 'completed' && found.record.kind === 'reply')
+  if (found?.state === 'completed' && found.record.kind === 'reply') {
+    t.same(found.record.headers.map(([name]) => name).sort(), ['content-type', 'x-kept'])
+  }
+  const replay = await app.inject(request)
+  for (const name of Object.keys(never)) if (name !== 'date') t.equal(replay.headers[name], undefined, name)
+  t.not(replay.headers.date, never.date)
+})
+
+t.test('the replay header is configurable, and set on replays only', async (t) => {
+  for (const [replayHeader, expected] of [
+    ['X-Replay', 'x-replay'],
+    [false, undefined]
+  ] as const) {
+    const app = await build(t, { replayHeader })
+    app.post('/', { config: { idempotency: true } }, async (_request, reply) =>
+      // As a proxy would, that passes on another service's headers.
+      reply.header('x-replay', 'upstream').send('x')
+    )
+    const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+    await app.inject(request)
+    const { headers } = await app.inject(request)
+    t.equal(headers[REPLAYED], undefined)
+    t.equal(headers['x-replay'], expected === undefined ? 'upstream' : 'true')
+  }
+})
+
+t.test("the instance's onSend hooks are part of the stored reply, and do not work on it twice", async (t) => {
+  const app = await build(t)
+  let calls = 0
+  app.addHook('onSend', async (_request, reply, payload) => {
+    reply.header('x-calls', ++calls)
+    return `<${payload}>`
+  })
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  t.equal((await app.inject(request)).body, '<x>')
+  const replay = await app.inject(request)
+  t.same([replay.body, replay.headers['x-calls']], ['<x>', '1'])
+})
+
+t.test("the route's own onSend hooks come after storing, and work on replays anew", async (t) => {
+  const app = await build(t)
+  let calls = 0
+  const onSend = async (_request: FastifyRequest, _reply: FastifyReply, payload: unknown) => `${payload}${++calls}`
+  app.post('/', { onSend, config: { idempotency: true } }, async () => 'x')
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  t.equal((await app.inject(request)).body, 'x1')
+  t.equal((await app.inject(request)).body, 'x2')
+})
+
+t.test('what a handler does to its Buffer after sending it does not reach the replay', async (t) => {
+  const app = await build(t)
+  app.post('/', { config: { idempotency: true } }, async (_request, reply) => {
+    const buffer = Buffer.from('before')
+    reply.raw.on('close', () => buffer.fill('x'))
+    return reply.send(buffer)
+  })
+  const port = await listen(app)
+  await post(port, { key: 'k' })
+  t.equal((await post(port, { key: 'k' })).text, 'before')
+})
+
+/* Streams */
+
+const streamed = (options: IdempotencyOptions = {}) => ({ config: { idempotency: { ...options } } })
+const chunksOf = async (client: ReturnType<typeof start>): Promise<AsyncIterator<Buffer>> =>
+  (await client.response)[Symbol.asyncIterator]()
+
+t.test('a stream is passed on as it comes, and only its end is held back until it is stored', async (t) => {
+  const app = await build(t)
+  const stream = new PassThrough()
+  const stored = latch()
+  const complete = app.idempotency.store.complete.bind(app.idempotency.store)
+  app.idempotency.store.complete = async (...args) => {
+    await stored.promise
+    return complete(...args)
+  }
+  app.post('/', streamed(), async (_request, reply) => reply.type('text/event-stream').send(stream))
+  const port = await listen(app)
+  const client = start(port, { key: 'k' })
+  stream.write('one')
+  const chunks = await chunksOf(client)
+  t.equal(String((await chunks.next()).value), 'one')
+  stream.write('two')
+  t.equal(String((await chunks.next()).value), 'two')
+  stream.end()
+  const end = chunks.next()
+  const early = await Promise.race([end.then(() => 'ended'), new Promise((resolve) => setTimeout(resolve, 30, 'held'))])
+  t.equal(early, 'held')
+  stored.open()
+  t.equal((await end).done, true)
+  t.equal((await post(port, { key: 'k' })).text, 'onetwo')
+})
+
+t.test('the chunk that completes the content-length is held back until the reply is stored', async (t) => {
+  const app = await build(t)
+  const stream = new PassThrough()
+  const stored = latch()
+  const complete = app.idempotency.store.complete.bind(app.idempotency.store)
+  app.idempotency.store.complete = async (...args) => {
+    await stored.promise
+    return complete(...args)
+  }
+  app.post('/', streamed(), async (_request, reply) => reply.header('content-length', 6).send(stream))
+  const port = await listen(app)
+  const client = start(port, { key: 'k' })
+  stream.write('one')
+  const chunks = await chunksOf(client)
+  t.equal(String((await chunks.next()).value), 'one')
+  stream.write('two')
+  const last = chunks.next()
+  const early = await Promise.race([last.then(() => 'came'), new Promise((resolve) => setTimeout(resolve, 30, 'held'))])
+  t.equal(early, 'held')
+  stored.open()
+  t.equal(String((await last).value), 'two')
+  t.equal((await post(port, { key: 'k' })).text, 'onetwo')
+  stream.end()
+})
+
+t.test('a stream that is larger than maxReplySize reaches its client whole, and leaves a tombstone', async (t) => {
+  const app = await build(t, { maxReplySize: 1000 })
+  app.post('/', streamed(), async () => Readable.from(Array.from({ length: 50 }, () => Buffer.alloc(1000, 'x'))))
+  const port = await listen(app)
+  t.equal((await post(port, { key: 'k' })).body.length, 50_000)
+  const retry = await post(port, { key: 'k' })
+  t.same([retry.status, codeOf(retry)], [409, 'FST_IDEMPOTENCY_NOT_REPLAYABLE'])
+})
+
+t.test('a stream that fails half-way leaves a tombstone', async (t) => {
+  for (const kind of ['node', 'web'] as const) {
+    const app = await build(t)
+    const node = new PassThrough()
+    const payload = kind === 'node' ? node : Readable.toWeb(node)
+    app.post('/', streamed(), async (_request, reply) => reply.send(payload))
+    const port = await listen(app)
+    const client = start(port, { key: 'k' })
+    node.write('half')
+    const chunks = await chunksOf(client)
+    await chunks.next()
+    node.destroy(new Error('broken'))
+    await t.rejects(chunks.next(), { code: 'ECONNRESET' })
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+    t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+  }
+})
+
+t.test(
+  'a stream that fails before its first byte is a 500 that is not final, even where every status is',
+  async (t) => {
+    for (const kind of ['node', 'web'] as const) {
+      const app = await build(t, { shouldStore: () => true })
+      let runs = 0
+      app.post('/', streamed(), async () => {
+        if (++runs > 1) return 'fine'
+        const node = new PassThrough()
+        setImmediate(() => node.destroy(new Error('broken')))
+        return kind === 'node' ? node : Readable.toWeb(node)
+      })
+      const port = await listen(app)
+      t.equal((await post(port, { key: 'k' })).status, 500)
+      t.equal((await post(port, { key: 'k' })).text, 'fine')
+    }
+  }
+)
+
+t.test('a stream whose status is not final is passed on, and the key released at its end', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', streamed(), async (_request, reply) => reply.code(503).send(Readable.from([Buffer.from(`${++runs}`)])))
+  const port = await listen(app)
+  t.equal((await post(port, { key: 'k' })).text, '1')
+  t.equal((await post(port, { key: 'k' })).text, '2')
+})
+
+t.test('when the client leaves in the middle of a stream, the rest is read and stored', async (t) => {
+  const app = await build(t)
+  const stream = new PassThrough()
+  const closed = latch()
+  app.post('/', streamed(), async (_request, reply) => {
+    reply.raw.on('close', () => closed.open())
+    return reply.send(stream)
+  })
+  const port = await listen(app)
+  const client = start(port, { key: 'k' })
+  stream.write('one')
+  await (await chunksOf(client)).next()
+  client.hangUp()
+  await closed.promise
+  stream.write('two')
+  stream.end()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal((await post(port, { key: 'k' })).text, 'onetwo')
+})
+
+t.test('when the client leaves before the handler returns its stream, it is read and stored', async (t) => {
+  const app = await build(t)
+  const [entered, closed] = [latch(), latch()]
+  app.post('/', streamed(), async (_request, reply) => {
+    reply.raw.on('close', () => closed.open())
+    entered.open()
+    await closed.promise
+    return reply.send(Readable.from([Buffer.from('one'), Buffer.from('two')]))
+  })
+  const port = await listen(app)
+  const client = start(port, { key: 'k', body: '{}' })
+  await entered.promise
+  client.hangUp()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal((await post(port, { key: 'k', body: '{}' })).text, 'onetwo')
+})
+
+t.test('when the client leaves a stream that is too large to keep, the rest is not read', async (t) => {
+  const app = await build(t, { maxReplySize: 10 })
+  const stream = new PassThrough()
+  app.post('/', streamed(), async (_request, reply) => reply.send(stream))
+  const port = await listen(app)
+  const client = start(port, { key: 'k' })
+  stream.write('one')
+  await (await chunksOf(client)).next()
+  client.hangUp()
+  const end = setInterval(() => stream.write('more'), 5)
+  t.teardown(() => clearInterval(end))
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  await until(() => stream.destroyed)
+  clearInterval(end)
+  t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+})
+
+t.test('an event stream that its client leaves becomes a tombstone at once', async (t) => {
+  const app = await build(t)
+  const stream = new PassThrough()
+  app.post('/', streamed(), async (_request, reply) => reply.type('text/event-stream').send(stream))
+  const port = await listen(app)
+  const client = start(port, { key: 'k' })
+  stream.write('data: 1\n\n')
+  await (await chunksOf(client)).next()
+  client.hangUp()
+  await until(() => stream.destroyed)
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+})
+
+t.test('a stream behind which an onSend hook fails is stored, and its retry is a replay', async (t) => {
+  const app = await build(t)
+  let broken = true
+  let runs = 0
+  const onSend = async () => {
+    if (broken) throw new Error('broken')
+  }
+  app.post('/', { ...streamed(), onSend }, async () => {
+    runs++
+    return Readable.from([Buffer.from('one'), Buffer.from('two')])
+  })
+  const port = await listen(app)
+  t.equal((await post(port, { key: 'k' })).status, 500)
+  broken = false
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal((await post(port, { key: 'k' })).text, 'onetwo')
+  t.equal(runs, 1)
+})
+
+t.test("a Response's cookies reach its client once, and no other", async (t) => {
+  const app = await build(t)
+  app.post('/', streamed(), async () => {
+    const response = new Response('x')
+    response.headers.append('set-cookie', 'a=1')
+    response.headers.append('set-cookie', 'b=2')
+    return response
+  })
+  const port = await listen(app)
+  t.same((await post(port, { key: 'k' })).headers['set-cookie'], ['a=1', 'b=2'])
+  t.equal((await post(port, { key: 'k' })).headers['set-cookie'], undefined)
+})
