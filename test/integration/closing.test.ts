@@ -1,0 +1,114 @@
+import Fastify from 'fastify'
+import t from 'tap'
+import idempotency, { type IdempotencyStore, MemoryStore } from '../../index.js'
+import { build, codeOf, inject, listen, post, REPLAYED } from '../support/app.js'
+import { latch, until } from '../support/latch.js'
+
+const keyed = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+
+/** The memory, and when it was let go. */
+class ClosableStore extends MemoryStore {
+  closed = 0
+  completedWhileOpen = 0
+  override async complete(...args: Parameters<IdempotencyStore['complete']>) {
+    if (this.closed === 0) this.completedWhileOpen++
+    return super.complete(...args)
+  }
+  override async close() {
+    this.closed++
+    await super.close()
+  }
+}
+
+for (const forceCloseConnections of [false, true] as const) {
+  t.test(`close waits for running claims to be stored, forceCloseConnections ${forceCloseConnections}`, async (t) => {
+    const store = new ClosableStore()
+    const app = await build(t, { store }, { forceCloseConnections })
+    const [entered, leave] = [latch(), latch()]
+    app.post('/', { config: { idempotency: true } }, async () => {
+      entered.open()
+      await leave.promise
+      return 'done'
+    })
+    const port = await listen(app)
+    const first = post(port, { key: 'k', body: '{}' }).catch(() => null)
+    await entered.promise
+    const closing = app.close()
+    setTimeout(leave.open, 30)
+    await closing
+    await first
+    t.same([store.completedWhileOpen, store.closed], [1, 1])
+    const next = await build(t, { store })
+    next.post('/', { config: { idempotency: true } }, async () => 'again')
+    t.equal((await next.inject({ ...keyed, payload: {} })).body, 'done')
+  })
+}
+
+t.test('close waits for one lease at most', async (t) => {
+  const store = new ClosableStore()
+  const app = await build(t, { store, lease: 60 })
+  app.post('/', { config: { idempotency: true } }, () => new Promise(() => {}))
+  inject(app, keyed).catch(() => {})
+  await until(async () => (await app.idempotency.get('k'))?.state === 'running')
+  await app.close()
+  t.equal(store.closed, 1)
+})
+
+t.test('close waits for the background retries of a failed completion', async (t) => {
+  const store = new ClosableStore()
+  const app = await build(t, { store, storeTimeout: 20 })
+  app.post('/', { config: { idempotency: true } }, async () => 'done')
+  const complete = store.complete.bind(store)
+  let failures = 0
+  store.complete = (...args) => (++failures < 3 ? Promise.reject(new Error('down')) : complete(...args))
+  t.equal((await app.inject(keyed)).body, 'done')
+  await app.close()
+  t.same([store.completedWhileOpen, store.closed], [1, 1])
+})
+
+t.test('waiting duplicates get their 409 when the server closes', async (t) => {
+  const app = await build(t, { onConflict: 'wait' })
+  const [entered, leave] = [latch(), latch()]
+  app.post('/', { config: { idempotency: true } }, async () => {
+    entered.open()
+    await leave.promise
+    return 'done'
+  })
+  const port = await listen(app)
+  const first = post(port, { key: 'k' })
+  await entered.promise
+  const requests: unknown[] = []
+  app.server.on('request', (request) => requests.push(request))
+  const duplicate = post(port, { key: 'k' })
+  await until(() => requests.length === 1)
+  const closing = app.close()
+  t.equal(codeOf(await duplicate), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  leave.open()
+  t.equal((await first).text, 'done')
+  await closing
+})
+
+t.test('a store that two registrations share is closed by the last one', async (t) => {
+  const store = new ClosableStore()
+  const [one, two] = [Fastify(), Fastify()]
+  for (const app of [one, two]) {
+    await app.register(idempotency, { store })
+    app.post('/', { config: { idempotency: { store } } }, async () => 'x')
+    await app.ready()
+  }
+  await one.close()
+  t.equal(store.closed, 0)
+  await two.inject(keyed)
+  t.equal((await two.inject(keyed)).headers[REPLAYED], 'true')
+  await two.close()
+  t.equal(store.closed, 1)
+})
+
+t.test("a route's own store is closed too", async (t) => {
+  const own = new ClosableStore()
+  const app = await build(t)
+  app.post('/', { config: { idempotency: { store: own } } }, async () => 'x')
+  await app.ready()
+  await app.close()
+  t.equal(own.closed, 1)
+})

@@ -1,0 +1,354 @@
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
+import t from 'tap'
+import { type IdempotencyEvent, type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
+import { storageKey } from '../../lib/key.js'
+import { build, codeOf, inject, REPLAYED } from '../support/app.js'
+import { latch, until } from '../support/latch.js'
+
+/* The plugin's own errors, a store that fails, and what can be seen from outside. */
+
+const keyed = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+
+/** A store over the memory whose methods can be made to fail. */
+function breakable() {
+  const memory = new MemoryStore()
+  const failing: Partial<Record<'acquire' | 'renew' | 'complete' | 'release', () => Promise<never>>> = {}
+  const store: IdempotencyStore = {
+    acquire: (...args) => failing.acquire?.() ?? memory.acquire(...args),
+    renew: (...args) => failing.renew?.() ?? memory.renew(...args),
+    complete: (...args) => failing.complete?.() ?? memory.complete(...args),
+    release: (...args) => failing.release?.() ?? memory.release(...args),
+    get: (key) => memory.get(key)
+  }
+  return { memory, store, failing }
+}
+
+const failures: Record<string, () => Promise<never>> = {
+  'by rejecting': () => Promise.reject(new Error('down')),
+  'by throwing': () => {
+    throw new Error('down')
+  },
+  'by never answering': () => new Promise(() => {})
+}
+
+for (const [how, fail] of Object.entries(failures)) {
+  t.test(`a store that fails at the claim, ${how}: 503 with Retry-After, and no handler`, async (t) => {
+    const { store, failing } = breakable()
+    const app = await build(t, { store, storeTimeout: 20 })
+    let runs = 0
+    app.post('/', { config: { idempotency: true } }, async () => ++runs)
+    failing.acquire = fail
+    const refused = await app.inject(keyed)
+    t.same([refused.statusCode, codeOf(refused), runs], [503, 'FST_IDEMPOTENCY_STORE_UNAVAILABLE', 0])
+    t.match(refused.headers['retry-after'], /^[1-9]\d*$/)
+    delete failing.acquire
+    t.equal((await app.inject(keyed)).body, '1')
+  })
+
+  t.test(`onStoreError 'bypass' runs the handler unprotected when the store fails ${how}`, async (t) => {
+    const { store, failing } = breakable()
+    const app = await build(t, { store, storeTimeout: 20, onStoreError: 'bypass' })
+    let runs = 0
+    app.post('/', { config: { idempotency: true } }, async (request) => [++runs, request.idempotency?.attempt])
+    failing.acquire = fail
+    t.same((await app.inject(keyed)).json(), [1, 0])
+    t.same((await app.inject(keyed)).json(), [2, 0])
+  })
+
+  t.test(`a store that fails at completion, ${how}: the client gets its reply, and no retry runs`, async (t) => {
+    const { store, failing } = breakable()
+    const app = await build(t, { store, storeTimeout: 20, lease: 60 })
+    let runs = 0
+    app.post('/', { config: { idempotency: true } }, async (_request, reply) => reply.code(201).send({ run: ++runs }))
+    failing.complete = fail
+    const first = await app.inject(keyed)
+    t.same([first.statusCode, first.json()], [201, { run: 1 }])
+    t.equal((await app.inject(keyed)).headers[REPLAYED], 'true', 'this process still knows the reply')
+    const elsewhere = await build(t, { store: { ...store } })
+    elsewhere.post('/', { config: { idempotency: true } }, async () => ++runs)
+    t.equal(codeOf(await elsewhere.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+    delete failing.complete
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+    t.equal((await elsewhere.inject(keyed)).headers[REPLAYED], 'true')
+    t.equal(runs, 1)
+  })
+
+  t.test(
+    `a store that fails at a release, ${how}: the client gets its reply, and the key comes free later`,
+    async (t) => {
+      const { store, failing } = breakable()
+      const app = await build(t, { store, storeTimeout: 20 })
+      let runs = 0
+      app.post('/', { config: { idempotency: true } }, async (_request, reply) => reply.code(500).send({ run: ++runs }))
+      failing.release = fail
+      t.equal((await app.inject(keyed)).statusCode, 500)
+      delete failing.release
+      await until(async () => (await app.idempotency.get('k')) === null)
+      t.same((await app.inject(keyed)).json(), { run: 2 })
+    }
+  )
+}
+
+t.test('a claim that was written although its answer came too late is given back', async (t) => {
+  const memory = new MemoryStore()
+  const answer = latch()
+  const acquire = memory.acquire.bind(memory)
+  memory.acquire = async (...args) => {
+    const found = await acquire(...args)
+    await answer.promise
+    return found
+  }
+  const app = await build(t, { store: memory, storeTimeout: 20 })
+  app.post('/', { config: { idempotency: true } }, async (request) => request.idempotency?.attempt)
+  t.equal((await app.inject(keyed)).statusCode, 503)
+  t.equal((await app.idempotency.get('k'))?.state, 'running')
+  answer.open()
+  await until(async () => (await app.idempotency.get('k')) === null)
+  t.equal((await app.inject(keyed)).body, '1')
+})
+
+t.test('renewals that fail for a while do not lose the claim', async (t) => {
+  const { store, failing } = breakable()
+  const app = await build(t, { store, lease: 90 })
+  const leave = latch()
+  let tried = 0
+  failing.renew = () => {
+    tried++
+    return Promise.reject(new Error('down'))
+  }
+  app.post('/', { config: { idempotency: true } }, async (request) => {
+    await leave.promise
+    return request.idempotency?.signal.aborted
+  })
+  const first = inject(app, keyed)
+  await until(() => tried >= 2)
+  delete failing.renew
+  leave.open()
+  t.equal((await first).body, 'false')
+  t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+})
+
+t.test('a store that has lost its data gets the claim anew, and then the reply', async (t) => {
+  const memory = new MemoryStore()
+  const app = await build(t, { store: memory, lease: 60 })
+  const leave = latch()
+  let signal: AbortSignal | undefined
+  app.post('/', { config: { idempotency: true } }, async (request) => {
+    signal = request.idempotency?.signal
+    await leave.promise
+    return 'done'
+  })
+  const first = inject(app, keyed)
+  await until(() => signal !== undefined)
+  await memory.delete(storageKey(null, 'k'))
+  await until(async () => (await app.idempotency.get('k'))?.state === 'running')
+  leave.open()
+  t.equal((await first).body, 'done')
+  t.equal(signal?.aborted, false)
+  t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+})
+
+t.test("the plugin's own replies are never stored, nor do they touch the claim", async (t) => {
+  const memory = new MemoryStore()
+  const written: string[] = []
+  for (const name of ['complete', 'release'] as const) {
+    const method = memory[name].bind(memory) as (...args: unknown[]) => Promise<boolean>
+    memory[name] = (...args: unknown[]) => {
+      written.push(name)
+      return method(...args)
+    }
+  }
+  const app = await build(t, { store: memory, required: true, shouldStore: () => true })
+  const [entered, leave] = [latch(), latch()]
+  app.post('/', { config: { idempotency: true } }, async () => {
+    entered.open()
+    await leave.promise
+    return 'x'
+  })
+  const first = inject(app, keyed)
+  await entered.promise
+  t.equal((await app.inject(keyed)).statusCode, 409)
+  t.equal((await app.inject({ ...keyed, url: '/?other' })).statusCode, 422)
+  t.equal((await app.inject({ ...keyed, headers: { 'idempotency-key': '' } })).statusCode, 422)
+  t.equal((await app.inject({ ...keyed, headers: {} })).statusCode, 400)
+  t.same(written, [])
+  leave.open()
+  await first
+  await app.inject(keyed)
+  await app.inject({ ...keyed, payload: { other: true } })
+  t.same(written, ['complete'])
+})
+
+t.test('errors go through setErrorHandler, with their headers on the reply already', async (t) => {
+  const app = await build(t, { required: true, problemDetails: true, documentationUrl: 'https://example.com/errors' })
+  app.setErrorHandler((error: FastifyError, _request, reply) =>
+    reply.code(error.statusCode ?? 500).send({ mine: error.code, message: error.message })
+  )
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  const refused = await app.inject({ method: 'POST', url: '/' })
+  t.equal(refused.statusCode, 400)
+  t.match(refused.json(), { mine: 'FST_IDEMPOTENCY_KEY_MISSING' })
+  t.match(refused.headers, {
+    'content-type': /^application\/json/,
+    link: '<https://example.com/errors>; rel="describedby"'
+  })
+})
+
+t.test('problemDetails sends the errors as application/problem+json, whatever schema the route has', async (t) => {
+  const schema = { response: { '4xx': { type: 'object', properties: { message: { type: 'string' } } } } }
+  for (const documentationUrl of [undefined, 'https://example.com/errors']) {
+    const options: IdempotencyOptions = { problemDetails: true, ...(documentationUrl ? { documentationUrl } : {}) }
+    const app = await build(t, options)
+    app.post('/', { schema, config: { idempotency: { required: true } } }, async () => 'x')
+    app.post('/boom', { config: { idempotency: true } }, async () => Promise.reject(new Error('mine')))
+    const refused = await app.inject({ method: 'POST', url: '/' })
+    t.equal(refused.headers['content-type'], 'application/problem+json')
+    t.equal(refused.headers['content-length'], String(Buffer.byteLength(refused.body)))
+    const { detail, ...rest } = refused.json()
+    t.match(detail, /idempotency-key/)
+    t.same(rest, {
+      type: documentationUrl ?? 'about:blank',
+      title: 'Bad Request',
+      status: 400,
+      code: 'FST_IDEMPOTENCY_KEY_MISSING'
+    })
+    const other = await app.inject({ ...keyed, url: '/boom' })
+    t.match(other.headers['content-type'], /^application\/json/, "the application's own errors are left alone")
+  }
+})
+
+t.test('the key is in no message and no log line', async (t) => {
+  const lines: string[] = []
+  const memory = new MemoryStore()
+  const secret = 'very-secret-key'
+  const app = await build(
+    t,
+    { store: memory, problemDetails: true },
+    { logger: { level: 'trace', stream: { write: (line: string) => lines.push(line) } } }
+  )
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  const request = { ...keyed, headers: { 'idempotency-key': secret } }
+  const replies = [
+    await app.inject(request),
+    await app.inject(request),
+    await app.inject({ ...request, payload: {} }),
+    await app.inject({ ...keyed, headers: { 'idempotency-key': `${secret},b` } }),
+    await app.inject({ ...keyed, headers: { 'idempotency-key': `"${secret}` } })
+  ]
+  memory.acquire = () => Promise.reject(new Error('down'))
+  replies.push(await app.inject(request))
+  for (const reply of replies) t.notMatch(reply.body, secret)
+  t.ok(lines.some((line) => line.includes('idempotency acquired')))
+  t.notMatch(lines.join('\n'), secret)
+  const levelOf = (text: string) => JSON.parse(lines.find((line) => line.includes(text)) ?? '{}').level
+  t.equal(levelOf('idempotency replayed'), 20)
+  t.equal(levelOf('idempotency store failed'), 50)
+})
+
+t.test('every event is on its diagnostics channel, with the hashed key', async (t) => {
+  const names =
+    'acquired replayed conflict mismatch stored released tombstoned takeover lease-lost store-error bypassed'
+  const seen: [string, IdempotencyEvent][] = []
+  for (const name of names.split(' ')) {
+    const listener = (message: unknown) => seen.push([name, message as IdempotencyEvent])
+    subscribe(`fastify-idempotency:${name}`, listener)
+    t.teardown(() => unsubscribe(`fastify-idempotency:${name}`, listener))
+  }
+  const { memory, store, failing } = breakable()
+  const app = await build(t, { store, maxReplySize: 5 })
+  const hold = latch()
+  app.post('/do/:what', { config: { idempotency: { onStoreError: 'bypass', lease: 50 } } }, async (request, reply) => {
+    const { what } = request.params as { what: string }
+    if (what === 'fail') return reply.code(500).send()
+    if (what === 'hold') await hold.promise
+    return what === 'large' ? 'too large' : 'x'
+  })
+  const send = (what: string, payload = {}) =>
+    inject(app, { method: 'POST', url: `/do/${what}`, headers: { 'idempotency-key': what }, payload })
+  const events = () => seen.splice(0).map(([name]) => name)
+
+  await send('run')
+  t.same(events(), ['acquired', 'stored'])
+  await send('run')
+  t.same(events(), ['replayed'])
+  await send('run', { other: true })
+  t.same(events(), ['mismatch'])
+  await send('fail')
+  t.same(events(), ['acquired', 'released'])
+  await send('large')
+  t.same(events(), ['acquired', 'tombstoned'])
+  failing.acquire = () => Promise.reject(new Error('down'))
+  await send('run')
+  const [failed] = seen
+  t.match(failed?.[1].error, { message: 'down' })
+  t.same(events(), ['store-error', 'bypassed'])
+  delete failing.acquire
+  const holding = send('hold')
+  await until(() => seen.length === 1)
+  const [first] = seen
+  t.match(first?.[1], { key: storageKey(null, 'hold'), route: '/do/:what', attempt: 1 })
+  t.equal(first?.[1].request.url, '/do/hold')
+  await send('hold')
+  t.same(events(), ['acquired', 'conflict'])
+  await memory.delete(storageKey(null, 'hold'))
+  await memory.acquire(storageKey(null, 'hold'), {
+    token: 'other',
+    fingerprint: '',
+    leaseMs: 60_000,
+    retainMs: 1,
+    takeover: false
+  })
+  await until(() => seen.length === 1)
+  t.same(events(), ['lease-lost'])
+  hold.open()
+  await holding
+  t.same(events(), [])
+  await memory.acquire(storageKey(null, 'again'), {
+    token: 'dead',
+    fingerprint: '',
+    leaseMs: 1,
+    retainMs: 60_000,
+    takeover: false
+  })
+  await until(async () => (await memory.get(storageKey(null, 'again')))?.state === 'abandoned')
+  await send('again')
+  t.same(events(), ['acquired', 'takeover', 'stored'])
+})
+
+t.test('hiddenInput makes a field with a new key, and needs a field to be configured', async (t) => {
+  const app = await build(t, { field: 'a"b' })
+  const [one, two] = [app.idempotency.hiddenInput(), app.idempotency.hiddenInput()]
+  t.match(one, /^<input type="hidden" name="a&quot;b" value="[0-9a-f-]{36}">$/)
+  t.not(one, two)
+  const bare = await build(t)
+  t.throws(() => bare.idempotency.hiddenInput(), { code: 'FST_IDEMPOTENCY_INVALID_OPTION' })
+  t.match(bare.idempotency.generateKey(), /^[0-9a-f-]{36}$/)
+})
+
+t.test('app.idempotency.get and delete say so when the store cannot', async (t) => {
+  const { acquire, renew, complete, release } = breakable().store
+  const app = await build(t, { store: { acquire, renew, complete, release } })
+  await t.rejects(app.idempotency.get('k'), /no get/)
+  await t.rejects(app.idempotency.delete('k'), /no delete/)
+})
+
+t.test('a form that is submitted twice makes one order', async (t) => {
+  const app = await build(t, { field: '__idempotent_key', header: 'X-Idempotent-Key', onConflict: 'wait' })
+  await app.register(import('@fastify/formbody'))
+  let orders = 0
+  const order = async (_request: FastifyRequest, reply: FastifyReply) => reply.redirect(`/orders/${++orders}`, 303)
+  app.post('/orders', { config: { idempotency: { required: true } } }, order)
+  const key = /value="(.*)"/.exec(app.idempotency.hiddenInput())?.[1]
+  const submit = () =>
+    inject(app, {
+      method: 'POST',
+      url: '/orders',
+      headers: { 'content-type': 'application/x-www-form-urlencoded' },
+      payload: `item=book&__idempotent_key=${key}`
+    })
+  const [one, two] = await Promise.all([submit(), submit()])
+  t.same([one.statusCode, one.headers.location], [303, '/orders/1'])
+  t.same([two.statusCode, two.headers.location], [303, '/orders/1'])
+  t.equal(orders, 1)
+})
