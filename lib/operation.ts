@@ -229,7 +229,6 @@ export class Operation implements Subject, Waiter, Renewable {
           if (!this.policy.reruns) throw this.#conflict(new Abandoned())
           if (!final && knowsPayload(theirs) && !knowsPayload(this.fingerprint)) return this.#postpone(found)
           found = await this.#acquire(true)
-          if (found.state === 'acquired' && found.attempt > 1) publish('takeover', this)
       }
     }
   }
@@ -246,7 +245,8 @@ export class Operation implements Subject, Waiter, Renewable {
     this.#store.live.set(this.storageKey, this)
     keepAlive(this)
     publish('acquired', this)
-    this.#log('acquired')
+    if (attempt > 1) publish('takeover', this)
+    this.#log(attempt > 1 ? 'taken over' : 'acquired')
     if (!this.#gone) return 'run'
     await this.release()
     return 'gone'

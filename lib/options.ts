@@ -120,7 +120,7 @@ const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
   }
 }
 
-const REGISTRATION_RULES: Record<keyof IdempotencyOptions, Rule> = {
+export const REGISTRATION_RULES: Record<keyof IdempotencyOptions, Rule> = {
   ...ROUTE_RULES,
   global: BOOLEAN,
   methods: {

@@ -92,12 +92,19 @@ function probe({ server, env }) {
 // An update that could not fetch its lists is an error, not the warning that `install` then says nothing of.
 const quiet = ['-qq', '-o', 'APT::Update::Error-Mode=any']
 
+/** @returns {string[] | null} what to put before a command to run it as root; `null` when that is not allowed */
+function asRoot() {
+  if (process.getuid?.() === 0) return []
+  return run('sudo', ['-n', 'true']).ok ? ['sudo', '-n'] : null
+}
+
 /**
- * Installs Debian's package. Its service may fail to start, or not: only the binary matters.
+ * Installs one of Debian's packages. A service in it may fail to start, or not: only the binary matters.
+ * @param {string} name
  * @param {string[]} prefix `sudo`, or nothing
  * @returns {string} what went wrong, if anything
  */
-function installWithApt(prefix) {
+function installWithApt(name, prefix) {
   const command = [
     ...prefix,
     'env',
@@ -109,7 +116,7 @@ function installWithApt(prefix) {
   ]
   const apt = (/** @type {string[]} */ ...args) => run(command[0] ?? '', [...command.slice(1), ...args])
   const update = apt('update')
-  const install = apt('install', '-y', '--no-install-recommends', 'redis-server')
+  const install = apt('install', '-y', '--no-install-recommends', name)
   return [update.report, install.report].filter(Boolean).join('\n')
 }
 
@@ -159,10 +166,10 @@ function ensureRedis() {
   const failures = []
   if (ready()) return true
   if (!process.env.REDIS_SERVER && run('apt-get', ['--version']).ok) {
-    const prefix = process.getuid?.() === 0 ? [] : run('sudo', ['-n', 'true']).ok ? ['sudo', '-n'] : null
+    const prefix = asRoot()
     if (prefix) {
       console.log('redis-server is not there: installing it with apt-get')
-      failures.push(installWithApt(prefix))
+      failures.push(installWithApt('redis-server', prefix))
       if (ready()) return true
     }
     console.log('redis-server is not there: unpacking it into .cache/redis')
@@ -178,5 +185,17 @@ function ensureRedis() {
   return false
 }
 
+/** @returns {boolean} whether curl is there, with which the tests send what the example prints */
+function ensureCurl() {
+  if (run('curl', ['--version']).ok) return true
+  const prefix = asRoot()
+  const report = prefix ? installWithApt('curl', prefix) : ''
+  if (run('curl', ['--version']).ok) return true
+  console.error(`${report}\nThe tests need curl. Install it (Debian, Ubuntu: sudo apt-get install curl).`)
+  return false
+}
+
 const [, script] = process.argv
-if (script && realpathSync(script) === import.meta.filename) process.exitCode = ensureRedis() ? 0 : 1
+if (script && realpathSync(script) === import.meta.filename) {
+  process.exitCode = ensureCurl() && ensureRedis() ? 0 : 1
+}

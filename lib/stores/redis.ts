@@ -8,8 +8,8 @@ import { RELEASE_MEMORY_MS } from './released.js'
 /** What a `RedisStore` needs of an ioredis client (`Redis` or `Cluster`). */
 export interface RedisClient {
   pipeline(): unknown
-  evalshaBuffer(...args: never[]): Promise<unknown>
-  evalBuffer(...args: never[]): Promise<unknown>
+  evalsha(...args: never[]): Promise<unknown>
+  eval(...args: never[]): Promise<unknown>
   duplicate(...args: never[]): unknown
 }
 
@@ -53,7 +53,8 @@ export class RedisStore implements IdempotencyStore {
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(client: RedisClient, options: RedisStoreOptions = {}) {
     const methods = ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate'] as const
-    if (!methods.every((method) => typeof (client as RedisClient | undefined)?.[method] === 'function')) {
+    const given = client as Partial<Record<(typeof methods)[number], unknown>> | undefined | null
+    if (!methods.every((method) => typeof given?.[method] === 'function')) {
       throw new InvalidOption('RedisStore takes an ioredis client, such as app.redis of @fastify/redis')
     }
     for (const name of Object.keys(options)) {

@@ -1,0 +1,28 @@
+import { randomUUID } from 'node:crypto'
+import { buildApp } from './app.js'
+
+const { REDIS_URL, PORT = '3000', HOST = '127.0.0.1' } = process.env
+const app = await buildApp(REDIS_URL)
+const url = await app.listen({ host: HOST, port: Number(PORT) })
+
+const curl = (key: string, body: object) =>
+  `curl -i ${url}/charges -H 'content-type: application/json' -H 'idempotency-key: ${key}' -d '${JSON.stringify(body)}'`
+const once = curl(randomUUID(), { amount: 4200, currency: 'EUR' })
+const slow = curl(randomUUID(), { amount: 100, currency: 'EUR', processingMs: 2000 })
+
+console.log(`A payments API, its keys ${REDIS_URL === undefined ? 'in memory' : 'in Redis'}. Paste these into another terminal:
+
+# 1. The first request runs: 201
+${once}
+
+# 2. The same request again does not: the same 201, with idempotent-replayed: true
+${once}
+
+# 3. A duplicate while the first still runs: 409, with retry-after
+${slow} -so /dev/null & sleep 0.5; ${slow}
+
+And a form that survives a double click: ${url}/`)
+
+for (const signal of ['SIGINT', 'SIGTERM'] as const) {
+  process.once(signal, () => void app.close())
+}

@@ -1,0 +1,51 @@
+// Makes a module of every snippet of README.md, under test/readme/snippets, so that it is compiled and run like any test.
+//
+// A snippet is a fenced block of ts or js under a comment `<!-- snippet: name -->`. Its imports stay on top, the rest
+// becomes the function `run(given)`, which returns what the snippet declares. What the snippet uses but does not
+// declare, such as `app`, it gets from `given`.
+
+import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+
+const root = new URL('..', import.meta.url)
+const folder = new URL('test/readme/snippets/', root)
+const readme = readFileSync(new URL('README.md', root), 'utf8')
+
+rmSync(folder, { recursive: true, force: true })
+mkdirSync(folder, { recursive: true })
+
+const blocks = [...readme.matchAll(/(?:<!-- snippet: ([\w-]+) -->\n)?```(ts|js)\n([\s\S]*?)```/g)]
+for (const [, name, language, code = ''] of blocks) {
+  if (name === undefined) throw new Error(`README.md has a snippet without a name:\n${code}`)
+  if (language === 'js') writeFileSync(new URL(`${name}.cts`, folder), commonJsOf(code))
+  else writeFileSync(new URL(`${name}.ts`, folder), moduleOf(code))
+}
+
+/** @param {string} code */
+function moduleOf(code) {
+  const lines = code.split('\n')
+  const imports = lines.filter((line) => line.startsWith('import ')).map(toSource)
+  const body = lines.filter((line) => !line.startsWith('import ') && !line.includes('app.listen(')).join('\n')
+  const declared = [...body.matchAll(/^(?:const|let|class|function|async function) (\w+)/gm)].map(([, name]) => name)
+  const known = new Set([...declared, ...imports.flatMap((line) => line.match(/\w+/g) ?? [])])
+  const needed = ['app', 'idempotency', 'handler', 'verifySession', 'chargeCard'].filter(
+    (name) => !known.has(name) && new RegExp(`(?<!\\.)\\b${name}\\b(?!:)`).test(body)
+  )
+  return `${[...imports, "import type { Given } from '../given.js'"].join('\n')}
+
+export async function run(${needed.length > 0 ? 'given' : '_given'}: Given) {
+${needed.length > 0 ? `const { ${needed.join(', ')} } = given\n` : ''}${body}
+return { ${declared.join(', ')} }
+}
+`
+}
+
+/** @param {string} code */
+function commonJsOf(code) {
+  const lines = code.split('\n').filter((line) => !line.includes('app.listen('))
+  return `// @ts-nocheck\n${lines.map(toSource).join('\n')}\nmodule.exports = { app }\n`
+}
+
+/** @param {string} line */
+function toSource(line) {
+  return line.replace("'fastify-idempotency'", "'../../../index.js'")
+}

@@ -1,0 +1,11 @@
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import type idempotency from '../../index.js'
+
+/** What the snippets of the README use without declaring it. */
+export interface Given {
+  app: FastifyInstance
+  idempotency: typeof idempotency
+  handler: (request: FastifyRequest, reply: FastifyReply) => Promise<unknown>
+  verifySession: (request: FastifyRequest) => Promise<void>
+  chargeCard: (order: { idempotencyKey: string; signal: AbortSignal }) => Promise<object>
+}

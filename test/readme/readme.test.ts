@@ -1,0 +1,230 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { dirname, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import Fastify, { type FastifyInstance } from 'fastify'
+import t from 'tap'
+import idempotency, { type IdempotencyStore } from '../../index.js'
+import { REGISTRATION_RULES } from '../../lib/options.js'
+import { codeOf, inject, REPLAYED } from '../support/app.js'
+import { startRedis } from '../support/redis.js'
+import type { Given } from './given.js'
+
+/* Every snippet of the README does what the README says. */
+
+type Snippet = { run(given: Given): Promise<Record<string, unknown>> }
+
+const here = dirname(fileURLToPath(import.meta.url))
+const tried = new Set<string>()
+let runs = 0
+
+async function snippet(name: string, given: Partial<Given> = {}): Promise<Record<string, unknown>> {
+  tried.add(name)
+  runs = 0
+  const { run } = (await import(`./snippets/${name}.js`)) as Snippet
+  return run({
+    idempotency,
+    handler: async () => ({ run: ++runs }),
+    verifySession: async () => {},
+    chargeCard: async () => ({ run: ++runs }),
+    app: undefined as never,
+    ...given
+  })
+}
+
+async function bare(t: Tap, register = false): Promise<FastifyInstance> {
+  const app = Fastify() as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  if (register) await app.register(idempotency, { field: 'f' })
+  return app
+}
+type Tap = { teardown(fn: () => unknown): void }
+
+async function replays(app: FastifyInstance, url: string, headers: Record<string, string> = {}): Promise<boolean> {
+  const request = { method: 'POST' as const, url, headers: { 'idempotency-key': 'k', ...headers } }
+  const [first, second] = [await app.inject(request), await app.inject(request)]
+  return first.statusCode < 400 && first.body === second.body && second.headers[REPLAYED] === 'true'
+}
+
+t.test('quick-start: the second reply is the first one', async (t) => {
+  const { app } = (await snippet('quick-start')) as { app: FastifyInstance }
+  t.teardown(() => app.close())
+  t.equal(await replays(app, '/charges'), true)
+})
+
+t.test('commonjs: require() gives the plugin', async (t) => {
+  tried.add('commonjs')
+  const { app } = createRequire(import.meta.url)('./snippets/commonjs.cjs') as { app: FastifyInstance }
+  t.teardown(() => app.close())
+  t.equal(await replays(app, '/charges'), true)
+})
+
+t.test('redis: the keys are in Redis', async (t) => {
+  const redis = await startRedis({ port: true })
+  t.teardown(() => redis.close())
+  process.env.REDIS_URL = redis.url
+  const { app } = (await snippet('redis')) as { app: FastifyInstance }
+  t.teardown(() => app.close())
+  t.equal(await replays(app, '/charges', { 'x-account': 'a' }), true)
+  t.equal(codeOf(await app.inject({ method: 'POST', url: '/refunds' })), 'FST_IDEMPOTENCY_KEY_MISSING')
+  const client = await redis.client()
+  t.match(await client.keys('*'), [/^idempotency:/])
+})
+
+t.test('scope and jwt: the caller is the one in the token', async (t) => {
+  for (const name of ['scope', 'jwt']) {
+    const app = await bare(t)
+    if (name === 'scope') await app.register(import('@fastify/jwt'), { secret: 's' })
+    await snippet(name, { app })
+    if (name === 'scope') app.post('/charges', { config: { idempotency: true } }, async () => 'x')
+    const tokens = ['alice', 'bob'].map((sub) => app.jwt.sign({ sub, at: Math.random() }))
+    for (const token of tokens) t.equal(await replays(app, '/charges', { authorization: `Bearer ${token}` }), true)
+    const refreshed = app.jwt.sign({ sub: 'alice', at: 'later' })
+    const again = await app.inject({
+      method: 'POST',
+      url: '/charges',
+      headers: { 'idempotency-key': 'k', authorization: `Bearer ${refreshed}` }
+    })
+    t.equal(again.headers[REPLAYED], 'true')
+    t.not((await app.inject({ method: 'POST', url: '/charges', headers: { 'idempotency-key': 'k' } })).statusCode, 200)
+  }
+})
+
+t.test('handler: the derived key is the same on a retry', async (t) => {
+  const app = await bare(t, true)
+  const keys: string[] = []
+  await snippet('handler', {
+    app,
+    chargeCard: async ({ idempotencyKey }) => {
+      keys.push(idempotencyKey)
+      if (keys.length === 1) throw new Error('network')
+      return {}
+    }
+  })
+  const request = { method: 'POST' as const, url: '/charges', headers: { 'idempotency-key': 'k' } }
+  t.equal((await app.inject(request)).statusCode, 500)
+  t.equal((await app.inject(request)).statusCode, 201)
+  t.same(keys, [keys[0], keys[0]])
+})
+
+t.test('instance: a key can be looked up and forgotten', async (t) => {
+  const app = await bare(t)
+  await app.register(idempotency, { scope: () => 'alice' })
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': '8e03978e' } }
+  await app.inject(request)
+  t.match(await snippet('instance', { app }), { found: { state: 'completed' } })
+  t.equal((await app.inject(request)).headers[REPLAYED], undefined)
+})
+
+t.test('own-store: it keeps its four rules', async (t) => {
+  const app = await bare(t)
+  const { MapStore } = (await snippet('own-store', { app })) as { MapStore: new () => IdempotencyStore }
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  t.equal(await replays(app, '/'), true)
+  const store = new MapStore()
+  const claim = { fingerprint: 'f', leaseMs: 60_000, retainMs: 60_000, takeover: true }
+  t.same(await store.acquire('k', { ...claim, token: 'a' }), { state: 'acquired', attempt: 1 })
+  t.same(await store.acquire('k', { ...claim, token: 'a' }), { state: 'acquired', attempt: 1 })
+  t.match(await store.acquire('k', { ...claim, token: 'b' }), { state: 'running', fingerprint: 'f' })
+  t.same([await store.release('k', 'b'), await store.renew('k', 'b', 1)], [false, false])
+  t.same([await store.renew('k', 'a', 0), await store.renew('k', 'a', 0)], [true, true])
+  const waiting = await store.acquire('k', { ...claim, token: 'b', takeover: false })
+  t.same(waiting, { state: 'abandoned', fingerprint: 'f', attempt: 1 })
+  t.same(await store.acquire('k', { ...claim, token: 'b' }), { state: 'acquired', attempt: 2 })
+  const record = { kind: 'tombstone', reason: 'hijacked', fingerprint: 'f', createdAt: 0 } as const
+  t.equal(await store.complete('k', 'a', record, 1000), false)
+  t.same([await store.release('k', 'b'), await store.release('k', 'b')], [true, true])
+  t.equal(await store.complete('k', 'b', record, 1000), false)
+  t.same(await store.acquire('k', { ...claim, token: 'c' }), { state: 'acquired', attempt: 1 })
+  t.same([await store.complete('k', 'c', record, 1000), await store.complete('k', 'c', record, 1000)], [true, true])
+  t.match(await store.acquire('k', { ...claim, token: 'd' }), { state: 'completed', record })
+})
+
+t.test('auth: a replay leaves only when the session is verified', async (t) => {
+  const app = await bare(t)
+  let allowed = true
+  await snippet('auth', {
+    app,
+    verifySession: async () => {
+      if (!allowed) throw Object.assign(new Error('no'), { statusCode: 401 })
+    }
+  })
+  t.equal(await replays(app, '/charges', { 'x-user': 'alice' }), true)
+  allowed = false
+  const refused = await app.inject({
+    method: 'POST',
+    url: '/charges',
+    headers: { 'idempotency-key': 'k', 'x-user': 'alice' }
+  })
+  t.equal(refused.statusCode, 401)
+})
+
+t.test('forms: a double click goes to the same page', async (t) => {
+  const app = await bare(t)
+  await snippet('forms', { app })
+  const key = /value="([^"]+)"/.exec((await app.inject('/')).body)?.[1]
+  const submit = () =>
+    inject(app, {
+      method: 'POST',
+      url: '/orders',
+      headers: { 'content-type': 'application/x-www-form-urlencoded' },
+      payload: `__idempotent_key=${key}`
+    })
+  const replies = await Promise.all([submit(), submit()])
+  t.same(
+    replies.map((reply) => reply.statusCode),
+    [303, 303]
+  )
+  t.equal(replies.filter((reply) => reply.headers[REPLAYED] === 'true').length, 1)
+})
+
+t.test('webhooks: a delivery is handled once', async (t) => {
+  const app = await bare(t, true)
+  await snippet('webhooks', { app })
+  t.equal(await replays(app, '/webhooks/github', { 'x-github-delivery': 'd' }), true)
+})
+
+t.test('stripe: a 500 is final', async (t) => {
+  const app = await bare(t)
+  await snippet('stripe', { app })
+  app.post('/', { config: { idempotency: true } }, async () => Promise.reject(new Error(String(++runs))))
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  t.equal((await app.inject(request)).body, (await app.inject(request)).body)
+})
+
+t.test('abandoned: the outcome of a dead owner is not known', async (t) => {
+  const app = await bare(t, true)
+  await snippet('abandoned', { app })
+  t.equal(await replays(app, '/payouts'), true)
+})
+
+t.test('cors: scripts of another origin see the mark of a replay', async (t) => {
+  const app = await bare(t)
+  await snippet('cors', { app })
+  app.get('/', async () => 'x')
+  const { headers } = await app.inject({ url: '/', headers: { origin: 'https://example.com' } })
+  t.match(headers['access-control-expose-headers'], /Idempotent-Replayed/)
+})
+
+t.test('events: a subscriber compiles and listens', async () => {
+  await snippet('events')
+})
+
+t.test('no snippet was left out', async (t) => {
+  const all = readdirSync(join(here, 'snippets')).filter((file) => /\.c?js$/.test(file))
+  t.same([...tried].sort(), all.map((file) => file.replace(/\.c?js$/, '')).sort())
+})
+
+t.test('the table of options names every option there is, and no other', async (t) => {
+  const readme = readFileSync(join(here, '../../../README.md'), 'utf8')
+  const table = readme.slice(readme.indexOf('## Options'), readme.indexOf('### In a handler'))
+  const names = [...table.matchAll(/^\| `(\w+)` \|/gm)].map(([, name]) => name)
+  t.same(names.sort(), Object.keys(REGISTRATION_RULES).sort())
+})
+
+t.test('the table of errors names every code there is', async (t) => {
+  const readme = readFileSync(join(here, '../../../README.md'), 'utf8')
+  const codes = new Set(readFileSync(join(here, '../../lib/errors.js'), 'utf8').match(/FST_IDEMPOTENCY_\w+/g))
+  for (const code of codes) t.ok(readme.includes(`\`${code}\``), code)
+})

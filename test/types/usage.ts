@@ -1,0 +1,95 @@
+import redis from '@fastify/redis'
+import Fastify, { type FastifyInstance } from 'fastify'
+import { Cluster, Redis } from 'ioredis'
+import idempotency, {
+  type Acquisition,
+  type IdempotencyOptions,
+  type IdempotencyStore,
+  MemoryStore,
+  idempotency as named,
+  RedisStore,
+  type RequestIdempotency,
+  type StoredRecord
+} from '../../index.js'
+
+/* Compiled, never run: what the types promise. */
+
+export async function usage(): Promise<void> {
+  const app = Fastify()
+  await app.register(redis, { url: 'redis://127.0.0.1' })
+  await app.register(idempotency, { store: new RedisStore(app.redis), scope: (request) => request.ip })
+  await app.register(named, { store: new RedisStore(new Redis(), { keyPrefix: 'x:' }), ttl: null })
+  await app.register(idempotency.idempotency, { store: new RedisStore(new Cluster([])) })
+  await app.register(idempotency.default, { store: new idempotency.MemoryStore({ maxEntries: 1 }) })
+
+  app.post('/charges', { config: { idempotency: true } }, async (request) => {
+    const context: RequestIdempotency | null = request.idempotency
+    const signal: AbortSignal | undefined = request.idempotency?.signal
+    request.idempotency?.discard()
+    // @ts-expect-error: it can be null
+    request.idempotency.attempt
+    // @ts-expect-error: what an attempt is, the plugin says
+    if (context) context.attempt = 2
+    return { attempt: context?.attempt, child: context?.deriveKey('stripe'), signal }
+  })
+  app.post('/refunds', { config: { idempotency: { required: true, ttl: 3_600_000 } } }, async () => 'x')
+  app.post('/own', { config: { idempotency: { getKey: async (request) => request.body as string } } }, async () => 'x')
+  // @ts-expect-error: of the wrong type
+  app.post('/wrong', { config: { idempotency: { ttl: '1h' } } }, async () => 'x')
+  // @ts-expect-error: not an option
+  await app.register(idempotency, { tll: 1 })
+  // @ts-expect-error: not a hook
+  await app.register(idempotency, { hook: 'onSend' })
+  // @ts-expect-error: it has to answer at once
+  await app.register(idempotency, { shouldStore: async () => true })
+
+  const key: string = app.idempotency.generateKey()
+  const input: string = app.idempotency.hiddenInput()
+  const found: Acquisition | null = await app.idempotency.get(key, { scope: input })
+  if (found?.state === 'completed' && found.record.kind === 'reply') {
+    const body: Buffer = found.record.body
+    found.record.statusCode.toFixed(body.length)
+  }
+  // @ts-expect-error: a running claim has no record
+  if (found?.state === 'running') found.record
+  const gone: boolean = await app.idempotency.delete(key)
+  app.log.info({ gone })
+
+  // @ts-expect-error: a client is needed
+  new RedisStore()
+  // @ts-expect-error: not a Redis client
+  new RedisStore({})
+}
+
+/** A store of one's own needs four methods. */
+export class OwnStore implements IdempotencyStore {
+  readonly records = new Map<string, StoredRecord>()
+  async acquire(): Promise<Acquisition> {
+    return { state: 'acquired', attempt: 1 }
+  }
+  async renew(): Promise<boolean> {
+    return true
+  }
+  async complete(key: string, _token: string, record: StoredRecord): Promise<boolean> {
+    this.records.set(key, record)
+    return true
+  }
+  async release(): Promise<boolean> {
+    return true
+  }
+}
+
+export const options: IdempotencyOptions = {
+  store: new OwnStore(),
+  global: true,
+  methods: ['POST'],
+  header: false,
+  field: 'key',
+  keyFormat: /^x/,
+  fingerprint: (request) => Buffer.from(request.url),
+  excludeHeaders: ['x-a'] as const
+}
+
+export function plugins(app: FastifyInstance): void {
+  app.register(idempotency, () => ({ store: new MemoryStore() }))
+}
