@@ -15,7 +15,7 @@ import {
 import { KeyMissing, type Refusal, ScopeFailed } from './errors.js'
 import { payloadOf as hashOf, payloadOfBody } from './fingerprint.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
-import { Operation, type Verdict } from './operation.js'
+import { Operation } from './operation.js'
 import { isFinal, type Policy } from './options.js'
 import { PROBLEM_TYPE, problemOf } from './problem.js'
 import type { Registration } from './registration.js'
@@ -260,7 +260,7 @@ export class Lifecycle {
     throw new KeyMissing(places.filter(Boolean).join(' or ') || 'see the documentation of this service')
   }
 
-  async #claim(request: FastifyRequest, reply: FastifyReply, late: boolean): Promise<unknown> {
+  async #claim(request: FastifyRequest, reply: FastifyReply, late: boolean): Promise<void> {
     const { skip, getKey, hook } = this.#policy
     if (skip !== null && (!late || hook === 'preHandler') && (await skip(request))) {
       request[kExchange] = SKIPPED
@@ -274,7 +274,7 @@ export class Lifecycle {
   }
 
   /** A key has been found: the request becomes an operation. */
-  async #begin(request: FastifyRequest, reply: FastifyReply, raw: unknown): Promise<unknown> {
+  async #begin(request: FastifyRequest, reply: FastifyReply, raw: unknown): Promise<void> {
     const policy = this.#policy
     const key = parseKey(raw, policy)
     // Before the first await: who leaves from here on is noticed.
@@ -289,28 +289,31 @@ export class Lifecycle {
     request.idempotency = new RequestContext(operation)
     if (alreadyClosed) {
       await operation.cancel()
-      return obey('gone', exchange, policy)
+      stop(reply)
+      return
     }
     if (typeof policy.fingerprint === 'function' && policy.hook === 'preHandler') {
       operation.learn(hashOf(await policy.fingerprint(request)))
     } else if (request[kPayload] !== null) {
       operation.learn(request[kPayload])
     }
-    return obey(await operation.claim(), exchange, policy)
+    if ((await operation.claim()) === 'gone') stop(reply)
   }
 
   async #settle(request: FastifyRequest, reply: FastifyReply, early: Exchange | null): Promise<unknown> {
     const { fingerprint } = this.#policy
-    let exchange = early
-    if (exchange === null) {
-      const answered = await this.#claim(request, reply, true)
-      exchange = exchangeOf(request)
-      if (exchange === null || answered !== undefined) return answered
-    }
+    if (early === null) await this.#claim(request, reply, true)
+    const exchange = exchangeOf(request)
+    if (exchange === null) return
     if (typeof fingerprint === 'function' && this.#policy.hook !== 'preHandler') {
       exchange.operation.learn(hashOf(await fingerprint(request)))
     }
-    return obey(await exchange.operation.settle(), exchange, this.#policy)
+    const { operation } = exchange
+    const verdict = await operation.settle()
+    if (verdict === 'gone') stop(reply)
+    if (verdict !== 'replay' || operation.reply === null) return
+    putOn(reply, operation.reply, this.#policy.replayHeader)
+    return reply.send(payloadOf(operation.reply))
   }
 
   async #guarded(request: FastifyRequest, reply: FastifyReply, work: Promise<unknown>): Promise<unknown> {
@@ -359,15 +362,9 @@ export class Lifecycle {
   }
 }
 
-/** Does what the verdict says; the answer is what a hook has to return. */
-function obey(verdict: Verdict, { operation, reply }: Exchange, { replayHeader }: Policy): FastifyReply | undefined {
-  if (verdict === 'replay' && operation.reply !== null) {
-    putOn(reply, operation.reply, replayHeader)
-    return reply.send(payloadOf(operation.reply))
-  }
-  // Nobody is there to answer, and nothing must run: Fastify stops where a reply counts as sent.
-  if (verdict === 'gone') reply.hijack()
-  return undefined
+/** Nobody is there to answer, and nothing must run: Fastify stops where a reply counts as sent. */
+function stop(reply: FastifyReply): void {
+  reply.hijack()
 }
 
 /** Ends the claim while the reply waits, and hands the reply on as it was. */
