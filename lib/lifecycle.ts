@@ -1,6 +1,6 @@
 import { type ServerResponse, STATUS_CODES } from 'node:http'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
-import type { StoredHeader, TombstoneReason } from '../types/index.js'
+import type { StoredHeader, StoredRecord, TombstoneReason } from '../types/index.js'
 import {
   asStream,
   CapturedStream,
@@ -125,13 +125,9 @@ export class Lifecycle {
   /** Last preValidation hook: takes the hash of the payload before validation coerces it, or hooks change it. */
   readonly hashPayload = (request: FastifyRequest, _reply: FastifyReply, done: Done): unknown => {
     if (!this.#covers(request) || !this.#keyInSight(request)) return done()
-    const learn = (payload: string) => {
-      request[kPayload] = payload
-      exchangeOf(request)?.operation.learn(payload)
-    }
     const payload = payloadOfBody(request)
-    if (typeof payload !== 'string') return payload.then(learn)
-    learn(payload)
+    if (typeof payload !== 'string') return payload.then((hash) => learn(request, hash))
+    learn(request, payload)
     return done()
   }
 
@@ -342,7 +338,8 @@ export class Lifecycle {
   async #send(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
     const { operation, reply } = exchange
     if (exchange.timeout !== null) return passTimeout(exchange, exchange.timeout)
-    if (reply.raw.headersSent) return store(exchange, payload, () => bury(operation, 'hijacked'))
+    const { fingerprint } = operation
+    if (reply.raw.headersSent) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
     let body = payload
     if (isResponse(payload)) {
       if (payload.bodyUsed) return payload
@@ -353,13 +350,17 @@ export class Lifecycle {
     }
     const final = isFinalReply(this.#policy, request, reply)
     if (!isBuffered(body) && !hasNoBody(reply.statusCode)) return sendStream(exchange, body, final)
-    if (!final) return store(exchange, body, () => operation.release())
+    if (!final) return finish(exchange, body, null)
     const kept = isBuffered(body) ? body : undefined
-    if (sizeOf(kept) > this.#policy.maxReplySize) return store(exchange, body, () => bury(operation, 'too-large'))
+    if (sizeOf(kept) > this.#policy.maxReplySize) return finish(exchange, body, tombstone(fingerprint, 'too-large'))
     const headers = headersSince(exchange.headersBefore, reply, this.#policy)
-    const record = replyRecord(operation.fingerprint, reply.statusCode, headers, kept)
-    return store(exchange, body, () => operation.complete(record))
+    return finish(exchange, body, replyRecord(fingerprint, reply.statusCode, headers, kept))
   }
+}
+
+function learn(request: FastifyRequest, payload: string): void {
+  request[kPayload] = payload
+  exchangeOf(request)?.operation.learn(payload)
 }
 
 /** Nobody is there to answer, and nothing must run: Fastify stops where a reply counts as sent. */
@@ -367,13 +368,13 @@ function stop(reply: FastifyReply): void {
   reply.hijack()
 }
 
-/** Ends the claim while the reply waits, and hands the reply on as it was. */
-async function store(exchange: Exchange, payload: Payload, end: () => Promise<void>): Promise<Payload> {
-  const { reply } = exchange
+/** Ends the claim, by a record or a release, while the reply waits; and hands the reply on as it was. */
+async function finish(exchange: Exchange, payload: Payload, record: StoredRecord | null): Promise<Payload> {
+  const { operation, reply } = exchange
   const { statusCode } = reply
   const headers = reply.getHeaders()
   exchange.sending = 'storing'
-  await end()
+  await (record === null ? operation.release() : operation.complete(record))
   exchange.sending = 'passed'
   if (exchange.disturbed && !reply.raw.headersSent) {
     reply.code(statusCode)
