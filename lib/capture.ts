@@ -1,5 +1,5 @@
-import { finished, Readable } from 'node:stream'
-import type { ReadableStream as WebReadableStream } from 'node:stream/web'
+import { finished, PassThrough, Readable } from 'node:stream'
+import { ReadableStream, type ReadableStream as WebReadableStream } from 'node:stream/web'
 import type { FastifyReply } from 'fastify'
 import type { StoredHeader, StoredReply, Tombstone, TombstoneReason } from '../types/index.js'
 
@@ -91,8 +91,26 @@ export function isResponse(payload: unknown): payload is Response {
 /** As a Node stream; `null` for what is none, or is in use already, which Fastify reports better than we could. */
 export function asStream(payload: Payload): Readable | null {
   if (typeof payload !== 'object' || payload === null) return null
-  if ('getReader' in payload) return payload.locked ? null : Readable.fromWeb(payload)
-  return 'pipe' in payload ? (payload as Readable) : null
+  if ('getReader' in payload) {
+    if (payload.locked) return null
+    return payload instanceof ReadableStream ? Readable.fromWeb(payload) : Readable.from(chunksOf(payload))
+  }
+  if (!('pipe' in payload)) return null
+  // What cannot be paused is known by its `pipe` only.
+  if ('resume' in payload && 'pause' in payload) return payload as Readable
+  const through = new PassThrough()
+  ;(payload as NodeJS.ReadableStream).on('error', (error) => through.destroy(error))
+  return (payload as NodeJS.ReadableStream).pipe(through)
+}
+
+/** A web stream that is not of this platform. */
+async function* chunksOf(stream: WebReadableStream): AsyncGenerator<unknown> {
+  const reader = stream.getReader()
+  try {
+    for (let next = await reader.read(); !next.done; next = await reader.read()) yield next.value
+  } finally {
+    await reader.cancel()
+  }
 }
 
 /** What becomes of a captured stream. Neither may fail. */
@@ -154,7 +172,7 @@ export class CapturedStream extends Readable {
   }
 
   readonly #take = (chunk: Uint8Array | string) => {
-    const bytes = toBuffer(chunk, this.#source.readableEncoding)
+    const bytes = toBuffer(chunk)
     if (bytes === null) {
       this.#source.destroy(new TypeError('A reply stream must give strings or bytes'))
       return
@@ -206,8 +224,9 @@ export class CapturedStream extends Readable {
   }
 }
 
-function toBuffer(chunk: unknown, encoding: BufferEncoding | null): Buffer | null {
-  if (typeof chunk === 'string') return Buffer.from(chunk, encoding ?? 'utf8')
+/** As the response would write it: strings as UTF-8, whatever they were decoded from. */
+function toBuffer(chunk: unknown): Buffer | null {
+  if (typeof chunk === 'string') return Buffer.from(chunk)
   if (!(chunk instanceof Uint8Array)) return null
   return Buffer.isBuffer(chunk) ? chunk : Buffer.from(chunk.buffer, chunk.byteOffset, chunk.byteLength)
 }

@@ -1,5 +1,5 @@
 /** The longest delay that `setTimeout` takes; a longer one would fire at once. */
-const LONGEST_DELAY = 2 ** 31 - 1
+export const LONGEST_DELAY = 2 ** 31 - 1
 
 /**
  * Any number of deadlines of one length, on one timer. What is added first is due first, so adding, removing
@@ -46,15 +46,20 @@ export class Deadlines<T> {
   readonly #ring = () => setImmediate(this.#sweep)
 
   readonly #sweep = () => {
-    this.#timer = null
     const now = performance.now()
+    const expired: T[] = []
+    let next = 0
     for (const [item, due] of this.#due) {
       if (due > now) {
-        this.#arm(due - now)
-        return
+        next = due - now
+        break
       }
+      expired.push(item)
       this.#due.delete(item)
-      this.#expire(item)
     }
+    // The timer is settled before anybody is told, because who is told may add again.
+    this.#timer = null
+    if (next > 0) this.#arm(next)
+    for (const item of expired) this.#expire(item)
   }
 }

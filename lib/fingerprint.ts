@@ -1,5 +1,6 @@
 import { hash } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
+import { InvalidOption } from './errors.js'
 
 /**
  * A fingerprint is `<head>.<payload>`: two hashes, of which the second may be missing while the payload is not
@@ -33,11 +34,14 @@ export function knowsPayload(fingerprint: string): boolean {
   return fingerprint !== '' && !fingerprint.endsWith(SEPARATOR)
 }
 
-/** The hash of what a user's function made of a request; empty for an empty result. */
+/**
+ * The hash of what a user's function made of a request; empty for an empty result.
+ * @throws FST_IDEMPOTENCY_INVALID_OPTION for anything else, which would compare nothing and not say so.
+ */
 export function payloadOf(result: unknown): string {
   if (typeof result === 'string') return result === '' ? '' : digest(result)
   if (isBytes(result)) return result.byteLength === 0 ? '' : digest(bytes(result))
-  return ''
+  throw new InvalidOption(`option "fingerprint" must return a string or a Buffer, got ${typeof result}`)
 }
 
 /**
@@ -55,8 +59,17 @@ export function payloadOfBody(request: FastifyRequest): string | Promise<string>
   if (isBytes(body)) return digest(bytes(body))
   if (typeof body !== 'object') return digest(canonicalJson(body))
   if ('pipe' in body || 'getReader' in body) return ''
-  if (isMultipart(request)) return multipart(body)
-  return digest(canonicalJson(body))
+  return isMultipart(request) ? multipart(body) : byValue(body)
+}
+
+/** Empty where a part of the value does not show what is in it. */
+function byValue(value: unknown): string {
+  try {
+    return digest(canonicalJson(value))
+  } catch (error) {
+    if (error === OPAQUE) return ''
+    throw error
+  }
 }
 
 function digest(data: string | Uint8Array): string {
@@ -90,6 +103,7 @@ interface Part {
   value?: unknown
   filename?: string
   mimetype?: string
+  file?: { bytesRead: number }
   toBuffer?: () => Promise<Buffer>
 }
 
@@ -106,15 +120,17 @@ async function multipart(body: object): Promise<string> {
     return ''
   }
   fields.sort(([a], [b]) => (a < b ? -1 : a > b ? 1 : 0))
-  return digest(canonicalJson(fields))
+  return byValue(fields)
 }
 
 async function contentOf(part: unknown): Promise<unknown> {
   if (typeof part !== 'object' || part === null || isBytes(part)) return part
-  const { type, value, filename, mimetype, toBuffer } = part as Part
+  const { type, value, filename, mimetype, file, toBuffer } = part as Part
   if (type === 'field') return value
   if (typeof toBuffer !== 'function') return part
-  return [filename, mimetype, await toBuffer.call(part)]
+  const content = await toBuffer.call(part)
+  if (content.length === 0 && file !== undefined && file.bytesRead > 0) throw new Error('The file was read by others')
+  return [filename, mimetype, content]
 }
 
 /** One level of nesting that is being written. */
@@ -129,6 +145,9 @@ interface Level {
 
 /** Below this depth nobody pays for looking out for cycles. */
 const SUSPICIOUS_DEPTH = 64
+
+/** Thrown where a value hides what is in it: two of them can be equal to the eye, and not be the same. */
+const OPAQUE = Symbol('opaque')
 
 /**
  * JSON with the members of every object in order. Without recursion, because the depth of a body is the
@@ -173,6 +192,7 @@ function scalarJson(value: unknown): string | null {
     case 'object':
       if (value === null) return 'null'
       if (isBytes(value)) return `#${digest(bytes(value))}`
+      if (value instanceof ArrayBuffer) return `#${digest(new Uint8Array(value))}`
       if (value instanceof Date) return `@${value.getTime()}`
       return null
     case 'bigint':
@@ -184,13 +204,20 @@ function scalarJson(value: unknown): string | null {
 
 function open(value: object): Level {
   if (Array.isArray(value)) return { value, close: ']', names: null, items: value, next: 0 }
-  if (value instanceof Map || value instanceof Set) {
-    return { value, close: ']', names: null, items: [...value], next: 0 }
+  // Map, Set, URLSearchParams, FormData.
+  if (Symbol.iterator in value) {
+    return { value, close: ']', names: null, items: [...(value as Iterable<unknown>)], next: 0 }
   }
   const names = Object.keys(value)
+  if (names.length === 0 && !isPlain(value)) throw OPAQUE
   if (!inOrder(names)) names.sort()
   const members = value as Record<string, unknown>
   return { value, close: '}', names, items: names.map((name) => members[name]), next: 0 }
+}
+
+function isPlain(value: object): boolean {
+  const prototype = Object.getPrototypeOf(value)
+  return prototype === null || Object.getPrototypeOf(prototype) === null
 }
 
 function inOrder(names: readonly string[]): boolean {

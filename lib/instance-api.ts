@@ -1,6 +1,7 @@
 import type { Acquisition, IdempotencyStore, InstanceIdempotency, OperationSelector } from '../types/index.js'
 import { InvalidOption } from './errors.js'
 import { generateKey, storageKey } from './key.js'
+import { StoreInUse } from './store-in-use.js'
 
 /** `app.idempotency`. */
 export class InstanceApi implements InstanceIdempotency {
@@ -25,13 +26,20 @@ export class InstanceApi implements InstanceIdempotency {
 
   async get(key: string, { scope }: OperationSelector = {}): Promise<Acquisition | null> {
     if (this.store.get === undefined) throw new Error('This idempotency store has no get()')
-    return this.store.get(storageKey(scope ?? null, key))
+    return this.store.get(operationKey(key, scope))
   }
 
   async delete(key: string, { scope }: OperationSelector = {}): Promise<boolean> {
     if (this.store.delete === undefined) throw new Error('This idempotency store has no delete()')
-    return this.store.delete(storageKey(scope ?? null, key))
+    const stored = operationKey(key, scope)
+    StoreInUse.of(this.store).live.get(stored)?.forget()
+    return this.store.delete(stored)
   }
+}
+
+/** A `scope` option may have given a number. */
+function operationKey(key: string, scope: unknown): string {
+  return storageKey(scope === undefined ? null : String(scope), key)
 }
 
 function escapeAttribute(value: string): string {

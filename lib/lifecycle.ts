@@ -51,7 +51,7 @@ const NO_HEADERS = Object.freeze({}) as Headers
 class Exchange {
   readonly operation: Operation
   readonly reply: FastifyReply
-  /** The headers that were on the reply when the handler started. */
+  /** The headers that were on the reply when the handler started, or the replay. */
   headersBefore: Headers = NO_HEADERS
   /** `detached`: the handler has returned without a promise, and replies from a callback, if ever. */
   handler: 'waiting' | 'started' | 'detached' | 'settled' = 'waiting'
@@ -59,7 +59,7 @@ class Exchange {
   sending: 'no' | 'storing' | 'passed' = 'no'
   /** Was there another attempt to send while the first was being stored? */
   disturbed = false
-  /** Has onError been there since the handler started? */
+  /** Has an error come up? */
   failed = false
   clientGone = false
   stream: CapturedStream | null = null
@@ -145,15 +145,15 @@ export class Lifecycle {
 
   /** In the handler's place: starts the operation, and sees how the handler ends. */
   wrap(handler: Handler): RouteHandlerMethod {
+    const refuse = this.#refuse.bind(this)
     return function idempotent(this: FastifyInstance, request: FastifyRequest, reply: FastifyReply): unknown {
       const exchange = exchangeOf(request)
       if (exchange === null || exchange.operation.phase === 'unprotected') return handler.call(this, request, reply)
-      if (exchange.operation.phase !== 'held') {
-        // The client has left, and the key has been given back: nobody protects this run.
-        reply.hijack()
-        return
+      try {
+        if (!exchange.operation.start()) return stop(reply)
+      } catch (error) {
+        throw refuse(request, reply, error)
       }
-      exchange.operation.start()
       exchange.handler = 'started'
       exchange.headersBefore = snapshot(reply)
       let result: unknown
@@ -177,10 +177,10 @@ export class Lifecycle {
 
   /** First onSend hook of the route, behind the instance's: stores the reply before it leaves. */
   readonly onSend = (request: FastifyRequest, reply: FastifyReply, payload: Payload, done: Done): unknown => {
-    const { problemDetails, documentationUrl, replayHeader } = this.#policy
+    const { documentationUrl, replayHeader } = this.#policy
     const refusal = request[kRefusal]
-    // Only Fastify's own error handler has set the length by now: a custom one decides for itself.
-    if (refusal !== null && problemDetails && reply.hasHeader('content-length')) {
+    // Fastify's own error handler has answered, with this very error; a custom one decides for itself.
+    if (refusal !== null && answered.has(refusal) && isAnswer(reply, refusal)) {
       reply.removeHeader('content-length').header('content-type', PROBLEM_TYPE)
       return done(null, problemOf(refusal, documentationUrl))
     }
@@ -188,7 +188,14 @@ export class Lifecycle {
     if (exchange === null) return done()
     const { operation } = exchange
     if (operation.reply !== null) {
+      if (exchange.failed) {
+        // The replay could not be sent: this is an error, and not marked as a replay.
+        if (replayHeader !== null) reply.removeHeader(replayHeader)
+        return done()
+      }
       // The instance's hooks have seen this payload before, when it was stored: what they made of it now is void.
+      // So is the type that Fastify gave to a payload that had none.
+      restore(reply, 'content-type', exchange.headersBefore['content-type'])
       putOn(reply, operation.reply, replayHeader)
       return done(null, payloadOf(operation.reply) ?? (isNothing(payload) ? undefined : ''))
     }
@@ -250,10 +257,12 @@ export class Lifecycle {
 
   /** @throws FST_IDEMPOTENCY_KEY_MISSING when there is no other place left where a key may be. */
   #missing(mayComeLater: boolean): void {
-    const { required, header, field } = this.#policy
+    const { required, header, field, getKey } = this.#policy
     if (!required || mayComeLater) return
-    const places = [header === null ? '' : `the header ${header}`, field === null ? '' : `the field ${field}`]
-    throw new KeyMissing(places.filter(Boolean).join(' or ') || 'see the documentation of this service')
+    const places: string[] = []
+    if (getKey === null && header !== null) places.push(`the header ${header}`)
+    if (getKey === null && field !== null) places.push(`the field ${field}`)
+    throw new KeyMissing(places.join(' or ') || 'see the documentation of this service')
   }
 
   async #claim(request: FastifyRequest, reply: FastifyReply, late: boolean): Promise<void> {
@@ -274,8 +283,10 @@ export class Lifecycle {
     const policy = this.#policy
     const key = parseKey(raw, policy)
     // Before the first await: who leaves from here on is noticed.
-    if (reply.raw.destroyed) exchanges.set(reply.raw, CLOSED)
+    if (isClosed(reply)) exchanges.set(reply.raw, CLOSED)
     else reply.raw.once('close', onClose)
+    // A response that waits behind another on its connection is not told when the connection ends.
+    if (reply.raw.socket === null) watchConnection(reply)
     const scope = policy.scope === null ? null : await scopeOf(request, policy.scope)
     const operation = new Operation(request, policy, this.#registration, key, scope)
     const exchange = new Exchange(operation, reply)
@@ -308,6 +319,7 @@ export class Lifecycle {
     const verdict = await operation.settle()
     if (verdict === 'gone') stop(reply)
     if (verdict !== 'replay' || operation.reply === null) return
+    exchange.headersBefore = snapshot(reply)
     putOn(reply, operation.reply, this.#policy.replayHeader)
     return reply.send(payloadOf(operation.reply))
   }
@@ -323,9 +335,10 @@ export class Lifecycle {
   /** Marks the plugin's own errors, and puts their headers on the reply, whoever handles errors. */
   #refuse(request: FastifyRequest, reply: FastifyReply, error: unknown): Error {
     if (isRefusal(error)) {
-      const { documentationUrl } = this.#policy
+      const { documentationUrl, problemDetails } = this.#policy
       request[kRefusal] = error
       if (error.headers !== undefined) reply.headers(error.headers)
+      if (problemDetails) watchAnswer(error)
       if (documentationUrl !== null) {
         const links = [reply.getHeader('link') ?? [], `<${documentationUrl}>; rel="describedby"`].flat()
         reply.header('link', links.join(', '))
@@ -394,7 +407,6 @@ function sendStream(exchange: Exchange, payload: Payload, final: boolean): Paylo
   const headers = headersSince(headersBefore, reply, policy)
   const length = Number(reply.getHeader('content-length') ?? Number.NaN)
   const isEventStream = /^text\/event-stream\b/i.test(String(reply.getHeader('content-type') ?? ''))
-  exchange.sending = 'passed'
   exchange.stream = new CapturedStream(
     source,
     {
@@ -411,6 +423,7 @@ function sendStream(exchange: Exchange, payload: Payload, final: boolean): Paylo
       failed: (beforeFirstByte) => (final && !beforeFirstByte ? bury(operation, 'stream-failed') : operation.release())
     }
   )
+  exchange.sending = 'passed'
   return exchange.stream
 }
 
@@ -419,15 +432,17 @@ function bury(operation: Operation, reason: TombstoneReason): Promise<void> {
   return operation.complete(tombstone(operation.fingerprint, reason))
 }
 
-/**
- * Fastify's handlerTimeout has answered in the handler's place. The claim stays until the handler has ended;
- * one that replies from a callback is not seen to end, so it must not run again.
- */
-async function passTimeout(exchange: Exchange, timeout: Timeout): Promise<void> {
+/** Fastify's handlerTimeout has answered in the handler's place. The claim stays until the handler has ended. */
+function passTimeout(exchange: Exchange, timeout: Timeout): void {
+  const { reply } = exchange
   exchange.sending = 'passed'
-  timeout.statusAfter = exchange.reply.statusCode
-  timeout.headersAfter = snapshot(exchange.reply)
-  if (exchange.handler === 'detached') await bury(exchange.operation, 'hijacked')
+  timeout.statusAfter = reply.statusCode
+  timeout.headersAfter = snapshot(reply)
+  // This reply is over, and what the handler sends from now on would be dropped. It is what is to be kept.
+  reply.send = (payload?: unknown) => {
+    void completeLate(exchange, timeout, payload)
+    return reply
+  }
 }
 
 /** The handler has returned, or its promise has: what Fastify is to see of it. */
@@ -443,7 +458,7 @@ function afterReturn(exchange: Exchange, value: unknown): unknown {
     if (value !== undefined && value !== reply) reply.log.warn('handler returned a value after its reply was sent')
     return reply
   }
-  if (exchange.clientGone && value === undefined) {
+  if (value === undefined && (exchange.clientGone || isClosed(reply))) {
     if (isHijacked(reply)) void bury(operation, 'hijacked')
     // Fastify sends nothing to a client that is gone: then nothing would be stored either.
     else if (!reply.sent) return reply.send()
@@ -476,12 +491,12 @@ async function completeLate(exchange: Exchange, timeout: Timeout, value: unknown
     raw.statusCode = answered === timeout.statusAfter || timeout.statusAfter === 0 ? timeout.statusBefore : answered
     if (value instanceof Error) raw.statusCode = statusOf(value)
     if (!isFinalReply(policy, request, reply)) return await operation.release()
-    if (value === undefined || value === reply) return await bury(operation, 'hijacked')
     const late = timeout.statusAfter === 0 ? [] : headersSince(timeout.headersAfter, reply, policy)
     const headers = new Map([...timeout.headersSet, ...late])
     const { body, type } = serialise(reply, value)
     if (sizeOf(body) > policy.maxReplySize) return await bury(operation, 'too-large')
-    if (value instanceof Error || !headers.has('content-type')) headers.set('content-type', type)
+    if (type !== undefined && (value instanceof Error || !headers.has('content-type')))
+      headers.set('content-type', type)
     await operation.complete(replyRecord(operation.fingerprint, raw.statusCode, [...headers], body))
   } catch (error) {
     reply.log.error({ err: error }, 'idempotency could not keep the reply of a handler that was timed out')
@@ -491,7 +506,9 @@ async function completeLate(exchange: Exchange, timeout: Timeout, value: unknown
   }
 }
 
-function serialise(reply: FastifyReply, value: unknown): { body: string | Buffer; type: string } {
+function serialise(reply: FastifyReply, value: unknown): { body?: string | Buffer; type?: string } {
+  // `reply` is what an async handler returns that has sent before: nothing more was sent.
+  if (value === undefined || value === reply) return {}
   if (typeof value === 'string') return { body: value, type: 'text/plain; charset=utf-8' }
   if (ArrayBuffer.isView(value)) {
     return { body: Buffer.from(value.buffer, value.byteOffset, value.byteLength), type: 'application/octet-stream' }
@@ -515,6 +532,12 @@ function statusOf(error: Error): number {
   return [statusCode, status].find((code) => code !== undefined && code >= 400 && code <= 599) ?? 500
 }
 
+function watchConnection({ raw, request }: FastifyReply): void {
+  const listener = onClose.bind(raw)
+  request.socket.once('close', listener)
+  raw.once('close', () => request.socket.off('close', listener))
+}
+
 /** The response's 'close', in whatever way the exchange ended: `this` is the raw response. */
 function onClose(this: ServerResponse): void {
   const exchange = exchanges.get(this)
@@ -527,10 +550,15 @@ function onClose(this: ServerResponse): void {
     void operation.cancel()
   } else if (exchange.sending === 'no') {
     exchange.clientGone = true
+    // The handler has not ended, only its time.
+    if (exchange.timeout !== null) passTimeout(exchange, exchange.timeout)
     // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
-    if (this.writableEnded && exchange.failed) void operation.release()
+    else if (this.writableEnded && exchange.failed) void operation.release()
     else if (this.writableEnded || isHijacked(reply)) void bury(operation, 'hijacked')
     // Else the client has left, and the handler is still at work: its reply will be stored.
+  } else {
+    // Nobody reads a stream any more that is still going on: it is read to its end for the record.
+    exchange.stream?.destroy()
   }
 }
 
@@ -558,6 +586,39 @@ async function scopeOf(request: FastifyRequest, scope: NonNullable<Policy['scope
 
 function isRefusal(error: unknown): error is Refusal {
   return error instanceof Error && 'code' in error && String(error.code).startsWith('FST_IDEMPOTENCY_')
+}
+
+const answered = new WeakSet<Refusal>()
+
+/**
+ * Fastify's own error handler asks an error for its headers when it answers with it. That is how one can tell,
+ * whatever handlers the error went through before. Not enumerable, so that loggers do not ask as well.
+ */
+function watchAnswer(refusal: Refusal): void {
+  const { headers = {} } = refusal
+  Object.defineProperty(refusal, 'headers', {
+    enumerable: false,
+    get() {
+      answered.add(refusal)
+      return headers
+    }
+  })
+}
+
+/** Is it Fastify's serialisation of this error that is being sent? Nobody else knows the length so early. */
+function isAnswer(reply: FastifyReply, refusal: Refusal): boolean {
+  return reply.statusCode === refusal.statusCode && reply.hasHeader('content-length')
+}
+
+/** Has the client gone? HTTP/2 has no `destroyed` on its responses. */
+function isClosed({ raw, request }: FastifyReply): boolean {
+  const { stream } = raw as { stream?: { destroyed: boolean } }
+  return raw.destroyed || stream?.destroyed || request.raw.aborted || request.socket?.destroyed || false
+}
+
+function restore(reply: FastifyReply, name: string, value: unknown): void {
+  if (value === undefined) reply.removeHeader(name)
+  else reply.header(name, value)
 }
 
 function isHijacked(reply: FastifyReply): boolean {

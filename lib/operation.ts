@@ -10,7 +10,7 @@ import type { Policy } from './options.js'
 import type { Registration } from './registration.js'
 import { insist, StoreInUse } from './store-in-use.js'
 import type { Waiter } from './waiting.js'
-import { within } from './within.js'
+import { attempt, within } from './within.js'
 
 /**
  * Where an operation is in its life:
@@ -51,6 +51,10 @@ export class Operation implements Subject, Waiter, Renewable {
   #payload = ''
   #found: Acquisition | null = null
   #gone = false
+  /** Somebody else was seen to have the key. */
+  #taken = false
+  /** The operator wants the key to be forgotten. */
+  #forgotten = false
   /** What could not be stored yet. */
   #unstored: StoredRecord | null = null
   #controller: AbortController | null = null
@@ -71,6 +75,10 @@ export class Operation implements Subject, Waiter, Renewable {
 
   get lease(): number {
     return this.policy.lease
+  }
+
+  get takesOver(): boolean {
+    return this.policy.reruns
   }
 
   get waitTimeout(): number {
@@ -94,16 +102,26 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   /** The verdict, when everything is known. */
-  settle(): Promise<Verdict> {
+  async settle(): Promise<Verdict> {
     const found = this.#found
-    if (found === null) return Promise.resolve(this.phase === 'over' ? 'gone' : 'run')
     this.#found = null
-    return this.#judge(() => this.#decide(found, true))
+    if (found !== null) return this.#judge(() => this.#decide(found, true))
+    if (this.phase === 'over') return this.#gone ? 'gone' : this.refuseLost()
+    return 'run'
   }
 
-  /** The handler starts. */
-  start(): void {
-    this.phase = 'running'
+  /** The handler starts. `false`: it must not, because the client has left, and the claim with it. */
+  start(): boolean {
+    if (this.phase === 'held') {
+      this.phase = 'running'
+      return true
+    }
+    return this.#gone ? false : this.refuseLost()
+  }
+
+  /** Another took the key before the handler could start. */
+  refuseLost(): never {
+    throw this.#conflict(withRetryAfter(new InProgress(), 1))
   }
 
   /**
@@ -111,21 +129,23 @@ export class Operation implements Subject, Waiter, Renewable {
    * background, while the claim is kept.
    */
   async complete(record: StoredRecord): Promise<void> {
-    if (this.phase === 'over') return
+    if (this.phase === 'over' || this.phase === 'ending') return
     if (this.discarded) return this.release()
     this.phase = 'ending'
     const { storeTimeout, lease } = this.policy
     const step = () => this.#complete(record)
     let stored: boolean | null
     try {
-      stored = await within(storeTimeout, step())
+      stored = await within(storeTimeout, step)
     } catch (error) {
       this.#report(error)
       this.#unstored = record
       keepAlive(this)
-      void insist(Math.max(lease, storeTimeout), step, () => this.#registration.closed || this.phase === 'over').then(
-        (stored) => this.#completed(stored, record)
-      )
+      void insist(
+        Math.max(lease / 3, storeTimeout),
+        step,
+        () => this.#registration.closed || this.phase === 'over'
+      ).then((stored) => this.#completed(stored, record))
       return
     }
     this.#completed(stored, record)
@@ -133,12 +153,12 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** Gives the key back: nothing is stored, and a retry runs. */
   async release(): Promise<void> {
-    if (this.phase === 'over') return
+    if (this.phase === 'over' || this.phase === 'ending') return
     this.phase = 'ending'
     letGo(this)
     const { store, storeTimeout } = this.policy
     try {
-      if (await within(storeTimeout, store.release(this.storageKey, this.#token))) {
+      if (await within(storeTimeout, () => store.release(this.storageKey, this.#token))) {
         publish('released', this)
         this.#log('released')
       } else {
@@ -169,6 +189,11 @@ export class Operation implements Subject, Waiter, Renewable {
     void this.#renew()
   }
 
+  /** The key was deleted on purpose: it is not to be claimed anew. */
+  forget(): void {
+    this.#forgotten = true
+  }
+
   /** Asks the store once for a duplicate that waits. */
   look(): Promise<Acquisition> {
     return this.#acquire(false)
@@ -189,7 +214,8 @@ export class Operation implements Subject, Waiter, Renewable {
       this.#end()
       if (!(error instanceof StoreFailure)) throw error
       if (this.#gone) return 'gone'
-      if (!this.policy.bypasses) {
+      // To run unprotected is one thing, to run beside another that is known to run is quite another.
+      if (!this.policy.bypasses || this.#taken) {
         const refusal = new StoreUnavailable({ cause: error.cause })
         throw withRetryAfter(refusal, Math.ceil(this.policy.storeTimeout / 1_000))
       }
@@ -205,6 +231,7 @@ export class Operation implements Subject, Waiter, Renewable {
     for (let found = first; ; ) {
       if (found.state === 'acquired') return this.#hold(found.attempt)
       if (this.#gone) return 'gone'
+      this.#taken = found.state !== 'abandoned'
       const theirs = found.state === 'completed' ? found.record.fingerprint : found.fingerprint
       if (!agree(theirs, this.fingerprint)) {
         publish('mismatch', this)
@@ -272,23 +299,28 @@ export class Operation implements Subject, Waiter, Renewable {
     if (other !== undefined && other.#unstored !== null) {
       return { state: 'completed', record: other.#unstored, ttlMs: other.policy.ttl }
     }
-    let answer: Promise<Acquisition> | null = null
+    const running = other !== undefined && other !== this ? other.#asRunning() : null
+    const answer = attempt(() => this.policy.store.acquire(this.storageKey, this.#claimOf(takeover)))
     try {
-      answer = this.policy.store.acquire(this.storageKey, this.#claimOf(takeover))
-      const found = await within(this.policy.storeTimeout, answer)
-      if (found.state !== 'abandoned' || other === undefined || other === this) return found
+      const found = await within(this.policy.storeTimeout, () => answer)
+      if (found.state !== 'abandoned' || running === null) return found
       // The owner is alive in this very process, which has stalled for longer than the lease.
-      other.renew()
-      return { state: 'running', fingerprint: other.fingerprint, leaseMs: other.lease }
+      other?.renew()
+      return running
     } catch (error) {
       this.#report(error)
       // The claim may have been written all the same.
-      void answer?.then(
-        (late) => late.state === 'acquired' && this.disown(),
+      void answer.then(
+        (late) => late?.state === 'acquired' && this.disown(),
         () => this.disown()
       )
+      if (running !== null) return running
       throw new StoreFailure('The key could not be asked for', { cause: error })
     }
+  }
+
+  #asRunning(): Acquisition {
+    return { state: 'running', fingerprint: this.fingerprint, leaseMs: this.lease }
   }
 
   #claimOf(takeover: boolean): Claim {
@@ -320,16 +352,16 @@ export class Operation implements Subject, Waiter, Renewable {
     if (this.phase === 'over') return
     const { store, storeTimeout, lease } = this.policy
     try {
-      const renewed = await within(storeTimeout, store.renew(this.storageKey, this.#token, lease))
+      const renewed = await within(storeTimeout, () => store.renew(this.storageKey, this.#token, lease))
       // Once the claim is ending, the last step finds out by itself.
-      if (!renewed && this.#isHeld() && !(await within(storeTimeout, this.#reclaim())) && this.#isHeld()) {
+      if (!renewed && this.#isHeld() && !(await within(storeTimeout, () => this.#reclaim())) && this.#isHeld()) {
         this.#end()
         this.#lost()
       }
     } catch (error) {
       if (!this.#isOver()) this.#report(error)
     }
-    if (this.#isHeld() || this.#unstored !== null) keepAlive(this)
+    if (!this.#registration.closed && (this.#isHeld() || this.#unstored !== null)) keepAlive(this)
   }
 
   /**
@@ -338,7 +370,7 @@ export class Operation implements Subject, Waiter, Renewable {
    */
   async #reclaim(): Promise<boolean> {
     const { store } = this.policy
-    if (store.get === undefined || (await store.get(this.storageKey)) !== null) return false
+    if (this.#forgotten || store.get === undefined || (await store.get(this.storageKey)) !== null) return false
     const { state } = await store.acquire(this.storageKey, this.#claimOf(false))
     return state === 'acquired'
   }

@@ -13,12 +13,13 @@ const kRegistration = Symbol('fastify-idempotency.registration')
 /** The routes that some registration has seen, covered or not. */
 const seen = new WeakSet<RouteOptions>()
 
-/** The configs of covered routes: the HEAD twin that Fastify adds to a route has the same one. */
-const coveredConfigs = new WeakSet<object>()
+/** The configs of covered routes, and their URLs: the HEAD twin that Fastify adds to a route has the same ones. */
+const coveredUrls = new WeakMap<object, Set<string>>()
 
 // Async, because what a plugin with a callback throws, Fastify does not catch.
 export async function plugin(fastify: FastifyInstance, options: IdempotencyOptions): Promise<void> {
   const registration = new Registration(registrationOptions(options))
+  const later = postponer()
 
   decorate(fastify, 'idempotency', new InstanceApi(registration.options.routeDefaults))
   decorate(fastify, kRegistration, registration)
@@ -29,7 +30,12 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
     seen.add(route)
     if (isHeadTwin(route)) return
     const policy = routePolicy(route, registration.options)
-    if (policy !== null) cover(this, route, policy, registration)
+    if (policy === null) return
+    registration.cover(policy)
+    rememberUrl(route)
+    const lifecycle = new Lifecycle(policy, registration)
+    route.handler = lifecycle.wrap(route.handler as never)
+    later(this, () => place(route, policy, lifecycle))
   })
 
   fastify.addHook('onReady', function (done) {
@@ -49,25 +55,35 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
   })
 }
 
-/** Puts the hooks of a covered route in their places, and the operation around its handler. */
-function cover(instance: FastifyInstance, route: RouteOptions, policy: Policy, registration: Registration): void {
-  registration.cover(policy)
-  if (route.config !== undefined) coveredConfigs.add(route.config)
-  const lifecycle = new Lifecycle(policy, registration)
-  route.handler = lifecycle.wrap(route.handler as never)
+/**
+ * Puts the hooks of a covered route in their places: to the very end of their phases, and to the very beginning
+ * of onSend. Called when all plugins' onRoute hooks have had their say, so that the order of registration does not matter.
+ */
+function place(route: RouteOptions, policy: Policy, lifecycle: Lifecycle): void {
+  if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.claim)
+  if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.claimInPreParsing)
+  route.preValidation = last(route.preValidation, lifecycle.hashPayload)
+  if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.claim)
+  route.preHandler = last(route.preHandler, lifecycle.settle)
+  route.onSend = [lifecycle.onSend as never, ...list(route.onSend)]
+  route.onError = last(route.onError, lifecycle.onError)
+}
 
-  // Other plugins' onRoute hooks may still add to the route. When they are done, ours go to the very end of
-  // their phases, and to the very beginning of onSend, whatever the order of registration.
-  // Without parameters, so that an error on its way to somebody else's callback is not taken for handled here.
-  instance.after(() => {
-    if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.claim)
-    if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.claimInPreParsing)
-    route.preValidation = last(route.preValidation, lifecycle.hashPayload)
-    if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.claim)
-    route.preHandler = last(route.preHandler, lifecycle.settle)
-    route.onSend = [lifecycle.onSend as never, ...list(route.onSend)]
-    route.onError = last(route.onError, lifecycle.onError)
-  })
+type Later = (instance: FastifyInstance, work: () => void) => void
+
+/** Runs work when the plugin that is being loaded has declared its routes: once for all of them. */
+function postponer(): Later {
+  let postponed: (() => void)[] = []
+  return (instance, work) => {
+    postponed.push(work)
+    if (postponed.length > 1) return
+    // Without parameters, so that an error on its way to somebody else's callback is not taken for handled here.
+    instance.after(() => {
+      const due = postponed
+      postponed = []
+      for (const work of due) work()
+    })
+  }
 }
 
 /** A new array, because the user's own may serve several routes. */
@@ -80,8 +96,14 @@ function list<Hook>(hooks: Hook | Hook[] | undefined): Hook[] {
   return Array.isArray(hooks) ? hooks : [hooks]
 }
 
+function rememberUrl({ config, url }: RouteOptions): void {
+  if (config === undefined) return
+  const urls = coveredUrls.get(config) ?? new Set()
+  coveredUrls.set(config, urls.add(url))
+}
+
 function isHeadTwin(route: RouteOptions): boolean {
-  return route.method === 'HEAD' && route.config !== undefined && coveredConfigs.has(route.config)
+  return route.method === 'HEAD' && route.config !== undefined && coveredUrls.get(route.config)?.has(route.url) === true
 }
 
 /** A second registration in a child of the first one's instance is its own master; in the same one it is an error. */

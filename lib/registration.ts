@@ -1,3 +1,5 @@
+import { LONGEST_DELAY } from './deadlines.js'
+import { letGo } from './leases.js'
 import type { Operation } from './operation.js'
 import type { Policy, RegistrationOptions } from './options.js'
 import { StoreInUse } from './store-in-use.js'
@@ -47,21 +49,30 @@ export class Registration {
     for (const operation of this.operations) operation.stopWaiting()
   }
 
-  /** Waits for what is running to be stored, for one lease at most, and lets go of the stores. */
+  /**
+   * Waits for what is running to be stored, for one lease at most, and lets go of the stores.
+   * @throws what the closing of a store throws, when all are closed.
+   */
   async close(): Promise<void> {
     this.startClosing()
-    if (this.operations.size > 0) await this.#within(new Promise<void>((resolve) => (this.#idle = resolve)))
-    await this.#within(Promise.all([...this.#stores].map((store) => store.returned())))
-    this.closed = true
-    for (const store of this.#stores) await store.leave()
-  }
-
-  async #within(work: Promise<unknown>): Promise<void> {
     let timer: NodeJS.Timeout | undefined
     const limit = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, Math.min(this.#longestLease, 2 ** 31 - 1))
+      timer = setTimeout(resolve, Math.min(this.#longestLease, LONGEST_DELAY))
     })
-    await Promise.race([work, limit])
+    await Promise.race([this.#drained(), limit])
     clearTimeout(timer)
+    this.closed = true
+    for (const operation of this.operations) letGo(operation)
+    const closed = await Promise.allSettled([...this.#stores].map((store) => store.leave()))
+    for (const result of closed) if (result.status === 'rejected') throw result.reason
+  }
+
+  async #drained(): Promise<void> {
+    if (this.operations.size > 0) {
+      await new Promise<void>((resolve) => {
+        this.#idle = resolve
+      })
+    }
+    await Promise.all([...this.#stores].map((store) => store.returned()))
   }
 }

@@ -4,8 +4,6 @@ import type { StoredReply } from '../types/index.js'
 /** Puts a stored reply's status and headers on a reply, and the mark of a replay. */
 export function putOn(reply: FastifyReply, stored: StoredReply, replayHeader: string | null): void {
   reply.code(stored.statusCode)
-  // The serialisation of the stored payload is over: a content type that was not there must not come now.
-  reply.removeHeader('content-type')
   reply.removeHeader('content-length')
   for (const [name, value] of stored.headers) reply.header(name, value)
   if (replayHeader !== null) reply.header(replayHeader, 'true')

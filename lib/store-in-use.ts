@@ -77,7 +77,7 @@ export class StoreInUse {
     for (const claim of this.#disowned) {
       while (this.#disowned.has(claim)) {
         try {
-          await within(claim.timeout, this.#store.release(claim.key, claim.token))
+          await within(claim.timeout, () => this.#store.release(claim.key, claim.token))
           this.#disowned.delete(claim)
           pause = FIRST_PAUSE_MS
         } catch {
@@ -102,7 +102,7 @@ export async function insist<T>(timeout: number, step: () => Promise<T>, pointle
     await sleep(pause)
     if (pointless()) return null
     try {
-      return await within(timeout, step())
+      return await within(timeout, step)
     } catch {
       // The first failure was reported; the store is still not back.
     }

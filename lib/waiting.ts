@@ -1,5 +1,6 @@
 import type { Acquisition, IdempotencyStore } from '../types/index.js'
 import { Deadlines } from './deadlines.js'
+import { attempt } from './within.js'
 
 /** Whether or not somebody tells of changes, the store is asked again after this many milliseconds. */
 const SAFETY_POLL_MS = 1_000
@@ -17,6 +18,8 @@ export type WaitResult = Acquisition | 'timeout' | 'left'
 export interface Waiter {
   readonly storageKey: string
   readonly waitTimeout: number
+  /** May it take over a claim whose owner died? */
+  readonly takesOver: boolean
   /** Asks the store once, and claims the key if it is free. */
   look(): Promise<Acquisition>
   /** A claim that came too late for this waiter. */
@@ -157,11 +160,12 @@ class Queue {
         await this.#pause(found.leaseMs)
       } else if (found.state === 'completed') {
         for (const place of this.#places) place.end(found)
-      } else if (!first.end(found)) {
-        if (found.state === 'acquired') first.waiter.disown()
       } else if (found.state === 'abandoned') {
-        // The first goes to take it over; the others must not all try.
-        await this.#rest(SHORT_PAUSE_MS)
+        for (const place of this.#places) if (!place.waiter.takesOver) place.end(found)
+        // One goes to take it over; the others must not all try.
+        if (this.#first()?.end(found)) await this.#rest(SHORT_PAUSE_MS)
+      } else if (!first.end(found)) {
+        first.waiter.disown()
       }
     }
     this.#watching = false
@@ -186,7 +190,7 @@ class Queue {
       this.#wake?.()
     }
     // A subscription that fails is tried again with the next look.
-    this.#store.changed(this.key, subscription.signal).then(stir, () => {
+    attempt(() => (this.#store as Required<IdempotencyStore>).changed(this.key, subscription.signal)).then(stir, () => {
       this.#subscription = null
     })
   }

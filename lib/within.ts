@@ -28,15 +28,15 @@ function limit(ms: number): Deadlines<PendingCall<never>> {
 }
 
 /**
- * The answer of a store call, or a `StoreTimeout` when there is none after `ms` milliseconds. A store that
- * throws instead of rejecting is treated alike.
+ * The answer of a store call, or a `StoreTimeout` when there is none after `ms` milliseconds. A call that
+ * throws has rejected.
  */
-export function within<T>(ms: number, answer: Promise<T>): Promise<T> {
+export function within<T>(ms: number, ask: () => Promise<T>): Promise<T> {
   const deadlines = limit(ms)
   const call = new PendingCall<T>()
   const pending = call as unknown as PendingCall<never>
   deadlines.add(pending)
-  answer.then(
+  attempt(ask).then(
     (value) => {
       deadlines.delete(pending)
       call.resolve(value)
@@ -47,4 +47,13 @@ export function within<T>(ms: number, answer: Promise<T>): Promise<T> {
     }
   )
   return call.promise
+}
+
+/** A promise, whatever the call does: a store of somebody else may throw, or give its answer as it is. */
+export function attempt<T>(ask: () => Promise<T>): Promise<T> {
+  try {
+    return Promise.resolve(ask())
+  } catch (error) {
+    return Promise.reject(error)
+  }
 }

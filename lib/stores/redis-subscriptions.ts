@@ -96,8 +96,12 @@ export class RedisSubscriptions {
 function duplicate(client: RedisClient): Subscriber {
   const overrides = { enableOfflineQueue: true, maxRetriesPerRequest: null, autoResubscribe: true, keyPrefix: '' }
   if ((client as { isCluster?: boolean }).isCluster === true) {
-    const cluster = client as unknown as { duplicate(nodes: unknown[], options: object): Subscriber }
-    return cluster.duplicate([], { enableOfflineQueue: true, keyPrefix: '', redisOptions: { keyPrefix: '' } })
+    const cluster = client as unknown as {
+      options?: { redisOptions?: object }
+      duplicate(nodes: unknown[], options: object): Subscriber
+    }
+    const redisOptions = { ...cluster.options?.redisOptions, keyPrefix: '' }
+    return cluster.duplicate([], { enableOfflineQueue: true, keyPrefix: '', redisOptions })
   }
   const single = client as unknown as { duplicate(options: object): Subscriber }
   return single.duplicate({ ...overrides, lazyConnect: false })

@@ -79,13 +79,13 @@ export class RedisStore implements IdempotencyStore {
         .pttl(this.#prefix + key)
     )
     if (set?.[0]) {
-      if (!/syntax error/i.test(set[0].message)) throw set[0]
+      if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
       this.#setNxGet = false
       return this.#acquireCarefully(key, claim)
     }
     const held = set?.[1]
     if (held === null) return { state: 'acquired', attempt: 1 }
-    if (pttl?.[0]) throw pttl[0]
+    if (pttl?.[0]) throw discreet(pttl[0])
     const left = Number(pttl?.[1])
     // What was read in two commands is enough to see a record or a live claim; all else is asked in one step.
     if (Buffer.isBuffer(held) && (held[0] === RECORD || (held[0] === CLAIM && !lapsed(held, left)))) {
@@ -106,12 +106,14 @@ export class RedisStore implements IdempotencyStore {
       String(retainMs + leaseMs),
       takeover ? '1' : '0'
     )
-    const [attempt, value, left, abandoned] = reply as [number, Buffer, number, number]
-    return attempt > 0 ? { state: 'acquired', attempt } : decode(value, left, abandoned === 1)
+    // Numbers may come as strings: ioredis has an option for that.
+    const [attempt, value, left, abandoned] = reply as [unknown, Buffer, unknown, unknown]
+    if (Number(attempt) > 0) return { state: 'acquired', attempt: Number(attempt) }
+    return decode(value, Number(left), Number(abandoned) === 1)
   }
 
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
-    return (await this.#run(RENEW, key, ownerOf(CLAIM, token), String(leaseMs))) === 1
+    return this.#test(RENEW, key, ownerOf(CLAIM, token), String(leaseMs))
   }
 
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
@@ -124,7 +126,7 @@ export class RedisStore implements IdempotencyStore {
   }
 
   changed(key: string, signal: AbortSignal): Promise<void> {
-    const watch = async () => (await this.#run(WATCH, key)) === 1
+    const watch = () => this.#test(WATCH, key)
     return this.#subscriptions.changed(this.#prefix + key, watch, signal)
   }
 
@@ -133,7 +135,7 @@ export class RedisStore implements IdempotencyStore {
       pipeline.getBuffer(this.#prefix + key).pttl(this.#prefix + key)
     )
     const error = get?.[0] ?? pttl?.[0]
-    if (error) throw error
+    if (error) throw discreet(error)
     const value = get?.[1]
     if (!Buffer.isBuffer(value) || value[0] === RELEASED) return null
     const left = Number(pttl?.[1])
@@ -141,7 +143,7 @@ export class RedisStore implements IdempotencyStore {
   }
 
   async delete(key: string): Promise<boolean> {
-    return (await this.#run(DELETE, key, this.#prefix + key)) === 1
+    return this.#test(DELETE, key, this.#prefix + key)
   }
 
   /** Closes the connection that listens for changes; the next duplicate that waits opens another. */
@@ -150,11 +152,20 @@ export class RedisStore implements IdempotencyStore {
   }
 
   async #finish(key: string, token: string, value: Buffer, expiry: string): Promise<boolean> {
-    return (await this.#run(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)) === 1
+    return this.#test(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
   }
 
   async #pipeline(build: (pipeline: Pipeline) => Pipeline): Promise<[error: Error | null, result: unknown][]> {
-    return (await build(this.#client.pipeline() as Pipeline).exec()) ?? []
+    try {
+      return (await build(this.#client.pipeline() as Pipeline).exec()) ?? []
+    } catch (error) {
+      throw discreet(error)
+    }
+  }
+
+  /** Runs a script that answers yes or no. */
+  async #test(script: Script, key: string, ...args: (string | Buffer)[]): Promise<boolean> {
+    return Number(await this.#run(script, key, ...args)) === 1
   }
 
   async #run(script: Script, key: string, ...args: (string | Buffer)[]): Promise<unknown> {
@@ -162,10 +173,20 @@ export class RedisStore implements IdempotencyStore {
     try {
       return await client.evalshaBuffer(script.sha, 1, this.#prefix + key, ...args)
     } catch (error) {
-      if (!(error instanceof Error) || !error.message.startsWith('NOSCRIPT')) throw error
-      return client.evalBuffer(script.source, 1, this.#prefix + key, ...args)
+      if (!(error instanceof Error) || !error.message.startsWith('NOSCRIPT')) throw discreet(error)
+    }
+    try {
+      return await client.evalBuffer(script.source, 1, this.#prefix + key, ...args)
+    } catch (error) {
+      throw discreet(error)
     }
   }
+}
+
+/** The error without the command that it carries: the command's arguments are somebody's reply, and errors are logged. */
+function discreet(error: unknown): Error {
+  const { name = 'Error', message = String(error) } = error instanceof Error ? error : {}
+  return Object.assign(new Error(message), { name })
 }
 
 function ownerOf(kind: number, token: string): Buffer {

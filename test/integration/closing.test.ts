@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import Fastify from 'fastify'
 import t from 'tap'
 import idempotency, { type IdempotencyStore, MemoryStore } from '../../index.js'
@@ -52,6 +53,35 @@ t.test('close waits for one lease at most', async (t) => {
   await until(async () => (await app.idempotency.get('k'))?.state === 'running')
   await app.close()
   t.equal(store.closed, 1)
+})
+
+t.test('close waits for one lease in all, and renews nothing afterwards', async (t) => {
+  const store = new ClosableStore()
+  let renewals = 0
+  const renew = store.renew.bind(store)
+  store.renew = (...args) => {
+    renewals++
+    return renew(...args)
+  }
+  const app = await build(t, { store, lease: 90 })
+  app.post('/', { config: { idempotency: true } }, () => new Promise(() => {}))
+  inject(app, keyed).catch(() => {})
+  await until(async () => (await app.idempotency.get('k'))?.state === 'running')
+  await app.close()
+  const after = renewals
+  await sleep(100)
+  t.equal(renewals, after)
+})
+
+t.test('a store that fails to close does not keep the others open', async (t) => {
+  const [bad, good] = [new ClosableStore(), new ClosableStore()]
+  bad.close = () => Promise.reject(new Error('broken'))
+  const app = Fastify()
+  await app.register(idempotency, { store: bad })
+  app.post('/', { config: { idempotency: { store: good } } }, async () => 'x')
+  await app.ready()
+  await t.rejects(app.close(), { message: 'broken' })
+  t.equal(good.closed, 1)
 })
 
 t.test('close waits for the background retries of a failed completion', async (t) => {

@@ -58,7 +58,7 @@ for (const [how, fail] of Object.entries(failures)) {
 
   t.test(`a store that fails at completion, ${how}: the client gets its reply, and no retry runs`, async (t) => {
     const { store, failing } = breakable()
-    const app = await build(t, { store, storeTimeout: 20, lease: 60 })
+    const app = await build(t, { store, storeTimeout: 20, lease: 600 })
     let runs = 0
     app.post('/', { config: { idempotency: true } }, async (_request, reply) => reply.code(201).send({ run: ++runs }))
     failing.complete = fail
@@ -216,6 +216,74 @@ t.test('problemDetails sends the errors as application/problem+json, whatever sc
     const other = await app.inject({ ...keyed, url: '/boom' })
     t.match(other.headers['content-type'], /^application\/json/, "the application's own errors are left alone")
   }
+})
+
+t.test(
+  'an error handler that passes the error on has problem details, one that answers itself has its way',
+  async (t) => {
+    const app = await build(t, { required: true, problemDetails: true })
+    let handle: (error: FastifyError, reply: FastifyReply) => unknown = () => {}
+    app.setErrorHandler((error: FastifyError, _request, reply) => handle(error, reply))
+    app.post('/', { config: { idempotency: true } }, async () => 'x')
+    const refused = () => app.inject({ method: 'POST', url: '/' })
+    handle = (error, reply) => reply.send(error)
+    t.equal((await refused()).headers['content-type'], 'application/problem+json')
+    handle = () => {
+      throw new Error('mine')
+    }
+    t.match((await refused()).json(), { statusCode: 500, message: 'mine' })
+    handle = (_error, reply) => reply.code(418).send(new Error('mine'))
+    t.match((await refused()).json(), { statusCode: 418, message: 'mine' })
+    handle = (error, reply) => {
+      reply.log.error(error)
+      return reply.code(400).header('content-length', 13).type('application/json').send('{"mine":true}')
+    }
+    t.same((await refused()).json(), { mine: true })
+  }
+)
+
+t.test('a store that throws, or answers without a promise, is a store that fails', async (t) => {
+  const { store, memory } = breakable()
+  const app = await build(t, { store: { ...store, acquire: (() => undefined) as never } })
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  t.equal((await app.inject(keyed)).statusCode, 503)
+  const changed = () => {
+    throw new Error('broken')
+  }
+  const other = await build(t, { store: { ...store, changed }, onConflict: 'wait' })
+  const [entered, leave] = [latch(), latch()]
+  other.post('/', { config: { idempotency: true } }, async () => {
+    entered.open()
+    await leave.promise
+    return 'x'
+  })
+  const first = inject(other, keyed)
+  await entered.promise
+  const duplicate = inject(other, keyed)
+  await until(async () => (await memory.get(storageKey(null, 'k')))?.state === 'running')
+  leave.open()
+  await first
+  t.equal((await duplicate).headers[REPLAYED], 'true')
+})
+
+t.test("onStoreError 'bypass' does not run beside a request that is known to run", async (t) => {
+  const { store, failing } = breakable()
+  const app = await build(t, { store, onStoreError: 'bypass' })
+  const [entered, leave] = [latch(), latch()]
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async () => {
+    runs++
+    entered.open()
+    await leave.promise
+    return 'x'
+  })
+  const first = inject(app, keyed)
+  await entered.promise
+  failing.acquire = () => Promise.reject(new Error('down'))
+  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  leave.open()
+  await first
+  t.equal(runs, 1)
 })
 
 t.test('the key is in no message and no log line', async (t) => {

@@ -192,6 +192,33 @@ t.test('fingerprint: false compares no payload, a function compares what it make
   }
 })
 
+t.test('bodies that are objects of a class are compared by what is in them', async (t) => {
+  const app = await build(t)
+  app.addContentTypeParser(
+    'application/x-params',
+    { parseAs: 'string' },
+    async (_request: unknown, body: string) => new URLSearchParams(body)
+  )
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  const send = (payload: string) =>
+    app.inject({ method: 'POST', url: '/', headers: { ...key(), 'content-type': 'application/x-params' }, payload })
+  await send('to=alice')
+  t.equal(codeOf(await send('to=mallory')), 'FST_IDEMPOTENCY_KEY_REUSED')
+  t.equal((await send('to=alice')).headers[REPLAYED], 'true')
+})
+
+t.test(
+  'a fingerprint function that gives neither text nor bytes is an error, not a comparison with nothing',
+  async (t) => {
+    for (const result of [7, {}, undefined, null]) {
+      const { app, state } = await service(t, { fingerprint: (() => result) as never })
+      t.equal((await app.inject({ method: 'POST', url: '/', headers: key() })).statusCode, 500)
+      t.equal(state.runs, 0)
+      t.equal(await app.idempotency.get('k'), null)
+    }
+  }
+)
+
 t.test('the payload is compared as the client sent it, not as validation or hooks changed it', async (t) => {
   const app = await build(t)
   let count = 0

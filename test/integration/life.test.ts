@@ -1,3 +1,5 @@
+import { connect, constants } from 'node:http2'
+import { connect as connectTcp } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
@@ -348,10 +350,21 @@ t.test("Fastify's handlerTimeout answers 503, and the claim is kept until the ha
       { status: 409, code: 'MINE', runs: 1 }
     ],
     [
-      'a reply that Fastify dropped leaves a tombstone',
-      (reply) => void reply.send('late'),
-      { status: 409, code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', runs: 1 }
-    ]
+      'a reply that it sends is stored, although Fastify drops it',
+      (reply) => void reply.code(202).send('late'),
+      { status: 202, text: /late/, runs: 1 }
+    ],
+    [
+      'a reply that it sends and returns is stored',
+      (reply) => reply.send('late'),
+      { status: 200, text: /late/, runs: 1 }
+    ],
+    [
+      'a failure that it sends is released',
+      (reply) => void reply.send(new Error('late')),
+      { status: 200, text: /again/, runs: 2 }
+    ],
+    ['no reply at all is an empty one', () => undefined, { status: 200, text: /^$/, runs: 1 }]
   ]
   for (const [name, end, then] of endings) {
     t.test(name, async (t) => {
@@ -375,6 +388,134 @@ t.test("Fastify's handlerTimeout answers 503, and the claim is kept until the ha
       t.equal(runs, then.runs)
     })
   }
+})
+
+t.test('a handler that replies from a callback after its handlerTimeout is stored too', async (t) => {
+  const app = await build(t)
+  const entered = latch<() => void>()
+  app.post('/', { ...config(), handlerTimeout: 20 }, (_request, reply) => {
+    entered.open(() => void reply.code(201).send('late'))
+  })
+  t.equal((await app.inject(keyed)).statusCode, 503)
+  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  const answer = await entered.promise
+  answer()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  const retry = await app.inject(keyed)
+  t.same([retry.statusCode, retry.body], [201, 'late'])
+})
+
+t.test('a handlerTimeout whose reply fails in an onSend hook keeps the claim as well', async (t) => {
+  const app = await build(t)
+  const leave = latch()
+  let broken = true
+  app.addHook('onSend', async () => {
+    if (broken) throw new Error('broken')
+  })
+  let runs = 0
+  app.post('/', { ...config(), handlerTimeout: 20 }, async () => {
+    runs++
+    await leave.promise
+    return 'late'
+  })
+  const port = await listen(app)
+  await post(port, { key: 'k' })
+  broken = false
+  t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  leave.open()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal((await post(port, { key: 'k' })).text, 'late')
+  t.equal(runs, 1)
+})
+
+t.test('a claim that is lost before the handler starts is a conflict, and nothing runs', async (t) => {
+  const store = new MemoryStore()
+  const app = await build(t, { store })
+  const [entered, leave] = [latch(), latch()]
+  let runs = 0
+  const preHandler = async () => {
+    entered.open()
+    await leave.promise
+  }
+  app.post('/', { ...config({ lease: 60 }), preHandler }, async () => ++runs)
+  const first = inject(app, keyed)
+  await entered.promise
+  let lost = false
+  const renew = store.renew.bind(store)
+  store.renew = async (...args) => {
+    const renewed = await renew(...args)
+    if (!renewed) lost = true
+    return renewed
+  }
+  await app.idempotency.delete('k')
+  await until(() => lost)
+  leave.open()
+  t.equal(codeOf(await first), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  t.equal(runs, 0)
+})
+
+t.test('a deleted key stays deleted, even while its handler still runs', async (t) => {
+  const app = await build(t)
+  const [entered, leave] = [latch<AbortSignal>(), latch()]
+  app.post('/', config({ lease: 60 }), async (request) => {
+    entered.open(request.idempotency?.signal as AbortSignal)
+    await leave.promise
+    return 'late'
+  })
+  const late = inject(app, keyed)
+  const signal = await entered.promise
+  await app.idempotency.delete('k')
+  await until(() => signal.aborted)
+  leave.open()
+  t.equal((await late).body, 'late')
+  t.equal(await app.idempotency.get('k'), null)
+})
+
+t.test('http2: a client that leaves before the claim gives it back', async (t) => {
+  const store = new CountingStore()
+  const app = await build(t, { store }, { http2: true } as never)
+  const [entered, leave] = [latch(), latch()]
+  let runs = 0
+  const onRequest = async () => {
+    entered.open()
+    await leave.promise
+  }
+  app.post('/', { ...config(), onRequest }, async () => ++runs)
+  const port = await listen(app)
+  const client = connect(`http://127.0.0.1:${port}`)
+  t.teardown(() => client.destroy())
+  const stream = client.request({ ':method': 'POST', ':path': '/', 'idempotency-key': 'k' })
+  stream.on('error', () => {})
+  stream.end()
+  await entered.promise
+  const gone = new Promise((resolve) => stream.on('close', resolve))
+  stream.close(constants.NGHTTP2_CANCEL)
+  await gone
+  await sleep(10)
+  leave.open()
+  await sleep(20)
+  t.equal(await app.idempotency.get('k'), null)
+  t.equal(runs, 0)
+})
+
+t.test('a request that waits behind another on a connection that ends is stored all the same', async (t) => {
+  const app = await build(t)
+  const [entered, leave] = [latch(), latch()]
+  app.post('/slow', async () => new Promise(() => {}))
+  app.post('/', config(), async () => {
+    entered.open()
+    await leave.promise
+  })
+  const port = await listen(app)
+  const socket = connectTcp(port, '127.0.0.1')
+  const head = 'Host: x\r\nContent-Length: 0\r\n'
+  socket.write(`POST /slow HTTP/1.1\r\n${head}\r\nPOST / HTTP/1.1\r\n${head}Idempotency-Key: k\r\n\r\n`)
+  await entered.promise
+  socket.destroy()
+  await sleep(20)
+  leave.open()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal((await post(port, { key: 'k' })).headers[REPLAYED], 'true')
 })
 
 t.test('a handler that runs five times as long as its lease runs once', async (t) => {

@@ -1,3 +1,4 @@
+import { EventEmitter } from 'node:events'
 import { createReadStream, readFileSync } from 'node:fs'
 import { PassThrough, Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
@@ -413,6 +414,88 @@ t.test('a stream behind which an onSend hook fails is stored, and its retry is a
   await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
   t.equal((await post(port, { key: 'k' })).text, 'onetwo')
   t.equal(runs, 1)
+})
+
+t.test('a stream that a later onSend hook replaces is read to its end, and stored', async (t) => {
+  const app = await build(t)
+  const onSend = async () => 'replaced'
+  app.post('/', { ...streamed(), onSend }, async () =>
+    Readable.from(Array.from({ length: 50 }, () => Buffer.alloc(9000, 'x')))
+  )
+  const port = await listen(app)
+  t.equal((await post(port, { key: 'k' })).text, 'replaced')
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal((await post(port, { key: 'k' })).headers[REPLAYED], 'true')
+})
+
+t.test('streams that are not of this platform are sent and stored', async (t) => {
+  const app = await build(t)
+  app.post('/pipe', streamed(), (_request, reply) => {
+    const legacy = new EventEmitter() as EventEmitter & { pipe(to: NodeJS.WritableStream): unknown }
+    legacy.pipe = (to) => {
+      setImmediate(() => {
+        to.end('piped')
+        legacy.emit('end')
+        legacy.emit('close')
+      })
+      return to
+    }
+    reply.send(legacy)
+  })
+  app.post('/web', streamed(), (_request, reply) => {
+    const chunks = [Buffer.from('hel'), Buffer.from('lo')]
+    const reader = { read: async () => ({ done: chunks.length === 0, value: chunks.shift() }), cancel: async () => {} }
+    reply.send({ locked: false, getReader: () => reader })
+  })
+  const port = await listen(app)
+  for (const [path, text] of [
+    ['/pipe', 'piped'],
+    ['/web', 'hello']
+  ] as const) {
+    t.equal((await post(port, { path, key: path })).text, text)
+    const replay = await post(port, { path, key: path })
+    t.same([replay.text, replay.headers[REPLAYED]], [text, 'true'])
+  }
+})
+
+t.test('a stream with an encoding sends and stores what it would without the plugin', async (t) => {
+  const app = await build(t)
+  for (const encoding of ['hex', 'latin1', 'utf8'] as const) {
+    const handler = async () => Readable.from([Buffer.from('hé')]).setEncoding(encoding)
+    app.post(`/bare/${encoding}`, handler)
+    app.post(`/${encoding}`, streamed(), handler)
+  }
+  const port = await listen(app)
+  for (const encoding of ['hex', 'latin1', 'utf8']) {
+    const bare = await post(port, { path: `/bare/${encoding}` })
+    for (let i = 0; i < 2; i++) t.same((await post(port, { path: `/${encoding}`, key: encoding })).body, bare.body)
+  }
+})
+
+t.test('a type that a hook had set before the handler is on the replay as well', async (t) => {
+  const app = await build(t)
+  app.addHook('onRequest', async (_request, reply) => void reply.type('application/json'))
+  app.post('/', streamed(), async (_request, reply) => reply.send('{"a":1}'))
+  const port = await listen(app)
+  const types = [await post(port, { key: 'k' }), await post(port, { key: 'k' })].map((r) => r.headers['content-type'])
+  t.same(types, [types[0], types[0]])
+  t.match(types[0], /^application\/json/)
+})
+
+t.test('a replay that cannot be sent is an error, and not marked as a replay', async (t) => {
+  const app = await build(t)
+  let broken = false
+  const onSend = async () => {
+    if (broken) throw new Error('broken')
+  }
+  app.post('/', { ...streamed(), onSend }, async () => 'x')
+  const port = await listen(app)
+  await post(port, { key: 'k' })
+  broken = true
+  const failed = await post(port, { key: 'k' })
+  t.same([failed.status, failed.headers[REPLAYED]], [500, undefined])
+  broken = false
+  t.equal((await post(port, { key: 'k' })).text, 'x')
 })
 
 t.test("a Response's cookies reach its client once, and no other", async (t) => {
