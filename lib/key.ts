@@ -73,7 +73,6 @@ export function parseKey(raw: unknown, rules: Pick<KeyRules, 'keyFormat' | 'maxK
   if (rules.keyFormat === 'uuid') {
     if (!UUID_V4.test(key)) throw new KeyInvalid('must be a UUID, version 4')
   } else if (rules.keyFormat instanceof RegExp) {
-    rules.keyFormat.lastIndex = 0
     if (!rules.keyFormat.test(key)) throw new KeyInvalid('does not have the required form')
   }
   return key

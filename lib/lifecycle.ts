@@ -13,21 +13,21 @@ import {
   tombstone
 } from './capture.js'
 import { KeyMissing, type Refusal, ScopeFailed } from './errors.js'
-import { payloadOf as hashOf, payloadOfBody } from './fingerprint.js'
+import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
 import { Operation } from './operation.js'
 import { isFinal, type Policy } from './options.js'
 import { PROBLEM_TYPE, problemOf } from './problem.js'
 import type { Registration } from './registration.js'
-import { payloadOf, putOn } from './replay.js'
+import { payloadOf, putOn, restore, takeOff } from './replay.js'
 import { RequestContext } from './request-context.js'
 
 /** Where a request keeps its exchange; `null` without a key, `SKIPPED` when `skip` said so. */
 export const kExchange = Symbol('fastify-idempotency.exchange')
 /** Where a request keeps the plugin's own error that answers it. */
 export const kRefusal = Symbol('fastify-idempotency.refusal')
-/** Where a request keeps the hash of its payload, taken before validation may change it. */
-export const kPayload = Symbol('fastify-idempotency.payload')
+/** Where a request that has not claimed yet keeps what was seen of it before validation. */
+export const kSight = Symbol('fastify-idempotency.sight')
 
 const SKIPPED = Symbol('skipped')
 const CLOSED = Symbol('closed')
@@ -37,7 +37,7 @@ declare module 'fastify' {
   interface FastifyRequest {
     [kExchange]: Exchange | typeof SKIPPED | null
     [kRefusal]: Refusal | null
-    [kPayload]: string | null
+    [kSight]: Sight | null
   }
 }
 
@@ -69,6 +69,16 @@ class Exchange {
     this.operation = operation
     this.reply = reply
   }
+}
+
+/**
+ * What a claim in preHandler needs of the request. Validation coerces values, fills in defaults, and removes
+ * what a schema does not know: the key, for instance, or the credentials.
+ */
+interface Sight {
+  readonly key: string | Error | undefined
+  readonly head: string
+  payload: string
 }
 
 /** What is left to do after Fastify's handlerTimeout has answered, while the handler goes on. */
@@ -122,9 +132,17 @@ export class Lifecycle {
   readonly claimInPreParsing = (request: FastifyRequest, reply: FastifyReply, _payload: unknown, done: Done): unknown =>
     this.claim(request, reply, done)
 
-  /** Last preValidation hook: takes the hash of the payload before validation coerces it, or hooks change it. */
-  readonly hashPayload = (request: FastifyRequest, _reply: FastifyReply, done: Done): unknown => {
-    if (!this.#covers(request) || !this.#keyInSight(request)) return done()
+  /** Last preValidation hook: sees the request as the client sent it, before validation and handlers change it. */
+  readonly look = (request: FastifyRequest, _reply: FastifyReply, done: Done): unknown => {
+    if (!this.#covers(request) || request[kExchange] === SKIPPED) return done()
+    if (request[kExchange] === null) {
+      const { getKey, hook, scope } = this.#policy
+      if (!this.#claimsLate && hook !== 'preValidation') return done()
+      const key = this.#keyAnywhere(request)
+      if (key === undefined && getKey === null) return done()
+      request[kSight] = { key, head: headOf(request, scope !== null), payload: '' }
+    }
+    if (this.#policy.fingerprint !== true) return done()
     const payload = payloadOfBody(request)
     if (typeof payload !== 'string') return payload.then((hash) => learn(request, hash))
     learn(request, payload)
@@ -188,14 +206,11 @@ export class Lifecycle {
     if (exchange === null) return done()
     const { operation } = exchange
     if (operation.reply !== null) {
-      if (exchange.failed) {
-        // The replay could not be sent: this is an error, and not marked as a replay.
-        if (replayHeader !== null) reply.removeHeader(replayHeader)
-        return done()
-      }
+      // The replay could not be sent: this is the error's reply.
+      if (exchange.failed) return done()
       // The instance's hooks have seen this payload before, when it was stored: what they made of it now is void.
       // So is the type that Fastify gave to a payload that had none.
-      restore(reply, 'content-type', exchange.headersBefore['content-type'])
+      restore(reply, 'content-type', exchange.headersBefore)
       putOn(reply, operation.reply, replayHeader)
       return done(null, payloadOf(operation.reply) ?? (isNothing(payload) ? undefined : ''))
     }
@@ -225,6 +240,9 @@ export class Lifecycle {
     const exchange = exchangeOf(request)
     if (exchange !== null) {
       exchange.failed = true
+      const { replayHeader } = this.#policy
+      if (exchange.operation.reply !== null)
+        takeOff(reply, exchange.operation.reply, replayHeader, exchange.headersBefore)
       const working = exchange.handler === 'started' || exchange.handler === 'detached'
       if (error?.code === HANDLER_TIMEOUT && working && exchange.sending === 'no') {
         exchange.timeout = {
@@ -246,13 +264,13 @@ export class Lifecycle {
     return keyInHeader(request, this.#policy) ?? keyInQuery(request, this.#policy)
   }
 
-  #keyInSight(request: FastifyRequest): boolean {
-    const { fingerprint, getKey, header, field, hook } = this.#policy
-    if (fingerprint !== true || request[kExchange] === SKIPPED) return false
-    if (request[kExchange] !== null) return true
-    if (!this.#claimsLate && hook !== 'preValidation') return false
-    if (getKey !== null || (header !== null && request.headers[header] !== undefined)) return true
-    return field !== null && (hasField(request.body, field) || hasField(request.query, field))
+  /** A key that is none is an error, for which it is too early: `skip` may have to be asked yet. */
+  #keyAnywhere(request: FastifyRequest): string | Error | undefined {
+    try {
+      return this.#keyBeforeBody(request) ?? keyInBody(request, this.#policy)
+    } catch (error) {
+      return error as Error
+    }
   }
 
   /** @throws FST_IDEMPOTENCY_KEY_MISSING when there is no other place left where a key may be. */
@@ -273,7 +291,8 @@ export class Lifecycle {
     }
     let raw: unknown
     if (getKey !== null) raw = (await getKey(request)) ?? undefined
-    else raw = this.#keyBeforeBody(request) ?? (late ? keyInBody(request, this.#policy) : undefined)
+    else raw = late ? request[kSight]?.key : this.#keyBeforeBody(request)
+    if (raw instanceof Error) throw raw
     if (raw !== undefined) return this.#begin(request, reply, raw)
     this.#missing(!late && this.#claimsLate)
   }
@@ -288,7 +307,9 @@ export class Lifecycle {
     // A response that waits behind another on its connection is not told when the connection ends.
     if (reply.raw.socket === null) watchConnection(reply)
     const scope = policy.scope === null ? null : await scopeOf(request, policy.scope)
-    const operation = new Operation(request, policy, this.#registration, key, scope)
+    const sight = request[kSight]
+    const head = sight?.head ?? headOf(request, scope !== null)
+    const operation = new Operation(request, policy, this.#registration, key, scope, head)
     const exchange = new Exchange(operation, reply)
     const alreadyClosed = exchanges.has(reply.raw)
     exchanges.set(reply.raw, exchange)
@@ -301,8 +322,8 @@ export class Lifecycle {
     }
     if (typeof policy.fingerprint === 'function' && policy.hook === 'preHandler') {
       operation.learn(hashOf(await policy.fingerprint(request)))
-    } else if (request[kPayload] !== null) {
-      operation.learn(request[kPayload])
+    } else if (sight !== null) {
+      operation.learn(sight.payload)
     }
     if ((await operation.claim()) === 'gone') stop(reply)
   }
@@ -372,8 +393,8 @@ export class Lifecycle {
 }
 
 function learn(request: FastifyRequest, payload: string): void {
-  request[kPayload] = payload
   exchangeOf(request)?.operation.learn(payload)
+  if (request[kSight] !== null) request[kSight].payload = payload
 }
 
 /** Nobody is there to answer, and nothing must run: Fastify stops where a reply counts as sent. */
@@ -616,11 +637,6 @@ function isClosed({ raw, request }: FastifyReply): boolean {
   return raw.destroyed || stream?.destroyed || request.raw.aborted || request.socket?.destroyed || false
 }
 
-function restore(reply: FastifyReply, name: string, value: unknown): void {
-  if (value === undefined) reply.removeHeader(name)
-  else reply.header(name, value)
-}
-
 function isHijacked(reply: FastifyReply): boolean {
   return reply.sent && !reply.raw.writableEnded
 }
@@ -640,8 +656,4 @@ function hasNoBody(statusCode: number): boolean {
 
 function sizeOf(body: string | Buffer | null | undefined): number {
   return body === undefined || body === null ? 0 : Buffer.byteLength(body)
-}
-
-function hasField(fields: unknown, name: string): boolean {
-  return typeof fields === 'object' && fields !== null && Object.hasOwn(fields, name)
 }

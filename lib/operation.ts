@@ -1,9 +1,17 @@
 import { randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
 import type { Acquisition, Claim, StoredRecord, StoredReply } from '../types/index.js'
-import { Abandoned, InProgress, KeyReused, NotReplayable, StoreUnavailable, withRetryAfter } from './errors.js'
+import {
+  Abandoned,
+  InProgress,
+  KeyReused,
+  NotReplayable,
+  StoreTimeout,
+  StoreUnavailable,
+  withRetryAfter
+} from './errors.js'
 import { publish, type Subject } from './events.js'
-import { agree, headOf, join, knowsPayload } from './fingerprint.js'
+import { agree, join, knowsPayload } from './fingerprint.js'
 import { storageKey } from './key.js'
 import { keepAlive, letGo, type Renewable } from './leases.js'
 import type { Policy } from './options.js'
@@ -59,14 +67,21 @@ export class Operation implements Subject, Waiter, Renewable {
   #unstored: StoredRecord | null = null
   #controller: AbortController | null = null
 
-  constructor(request: FastifyRequest, policy: Policy, registration: Registration, key: string, scope: string | null) {
+  constructor(
+    request: FastifyRequest,
+    policy: Policy,
+    registration: Registration,
+    key: string,
+    scope: string | null,
+    head: string
+  ) {
     this.request = request
     this.policy = policy
     this.key = key
     this.storageKey = storageKey(scope, key)
     this.#registration = registration
     this.#store = StoreInUse.of(policy.store)
-    this.#head = headOf(request, scope !== null)
+    this.#head = head
   }
 
   get fingerprint(): string {
@@ -309,7 +324,8 @@ export class Operation implements Subject, Waiter, Renewable {
       return running
     } catch (error) {
       this.#report(error)
-      // The claim may have been written all the same.
+      // The claim may have been written all the same, or be about to be.
+      if (error instanceof StoreTimeout) this.disown()
       void answer.then(
         (late) => late?.state === 'acquired' && this.disown(),
         () => this.disown()

@@ -209,8 +209,7 @@ function complete(
     header: header === false ? null : header.toLowerCase(),
     field: field ?? null,
     getKey: getKey ?? null,
-    // A copy without `g` and `y`: those make an expression remember its last match.
-    keyFormat: keyFormat instanceof RegExp ? new RegExp(keyFormat, keyFormat.flags.replaceAll(/[gy]/g, '')) : keyFormat,
+    keyFormat,
     maxKeyLength: options.maxKeyLength ?? 255,
     required: options.required ?? false,
     scope: options.scope ?? null,
@@ -250,9 +249,16 @@ function checked<T extends object>(options: object, rules: Record<string, Rule>,
     if (!rule.accepts(value)) {
       throw new InvalidOption(`option "${name}"${where} takes ${rule.takes}, got ${describe(value)}`)
     }
-    copy[name] = Array.isArray(value) ? Object.freeze([...value]) : value
+    copy[name] = copyOf(value)
   }
   return copy as T
+}
+
+/** What the user may change later must not change what was checked. */
+function copyOf(value: unknown): unknown {
+  if (Array.isArray(value)) return Object.freeze([...value])
+  // Without `g` and `y`, which make an expression remember its last match.
+  return value instanceof RegExp ? new RegExp(value, value.flags.replaceAll(/[gy]/g, '')) : value
 }
 
 function isStore(value: unknown): boolean {

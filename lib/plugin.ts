@@ -3,7 +3,7 @@ import type { IdempotencyOptions } from '../types/index.js'
 import { routesDeclaredOn } from './early-routes.js'
 import { RouteTooEarly } from './errors.js'
 import { InstanceApi } from './instance-api.js'
-import { kExchange, kPayload, kRefusal, Lifecycle } from './lifecycle.js'
+import { kExchange, kRefusal, kSight, Lifecycle } from './lifecycle.js'
 import { concerns, describeRoute, type Policy, registrationOptions, routePolicy } from './options.js'
 import { Registration } from './registration.js'
 
@@ -62,7 +62,7 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
 function place(route: RouteOptions, policy: Policy, lifecycle: Lifecycle): void {
   if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.claim)
   if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.claimInPreParsing)
-  route.preValidation = last(route.preValidation, lifecycle.hashPayload)
+  route.preValidation = last(route.preValidation, lifecycle.look)
   if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.claim)
   route.preHandler = last(route.preHandler, lifecycle.settle)
   route.onSend = [lifecycle.onSend as never, ...list(route.onSend)]
@@ -113,7 +113,7 @@ function decorate(fastify: FastifyInstance, name: string | symbol, value: unknow
 }
 
 function decorateRequest(fastify: FastifyInstance): void {
-  for (const name of ['idempotency', kExchange, kRefusal, kPayload] as string[]) {
+  for (const name of ['idempotency', kExchange, kRefusal, kSight] as string[]) {
     if (!fastify.hasRequestDecorator(name)) fastify.decorateRequest(name, null as never)
   }
 }

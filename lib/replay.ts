@@ -1,12 +1,27 @@
 import type { FastifyReply } from 'fastify'
 import type { StoredReply } from '../types/index.js'
 
+type Headers = ReturnType<FastifyReply['getHeaders']>
+
 /** Puts a stored reply's status and headers on a reply, and the mark of a replay. */
 export function putOn(reply: FastifyReply, stored: StoredReply, replayHeader: string | null): void {
   reply.code(stored.statusCode)
   reply.removeHeader('content-length')
   for (const [name, value] of stored.headers) reply.header(name, value)
   if (replayHeader !== null) reply.header(replayHeader, 'true')
+}
+
+/** Takes it all off again, when a replay could not be sent: an error must not look like one. */
+export function takeOff(reply: FastifyReply, stored: StoredReply, replayHeader: string | null, before: Headers): void {
+  for (const [name] of stored.headers) restore(reply, name, before)
+  if (replayHeader !== null) restore(reply, replayHeader, before)
+}
+
+/** Gives a header the value that it had before, if it had one. */
+export function restore(reply: FastifyReply, name: string, before: Headers): void {
+  const value = before[name as keyof Headers]
+  if (value === undefined) reply.removeHeader(name)
+  else reply.header(name, value)
 }
 
 /** The stored payload, of the kind that it had when it was stored; `undefined` for none. */

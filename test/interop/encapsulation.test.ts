@@ -1,0 +1,152 @@
+import Fastify, { type FastifyInstance, type FastifyPluginAsync } from 'fastify'
+import t, { type Test } from 'tap'
+import idempotency, { MemoryStore } from '../../index.js'
+import { isReplay, post } from './kit.js'
+
+function server(t: Test) {
+  const app = Fastify()
+  t.teardown(() => app.close())
+  const runs: string[] = []
+  /** A route that tells which one it is. */
+  const route = (instance: FastifyInstance, path: string) =>
+    instance.post(path, { config: { idempotency: true } }, async (request) => {
+      runs.push(path)
+      return { path, run: runs.length, key: request.idempotency?.key }
+    })
+  return { app, runs, route }
+}
+
+t.test('two sibling scopes with two stores know nothing of each other', async (t) => {
+  const { app, runs, route } = server(t)
+  const stores = { one: new MemoryStore(), two: new MemoryStore() }
+  for (const [name, store] of Object.entries(stores)) {
+    app.register(
+      async (child) => {
+        await child.register(idempotency, { store, replayHeader: `x-replayed-by-${name}` })
+        t.equal(child.idempotency.store, store)
+        route(child, '/')
+      },
+      { prefix: `/${name}` }
+    )
+  }
+  await app.ready()
+  t.notOk(app.hasDecorator('idempotency'), 'and nothing of them is to be seen outside')
+  for (const name of ['one', 'two']) {
+    const first = await post(app, { url: `/${name}`, key: 'key' })
+    t.equal(first.headers[`x-replayed-by-${name}`], undefined)
+    const retry = await post(app, { url: `/${name}`, key: 'key' })
+    t.equal(retry.headers[`x-replayed-by-${name}`], 'true')
+    t.equal(retry.body, first.body)
+  }
+  t.equal(runs.length, 2)
+})
+
+t.test('two sibling scopes on one store share their keys', async (t) => {
+  const { app, runs, route } = server(t)
+  const store = new MemoryStore()
+  for (const prefix of ['/one', '/two']) {
+    const child: FastifyPluginAsync = async (instance) => {
+      await instance.register(idempotency, { store })
+      route(instance, '/')
+    }
+    app.register(child, { prefix })
+  }
+  t.equal((await post(app, { url: '/one', key: 'key' })).statusCode, 200)
+  t.equal((await post(app, { url: '/two', key: 'key' })).statusCode, 422, 'one key is one operation')
+  t.equal(runs.length, 1)
+})
+
+t.test('of nested registrations the nearest one has a route, and it alone', async (t) => {
+  for (const innerFirst of [false, true]) {
+    const { app, runs, route } = server(t)
+    const stores = [new MemoryStore(), new MemoryStore(), new MemoryStore()] as const
+    let inner!: FastifyInstance
+    let innermost!: FastifyInstance
+    const outer = () => app.register(idempotency, { store: stores[0], replayHeader: 'x-outer' })
+    if (!innerFirst) await outer()
+    await app.register(async (child) => {
+      inner = child
+      await child.register(idempotency, { store: stores[1], replayHeader: 'x-inner' })
+      route(child, '/inner')
+      await child.register(async (grandchild) => route(grandchild, '/inherited'))
+      await child.register(async (grandchild) => {
+        innermost = grandchild
+        await grandchild.register(idempotency, { store: stores[2], replayHeader: 'x-innermost' })
+        route(grandchild, '/innermost')
+      })
+    })
+    if (innerFirst) await outer()
+    route(app, '/outer')
+    await app.ready()
+
+    const marks = { '/outer': 'x-outer', '/inner': 'x-inner', '/inherited': 'x-inner', '/innermost': 'x-innermost' }
+    for (const [url, mark] of Object.entries(marks)) {
+      await post(app, { url, key: url })
+      const { headers } = await post(app, { url, key: url })
+      t.same(
+        Object.keys(headers).filter((name) => name.startsWith('x-')),
+        [mark],
+        url
+      )
+    }
+    t.equal(runs.length, 4)
+    t.same(
+      [app, inner, innermost].map(({ idempotency }) => idempotency.store),
+      [...stores]
+    )
+    t.match(await inner.idempotency.get('/inner'), { state: 'completed' })
+    t.equal(await app.idempotency.get('/inner'), null)
+    t.equal(await innermost.idempotency.get('/inherited'), null)
+  }
+})
+
+t.test('global in an outer scope does not cover the routes of an inner registration that is not', async (t) => {
+  const { app } = server(t)
+  await app.register(idempotency, { global: true })
+  let runs = 0
+  await app.register(async (child) => {
+    await child.register(idempotency)
+    child.post('/inner', async (request) => ({ run: ++runs, known: request.idempotency !== null }))
+  })
+  app.post('/outer', async () => ({ run: ++runs }))
+  for (const run of [1, 2]) t.same((await post(app, { url: '/inner', key: 'key' })).json(), { run, known: false })
+  for (let i = 0; i < 2; i++) t.same((await post(app, { url: '/outer', key: 'key' })).json(), { run: 3 })
+})
+
+t.test('a second registration in the same scope is an error at boot', async (t) => {
+  const { app } = server(t)
+  app.register(idempotency)
+  app.register(idempotency)
+  await t.rejects(async () => app.ready(), { code: 'FST_ERR_DEC_ALREADY_PRESENT' })
+})
+
+t.test('decorators of request and reply are there for handlers, and for our options', async (t) => {
+  const app = Fastify()
+  t.teardown(() => app.close())
+  app.decorateRequest('tenant', '')
+  app.addHook('onRequest', async (request) => {
+    ;(request as unknown as { tenant: string }).tenant = String(request.headers['x-tenant'])
+  })
+  const tenant = (request: object) => (request as { tenant: string }).tenant
+  await app.register(idempotency, { scope: tenant })
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async (request) => ({ run: ++runs, tenant: tenant(request) }))
+  const send = (name: string) => post(app, { key: 'key', headers: { 'x-tenant': name } })
+  t.same((await send('one')).json(), { run: 1, tenant: 'one' })
+  t.same((await send('two')).json(), { run: 2, tenant: 'two' })
+  const retry = await send('one')
+  t.ok(isReplay(retry))
+  t.same(retry.json(), { run: 1, tenant: 'one' })
+  t.ok(await app.idempotency.get('key', { scope: 'two' }))
+})
+
+t.test('routes with a prefix, and both forms of its root, are covered', async (t) => {
+  const { app, runs, route } = server(t)
+  await app.register(idempotency)
+  app.register(async (child) => void route(child, '/'), { prefix: '/v1' })
+  for (const url of ['/v1', '/v1/']) {
+    t.notOk(isReplay(await post(app, { url, key: url })))
+    t.ok(isReplay(await post(app, { url, key: url })))
+  }
+  t.equal(runs.length, 2)
+})
