@@ -1,0 +1,88 @@
+import { randomUUID } from 'node:crypto'
+import t from 'tap'
+import { RedisStore } from '../../index.js'
+import { FlakyStore, persistent } from '../support/flaky-store.js'
+import { newSeed, Random } from '../support/random.js'
+import { startCluster } from '../support/redis-cluster.js'
+import { exclusiveHistory, takeoverHistory } from '../support/store-histories.js'
+import { claim, lapsed, newKey, ownershipSpec, reply, same, soon, storeSpec, take } from '../support/store-spec.js'
+
+const cluster = await startCluster()
+t.teardown(() => cluster.close())
+
+/** Two stores with clients of their own, on keys of their own. */
+async function stores() {
+  const options = { keyPrefix: `${randomUUID()}:` }
+  const clients = [await cluster.client(), await cluster.client()] as const
+  const [store, second] = [new RedisStore(clients[0], options), new RedisStore(clients[1], options)]
+  const dispose = async () => {
+    await Promise.all([store.close(), second.close()])
+    for (const client of clients) client.disconnect()
+  }
+  return { store, second, dispose, prefix: options.keyPrefix }
+}
+
+storeSpec(t, 'a RedisStore on a Cluster keeps every promise of a store', stores)
+
+t.test('a RedisStore on a Cluster behind a bad network', async (t) => {
+  const random = new Random(newSeed())
+  t.comment(`SEED=${random.seed}`)
+  await ownershipSpec(t, 'belongs to its tokens for a caller who repeats what got lost', async () => {
+    const { store, second, dispose } = await stores()
+    const flaky = (store: RedisStore) => persistent(new FlakyStore(store, { random }))
+    return { store: flaky(store), second: flaky(second), dispose }
+  })
+  const { store, second, dispose } = await stores()
+  t.teardown(dispose)
+  const clients = [new FlakyStore(store, { random }), new FlakyStore(second, { random })]
+  await exclusiveHistory(t, clients, random)
+  await takeoverHistory(t, clients, random)
+})
+
+t.test(
+  'every step of an operation works in each range of slots, before and after its scripts were flushed',
+  async (t) => {
+    const { store, second, dispose, prefix } = await stores()
+    t.teardown(dispose)
+    for (const flushed of [false, true]) {
+      const keys = Array.from({ length: 60 }, newKey)
+      if (flushed) {
+        for (const node of cluster.nodes) await (await node.client()).script('FLUSH')
+      }
+      await Promise.all(
+        keys.map(async (key, n) => {
+          const token = await take(store, key, { fingerprint: key })
+          t.match(await second.acquire(key, claim()), { state: 'running', fingerprint: key })
+          t.equal(await second.renew(key, token, 60_000), true)
+          const heard = second.changed(key, new AbortController().signal)
+          const record = reply({ fingerprint: key })
+          t.equal(
+            n % 2 === 0 ? await store.release(key, token) : await store.complete(key, token, record, 60_000),
+            true
+          )
+          await soon(heard, `the end of ${key}`)
+          if (n % 2 === 0) t.strictSame(await second.acquire(key, claim()), { state: 'acquired', attempt: 1 })
+          else same(t, await second.acquire(key, claim()), record)
+          t.equal(await store.delete(key), true)
+          await lapsed(store, key)
+          t.strictSame(await second.acquire(key, claim({ takeover: true })), { state: 'acquired', attempt: 2 })
+        })
+      )
+      for (const node of cluster.nodes) {
+        const client = await node.client()
+        const own = await client.keys(`${prefix}*`)
+        t.ok(own.length > 0, `${own.length} keys are on the node at port ${node.port}`)
+      }
+    }
+  }
+)
+
+t.test('those who listen hear of keys on all nodes', async (t) => {
+  const { store, second, dispose } = await stores()
+  t.teardown(dispose)
+  const keys = Array.from({ length: 60 }, newKey)
+  const tokens = await Promise.all(keys.map((key) => take(store, key)))
+  const heard = keys.map((key) => second.changed(key, new AbortController().signal))
+  await Promise.all(keys.map((key, n) => store.complete(key, tokens[n] as string, reply(), 60_000)))
+  await soon(Promise.all(heard))
+})

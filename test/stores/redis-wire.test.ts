@@ -1,0 +1,627 @@
+import { randomUUID } from 'node:crypto'
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { Redis } from 'ioredis'
+import t, { type Test } from 'tap'
+import { type RedisClient, RedisStore } from '../../index.js'
+import { build } from '../support/app.js'
+import { latch, until } from '../support/latch.js'
+import { type RedisServer, startRedis } from '../support/redis.js'
+import { claim, lapsed, newKey, reply, same, soon, storeSpec, take, tombstone } from '../support/store-spec.js'
+
+const LONG = 60_000
+
+const shared = await startRedis()
+t.teardown(() => shared.close())
+
+/** A server whose connections are those of one test only. */
+async function ownServer(t: Test): Promise<RedisServer> {
+  const server = await startRedis()
+  t.teardown(() => server.close())
+  return server
+}
+
+async function connections(client: Redis): Promise<string[]> {
+  return lines(await client.client('LIST'))
+}
+
+async function subscribers(client: Redis): Promise<string[]> {
+  return lines(await client.call('CLIENT', 'LIST', 'TYPE', 'pubsub'))
+}
+
+function lines(text: unknown): string[] {
+  return String(text).split('\n').filter(Boolean)
+}
+
+/** A store on keys of its own, a second one on the same keys, and what else looks at them. */
+async function open(t: Test, server: RedisServer = shared) {
+  const keyPrefix = `${randomUUID()}:`
+  const client = await server.client()
+  const other = await server.client()
+  const stores = [new RedisStore(client, { keyPrefix }), new RedisStore(other, { keyPrefix })] as const
+  t.teardown(async () => {
+    for (const store of stores) await store.close()
+    client.disconnect()
+    other.disconnect()
+  })
+  return { store: stores[0], second: stores[1], client, other, keyPrefix }
+}
+
+/** The names of the commands that were sent, in lower case. */
+function names(sent: string[][]): string[] {
+  return sent.map(([name]) => String(name).toLowerCase())
+}
+
+/** Sends every script once, so that the server knows them all. */
+async function warm(store: RedisStore): Promise<void> {
+  const key = newKey()
+  const token = await lapsed(store, key)
+  await store.renew(key, token, LONG)
+  await store.changed(key, AbortSignal.abort())
+  await store.release(key, token)
+  await store.delete(key)
+}
+
+t.test('a claim is one SET with NX and GET and one PTTL', async (t) => {
+  const { store, keyPrefix } = await open(t)
+  const key = newKey()
+  const { result, sent, scripted } = await shared.commands(() =>
+    store.acquire(key, claim({ leaseMs: 30_000, retainMs: 90_000 }))
+  )
+  t.strictSame(result, { state: 'acquired', attempt: 1 })
+  t.strictSame(names(sent), ['set', 'pttl'])
+  t.strictSame(
+    sent[0]?.filter((_, n) => n !== 2),
+    ['set', keyPrefix + key, 'PX', '120000', 'NX', 'GET']
+  )
+  t.strictSame(sent[1], ['pttl', keyPrefix + key])
+  t.strictSame(scripted, [])
+})
+
+for (const [name, prepare, expected] of [
+  ['a claim', async () => {}, { state: 'acquired' }],
+  ['a conflict', async (store, key) => void (await take(store, key)), { state: 'running' }],
+  ['a replay', async (store, key) => void (await finish(store, key)), { state: 'completed' }]
+] as [string, (store: RedisStore, key: string) => Promise<void>, object][]) {
+  t.test(`${name} takes one round trip`, async (t) => {
+    const { store, second, client } = await open(t)
+    const key = newKey()
+    await prepare(second, key)
+    const written = () => (client as unknown as { stream: { bytesWritten: number } }).stream.bytesWritten
+    const before = written()
+    await shared.pause()
+    const found = store.acquire(key, claim())
+    await until(() => written() > before)
+    await sleep(20)
+    const asked = written()
+    shared.resume()
+    t.match(await found, expected)
+    t.equal(written(), asked, 'nothing is asked after the first answer')
+  })
+}
+
+for (const [name, prepare, expected] of [
+  ['a conflict', async (store, key) => void (await take(store, key)), { state: 'running' }],
+  ['a replay', async (store, key) => void (await finish(store, key)), { state: 'completed' }]
+] as [string, (store: RedisStore, key: string) => Promise<void>, object][]) {
+  t.test(`${name} is asked like a claim, without a script, and writes nothing`, async (t) => {
+    const { store, second, client, keyPrefix } = await open(t)
+    const key = newKey()
+    await prepare(second, key)
+    const stored = () => Promise.all([client.getBuffer(keyPrefix + key), client.pexpiretime(keyPrefix + key)])
+    const before = await stored()
+    const { result, sent, scripted } = await shared.commands(() => store.acquire(key, claim({ takeover: true })))
+    t.match(result, expected)
+    t.strictSame(names(sent), ['set', 'pttl'])
+    t.strictSame(scripted, [])
+    t.strictSame(await stored(), before)
+  })
+}
+
+t.test('completing, renewing and releasing is one EVALSHA each', async (t) => {
+  const { store } = await open(t)
+  await warm(store)
+  for (const step of [
+    (key: string, token: string) => store.complete(key, token, reply(), LONG),
+    (key: string, token: string) => store.renew(key, token, LONG),
+    (key: string, token: string) => store.release(key, token)
+  ]) {
+    const key = newKey()
+    const token = await take(store, key)
+    const { result, sent } = await shared.commands(() => step(key, token))
+    t.equal(result, true)
+    t.strictSame(names(sent), ['evalsha'])
+  }
+})
+
+t.test('a completed operation of a request that nobody repeats costs a SET, a PTTL and an EVALSHA', async (t) => {
+  const { store, client } = await open(t)
+  await warm(store)
+  const app = await build(t, { store })
+  app.post('/', { config: { idempotency: true } }, async (_, reply) => reply.code(201).send({ done: true }))
+  await app.ready()
+  const send = () => app.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': 'wire' } })
+  const first = await shared.commands(send)
+  t.equal(first.result.statusCode, 201)
+  t.strictSame(names(first.sent), ['set', 'pttl', 'evalsha'])
+  const replay = await shared.commands(send)
+  t.equal(replay.result.headers['idempotent-replayed'], 'true')
+  t.strictSame(names(replay.sent), ['set', 'pttl'])
+  t.equal(client.status, 'ready')
+})
+
+t.test('nothing is published when nobody listens', async (t) => {
+  const { store } = await open(t)
+  await warm(store)
+  for (const end of ends(store)) {
+    const key = newKey()
+    const token = await take(store, key)
+    const { scripted } = await shared.commands(() => end(key, token))
+    t.ok(scripted.length > 0)
+    t.notOk(names(scripted).includes('publish'), 'no PUBLISH')
+  }
+})
+
+t.test('the end of a claim is published once when somebody listens, on a channel with the prefix', async (t) => {
+  const { store, second, other, keyPrefix } = await open(t)
+  for (const end of ends(store)) {
+    const key = newKey()
+    const token = await take(store, key)
+    const heard = [0, 1, 2].map(() => second.changed(key, new AbortController().signal))
+    await marked(other, keyPrefix + key)
+    const { scripted } = await shared.commands(() => end(key, token))
+    const published = scripted.filter(([name]) => name?.toLowerCase() === 'publish')
+    t.equal(published.length, 1)
+    t.ok(published[0]?.[1]?.startsWith(keyPrefix), `published on ${published[0]?.[1]}`)
+    await soon(Promise.all(heard))
+  }
+})
+
+t.test('a script that the server has forgotten is sent again', async (t) => {
+  const { store, client } = await open(t)
+  const key = newKey()
+  const flush = () => client.script('FLUSH')
+  await flush()
+  const token = await take(store, key, { leaseMs: 20 })
+  await until(async () => (await store.get(key))?.state === 'abandoned')
+  await flush()
+  const heir = claim({ takeover: true })
+  t.strictSame(await store.acquire(key, heir), { state: 'acquired', attempt: 2 })
+  await flush()
+  t.equal(await store.renew(key, token, LONG), false)
+  await flush()
+  t.equal(await store.renew(key, heir.token, LONG), true)
+  await flush()
+  const heard = store.changed(key, new AbortController().signal)
+  await sleep(20)
+  await flush()
+  t.equal(await store.complete(key, heir.token, reply(), LONG), true)
+  await soon(heard)
+  await flush()
+  t.equal(await store.delete(key), true)
+  await flush()
+  const { sent } = await shared.commands(async () => {
+    await store.release(key, heir.token)
+    await store.release(key, heir.token)
+  })
+  t.strictSame(names(sent), ['evalsha', 'eval', 'evalsha'], 'and known from then on')
+})
+
+/** A server before Redis 7.0: its answer to SET with both NX and GET is a syntax error. */
+function before70(client: Redis): Redis {
+  const pipeline = client.pipeline.bind(client)
+  client.pipeline = () => {
+    const commands = pipeline()
+    commands.setBuffer = ((key: string, value: Buffer, ...options: string[]) => {
+      const both = options.includes('NX') && options.includes('GET')
+      return commands.call('set', key, value, ...options, ...(both ? ['NOT-UNDERSTOOD'] : []))
+    }) as never
+    return commands
+  }
+  return client
+}
+
+t.test('a RedisStore on a server that does not take NX and GET together (Redis 6.2)', async (t) => {
+  await storeSpec(t, 'keeps every promise of a store', async () => {
+    const options = { keyPrefix: `${randomUUID()}:` }
+    const [store, second] = [
+      new RedisStore(before70(await shared.client()), options),
+      new RedisStore(before70(await shared.client()), options)
+    ]
+    const dispose = () => Promise.all([store.close(), second.close()])
+    return { store, second, dispose }
+  })
+
+  await t.test('claims by one script call, once it knows', async (t) => {
+    const store = new RedisStore(before70(await shared.client()), { keyPrefix: `${randomUUID()}:` })
+    await take(store, newKey())
+    const { sent } = await shared.commands(() => take(store, newKey()))
+    t.strictSame(names(sent), ['evalsha'])
+  })
+})
+
+t.test('an error of the server other than a syntax error is not taken for an old server', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  const key = newKey()
+  await client.lpush(keyPrefix + key, 'a')
+  await t.rejects(store.acquire(key, claim()), { message: /WRONGTYPE/ })
+  const { sent } = await shared.commands(() => store.acquire(newKey(), claim()))
+  t.strictSame(names(sent), ['set', 'pttl'])
+})
+
+t.test('where PUBLISH is not permitted, completing and releasing count all the same', async (t) => {
+  const admin = await shared.client()
+  await admin.acl('SETUSER', 'silent', 'on', '>secret', '~*', '&*', '+@all', '-publish')
+  const client = await shared.client({ username: 'silent', password: 'secret' })
+  await t.rejects(client.publish('a', 'b'), { message: /NOPERM/ })
+  const keyPrefix = `${randomUUID()}:`
+  const store = new RedisStore(client, { keyPrefix })
+  t.teardown(() => store.close())
+  const [completed, released, deleted] = [newKey(), newKey(), newKey()]
+  const stop = new AbortController()
+  const tokens: string[] = []
+  const listeners: Promise<void>[] = []
+  for (const key of [completed, released, deleted]) {
+    tokens.push(await take(store, key))
+    listeners.push(store.changed(key, stop.signal))
+    await marked(admin, keyPrefix + key)
+  }
+  t.equal(await store.complete(completed, tokens[0] as string, reply(), LONG), true)
+  same(t, await store.acquire(completed, claim()), reply())
+  t.equal(await store.release(released, tokens[1] as string), true)
+  t.strictSame(await store.acquire(released, claim()), { state: 'acquired', attempt: 1 })
+  t.equal(await store.delete(deleted), true)
+  t.equal(await store.get(deleted), null)
+  stop.abort()
+  await soon(Promise.all(listeners))
+})
+
+t.test('where SUBSCRIBE is not permitted, a duplicate that waits still gets the reply', async (t) => {
+  const admin = await shared.client()
+  await admin.acl('SETUSER', 'deaf', 'on', '>secret', '~*', '&*', '+@all', '-subscribe')
+  const client = await shared.client({ username: 'deaf', password: 'secret' })
+  const store = new RedisStore(client, { keyPrefix: `${randomUUID()}:` })
+  const app = await build(t, { store, onConflict: 'wait' })
+  const [started, go] = [latch(), latch()]
+  app.post('/', { config: { idempotency: true } }, async () => {
+    started.open()
+    await go.promise
+    return 'done'
+  })
+  const send = () => app.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': 'deaf' } })
+  const first = send()
+  await started.promise
+  const duplicate = send()
+  await sleep(50)
+  go.open()
+  t.equal((await first).payload, 'done')
+  const replay = await duplicate
+  t.equal(replay.payload, 'done')
+  t.equal(replay.headers['idempotent-replayed'], 'true')
+})
+
+t.test('however many keys are listened to, there is one more connection, which close() ends', async (t) => {
+  const { store, second, client } = await open(t, await ownServer(t))
+  const before = (await connections(client)).length
+  const keys = Array.from({ length: 50 }, newKey)
+  const tokens = await Promise.all(keys.map((key) => take(store, key)))
+  t.equal((await connections(client)).length, before, 'none when nobody has listened')
+  const heard = [...keys, ...keys].map((key) => store.changed(key, new AbortController().signal))
+  const all = async () => (await subscribers(client)).some((line) => line.includes(' sub=50 '))
+  await until(all, { message: 'the subscription of 50 channels' })
+  t.equal((await subscribers(client)).length, 1)
+  t.equal((await connections(client)).length, before + 1)
+  await Promise.all(keys.map((key, n) => second.complete(key, tokens[n] as string, reply(), LONG)))
+  await soon(Promise.all(heard))
+  await until(async () => (await subscribers(client)).length === 0, { message: 'the channels to be left' })
+
+  const key = newKey()
+  await take(store, key)
+  const listened = store.changed(key, new AbortController().signal)
+  await until(async () => (await subscribers(client)).length === 1)
+  await store.close()
+  await until(async () => (await connections(client)).length === before, { message: 'the connection to end' })
+  await soon(listened, 'the listener of a closed store')
+  t.equal(await client.ping(), 'PONG', "the caller's client goes on")
+  t.match(await store.acquire(key, claim()), { state: 'running' })
+})
+
+t.test('a store that was closed listens again when it is asked to', async (t) => {
+  const { store, second } = await open(t)
+  const key = newKey()
+  const token = await take(store, key)
+  await store.close()
+  const heard = store.changed(key, new AbortController().signal)
+  await second.complete(key, token, reply(), LONG)
+  await soon(heard)
+})
+
+t.test('listening ends when the signal aborts, also while the client is held up', async (t) => {
+  const { store, client, other } = await open(t, await ownServer(t))
+  const key = newKey()
+  await take(store, key)
+  const heldUp = client.blpop(newKey(), 0).catch(() => 'disconnected')
+  const stop = new AbortController()
+  const listened = store.changed(key, stop.signal).then(
+    () => 'resolved',
+    () => 'rejected'
+  )
+  await until(async () => (await subscribers(other)).length === 1)
+  await sleep(50)
+  stop.abort()
+  t.equal(await Promise.race([listened, sleep(500, 'pending')]), 'resolved')
+  client.disconnect()
+  await heldUp
+  await listened
+})
+
+t.test(
+  'a listening connection that was cut is opened again, although the client itself does not reconnect',
+  async (t) => {
+    const server = await ownServer(t)
+    const admin = await server.client()
+    const store = new RedisStore(await server.client({ retryStrategy: () => null }))
+    t.teardown(() => store.close())
+    const keys = [newKey(), newKey()] as const
+    const tokens = [await take(store, keys[0]), await take(store, keys[1])] as const
+    const stop = new AbortController()
+    const cut = store.changed(keys[0], stop.signal).catch(() => {})
+    await until(async () => (await subscribers(admin)).length === 1)
+    await admin.call('CLIENT', 'KILL', 'TYPE', 'pubsub')
+    await until(async () => (await subscribers(admin)).length === 0)
+    await sleep(50)
+    const heard = store.changed(keys[1], new AbortController().signal).then(
+      () => 'heard',
+      (error: Error) => error.message
+    )
+    await sleep(50)
+    await store.complete(keys[1], tokens[1], reply(), LONG)
+    t.equal(await soon(heard), 'heard')
+    stop.abort()
+    await soon(cut)
+  }
+)
+
+t.test('closing the app ends the connection that listens, and leaves the client alone', async (t) => {
+  const server = await ownServer(t)
+  const [client, admin] = [await server.client(), await server.client()]
+  const store = new RedisStore(client)
+  const app = await build(t, { store })
+  await app.ready()
+  const key = newKey()
+  await take(store, key)
+  const listened = store.changed(key, new AbortController().signal)
+  await until(async () => (await subscribers(admin)).length === 1)
+  await app.close()
+  await soon(listened)
+  await until(async () => (await subscribers(admin)).length === 0)
+  t.equal(await client.ping(), 'PONG')
+})
+
+t.test("the client's own keyPrefix and the store's are both put before keys, and waiting works", async (t) => {
+  const outer = `${randomUUID()}:`
+  const plain = await shared.client()
+  const client = await shared.client({ keyPrefix: outer })
+  const store = new RedisStore(client, { keyPrefix: 'inner:' })
+  const second = new RedisStore(await shared.client({ keyPrefix: outer }), { keyPrefix: 'inner:' })
+  t.teardown(() => Promise.all([store.close(), second.close()]))
+  const key = newKey()
+  const token = await take(store, key)
+  t.strictSame(await plain.keys(`*${key}`), [`${outer}inner:${key}`])
+  const heard = second.changed(key, new AbortController().signal)
+  await sleep(20)
+  t.equal(await store.complete(key, token, reply(), LONG), true)
+  await soon(heard)
+  same(t, await second.acquire(key, claim()), reply())
+})
+
+t.test("stores with different prefixes do not know of each other's keys", async (t) => {
+  const { store } = await open(t)
+  const { store: another } = await open(t)
+  const key = newKey()
+  const token = await take(store, key)
+  t.strictSame(await another.acquire(key, claim()), { state: 'acquired', attempt: 1 })
+  t.equal(await another.complete(key, token, reply(), LONG), false)
+})
+
+t.test('an empty keyPrefix puts nothing before the key, and the default is idempotency:', async (t) => {
+  const client = await shared.client()
+  const key = newKey()
+  await take(new RedisStore(client, { keyPrefix: '' }), key)
+  await take(new RedisStore(client), key)
+  t.strictSame((await client.keys(`*${key}`)).sort(), [key, `idempotency:${key}`].sort())
+})
+
+t.test('there is one key per operation, always with the prefix, and none without a ttl', async (t) => {
+  const own = await ownServer(t)
+  const client = await own.client()
+  const store = new RedisStore(client, { keyPrefix: 'mine:' })
+  t.teardown(() => store.close())
+  const keys = { running: '1', renewed: '2', abandoned: '3', overtaken: '4', released: '5', completed: '6', ever: '7' }
+  await take(store, keys.running)
+  await store.renew(keys.renewed, await take(store, keys.renewed), LONG)
+  await lapsed(store, keys.abandoned)
+  await lapsed(store, keys.overtaken)
+  await store.acquire(keys.overtaken, claim({ takeover: true }))
+  await store.release(keys.released, await take(store, keys.released))
+  await store.complete(keys.completed, await take(store, keys.completed), reply(), LONG)
+  await store.complete(keys.ever, await take(store, keys.ever), reply(), null)
+  const stop = new AbortController()
+  const listened = store.changed(keys.running, stop.signal)
+  await marked(client, `mine:${keys.running}`)
+  stop.abort()
+  await listened
+  t.strictSame(
+    (await client.keys('*')).sort(),
+    Object.values(keys).map((key) => `mine:${key}`)
+  )
+  for (const [name, key] of Object.entries(keys)) {
+    const ttl = await client.pttl(`mine:${key}`)
+    t.ok(name === 'ever' ? ttl === -1 : ttl > 0, `${name}: ${ttl} ms`)
+  }
+})
+
+t.test('nothing of a request is in the name of its key', async (t) => {
+  const own = await ownServer(t)
+  const client = await own.client()
+  const app = await build(t, { store: new RedisStore(client), scope: () => 'user@example.org' })
+  app.post('/secret-path', { config: { idempotency: true } }, async () => 'done')
+  for (const key of ['my-secret-key', '8e03978e-40d5-43e8-bc93-6894a57f9324', 'ключ']) {
+    const headers = { 'idempotency-key': Buffer.from(key).toString('latin1') }
+    const { statusCode } = await app.inject({ method: 'POST', url: '/secret-path', headers, payload: { a: 1 } })
+    t.equal(statusCode, 200)
+  }
+  const names = await client.keys('*')
+  t.equal(names.length, 3)
+  for (const name of names) t.match(name, /^idempotency:[A-Za-z0-9_-]{43}$/)
+})
+
+t.test('what is under a key and cannot be decoded is an error, whatever is asked, and others go on', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  const key = newKey()
+  const token = await take(store, key)
+  const running = (await client.getBuffer(keyPrefix + key)) as Buffer
+  const [done, buried] = [newKey(), newKey()]
+  await finish(store, done)
+  await store.complete(buried, await take(store, buried), tombstone('hijacked'), LONG)
+  const completed = (await client.getBuffer(keyPrefix + done)) as Buffer
+  const bodyLength = reply().body.length
+  const grave = (await client.getBuffer(keyPrefix + buried)) as Buffer
+  const cut = (value: Buffer, tail = 0) => Array.from({ length: value.length - tail }, (_, n) => value.subarray(0, n))
+  const garbage = [
+    ...cut(completed, bodyLength),
+    ...cut(grave),
+    ...cut(running, 'fingerprint'.length),
+    longerHead(grave, 3 + 36),
+    longerHead(completed, 3 + 36, bodyLength + 1),
+    Buffer.from('garbage'),
+    Buffer.from('{"status":"done"}'),
+    Buffer.from([0, 0, 0, 0]),
+    Buffer.alloc(100, 'P'),
+    Buffer.alloc(100, 'C'),
+    Buffer.concat([Buffer.from('P2'), running.subarray(2)]),
+    Buffer.concat([Buffer.from('C2'), completed.subarray(2)]),
+    Buffer.concat([completed.subarray(0, 3 + 36), Buffer.from([0, 0, 0, 2]), Buffer.from('{}')]),
+    Buffer.concat([completed.subarray(0, 3 + 36), Buffer.from([0, 0, 0, 2]), Buffer.from('[]')])
+  ].map((value) => Buffer.from(value))
+  for (const value of garbage) {
+    await client.set(keyPrefix + key, value, 'PX', LONG)
+    const shown = JSON.stringify(value.subarray(0, 60).toString('latin1'))
+    await t.rejects(store.acquire(key, claim({ takeover: true })), Error, `acquire of ${shown}`)
+    await t.rejects(store.get(key), Error, `get of ${shown}`)
+    for (const step of [
+      () => store.renew(key, randomUUID(), LONG),
+      () => store.complete(key, randomUUID(), reply(), LONG),
+      () => store.release(key, randomUUID())
+    ]) {
+      t.not(await step().catch(() => 'an error'), true, `nobody owns ${shown}`)
+    }
+    const stop = AbortSignal.timeout(20)
+    await soon(store.changed(key, stop).catch(() => {}))
+    t.strictSame(await client.getBuffer(keyPrefix + key), value, 'it is left as it is')
+  }
+  t.equal(await store.delete(key), true, 'and can be deleted')
+  t.strictSame(await store.acquire(key, claim({ token })), { state: 'acquired', attempt: 1 })
+})
+
+t.test('a value of another type under the key is an error, whatever is asked', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  const key = newKey()
+  await client.lpush(keyPrefix + key, 'a', 'list')
+  const wrong = { message: /WRONGTYPE/ }
+  await t.rejects(store.acquire(key, claim()), wrong)
+  await t.rejects(store.get(key), wrong)
+  await t.rejects(store.renew(key, 'token', LONG), wrong)
+  await t.rejects(store.complete(key, 'token', reply(), LONG), wrong)
+  await t.rejects(store.release(key, 'token'), wrong)
+  await t.rejects(store.changed(key, new AbortController().signal), wrong)
+  t.strictSame(await client.lrange(keyPrefix + key, 0, -1), ['list', 'a'], 'it is left as it is')
+})
+
+t.test('a request whose record cannot be decoded gets 503, and the server goes on', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  const app = await build(t, { store })
+  app.post('/', { config: { idempotency: true } }, async () => 'done')
+  const send = (key: string) => app.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': key } })
+  t.equal((await send('a')).payload, 'done')
+  const [name] = await client.keys(`${keyPrefix}*`)
+  await client.set(name as string, 'garbage')
+  const refused = await send('a')
+  t.equal(refused.statusCode, 503)
+  t.equal(refused.json().code, 'FST_IDEMPOTENCY_STORE_UNAVAILABLE')
+  t.equal((await send('b')).payload, 'done')
+})
+
+t.test('a client that is not of ioredis is refused', (t) => {
+  const code = 'FST_IDEMPOTENCY_INVALID_OPTION'
+  const nodeRedis = { set() {}, get() {}, multi() {}, sendCommand() {}, duplicate() {} }
+  for (const client of [undefined, null, 'redis://localhost', 6379, {}, nodeRedis, () => {}]) {
+    t.throws(() => new RedisStore(client as unknown as RedisClient), { code, message: /ioredis/ })
+  }
+  t.end()
+})
+
+t.test('options that a RedisStore does not have, and a keyPrefix that is not text, are refused', async (t) => {
+  const client = await shared.client()
+  const code = 'FST_IDEMPOTENCY_INVALID_OPTION'
+  t.throws(() => new RedisStore(client, { prefix: 'a' } as never), { code, message: /prefix/ })
+  for (const keyPrefix of [1, null, true]) {
+    t.throws(() => new RedisStore(client, { keyPrefix } as never), { code, message: /keyPrefix.*string/ })
+  }
+})
+
+t.test('a token that is too long for the store is refused, and nothing is stored', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  for (const token of ['', 'x'.repeat(256), 'é'.repeat(128)]) {
+    await t.rejects(store.acquire(newKey(), claim({ token })), RangeError)
+  }
+  t.strictSame(await client.keys(`${keyPrefix}*`), [])
+})
+
+for (const headers of [{}, { location: '/charges/1' }, { location: '/charges/1', etag: '"1"', vary: 'accept' }]) {
+  const count = Object.keys(headers).length + 1
+  t.test(`a reply of 500 bytes and ${count} headers takes no more than 150 bytes beyond those`, async (t) => {
+    const { store, client, keyPrefix } = await open(t)
+    const app = await build(t, { store })
+    app.post('/', { config: { idempotency: true } }, async (_, reply) =>
+      reply
+        .code(201)
+        .headers(headers)
+        .send({ text: 'x'.repeat(489) })
+    )
+    const request = { 'idempotency-key': 'a', authorization: 'Bearer token' }
+    const { body } = await app.inject({ method: 'POST', url: '/', headers: request, payload: { amount: 1 } })
+    t.equal(body.length, 500)
+    const [name] = await client.keys(`${keyPrefix}*`)
+    const found = await store.get(String(name).slice(keyPrefix.length))
+    if (found?.state !== 'completed' || found.record.kind !== 'reply') return t.fail('a reply is stored')
+    t.equal(found.record.headers.length, count)
+    const taken = found.record.headers.reduce((sum, [name, value]) => sum + name.length + value.length, body.length)
+    const overhead = (await client.strlen(name as string)) - taken
+    t.ok(overhead > 0 && overhead <= 150, `${overhead} bytes`)
+  })
+}
+
+/** A record that says that its head is longer than it is. */
+function longerHead(record: Buffer, at: number, by = 1): Buffer {
+  const changed = Buffer.from(record)
+  changed.writeUInt32BE(record.readUInt32BE(at) + by, at)
+  return changed
+}
+
+function ends(store: RedisStore) {
+  return [
+    (key: string, token: string) => store.complete(key, token, reply(), LONG),
+    (key: string, token: string) => store.release(key, token)
+  ]
+}
+
+async function finish(store: RedisStore, key: string): Promise<void> {
+  await store.complete(key, await take(store, key), reply(), LONG)
+}
+
+/** Resolves when the claim is marked as one that somebody waits for: the subscription stands by then. */
+async function marked(client: Redis, name: string): Promise<void> {
+  const tokenLength = (await client.getBuffer(name))?.[2] as number
+  const isMarked = async () => (await client.getBuffer(name))?.[3 + tokenLength] === '1'.charCodeAt(0)
+  await until(isMarked, { message: 'the mark' })
+}

@@ -1,0 +1,672 @@
+import { PassThrough, Readable } from 'node:stream'
+import { ReadableStream } from 'node:stream/web'
+import type { FastifyReply } from 'fastify'
+import t from 'tap'
+import {
+  asStream,
+  CapturedStream,
+  type CaptureOptions,
+  headersSince,
+  isBuffered,
+  isResponse,
+  type Payload,
+  replyRecord,
+  type StreamFate,
+  snapshot,
+  tombstone
+} from '../../lib/capture.js'
+import { type Latch, latch, until } from '../support/latch.js'
+
+type Headers = Record<string, number | string | string[] | undefined>
+
+const replyWith = (headers: Headers) => ({ getHeaders: () => ({ ...headers }) }) as unknown as FastifyReply
+const NOTHING_MORE = { excludeHeaders: new Set<string>(), replayHeader: null }
+
+/** What is stored of a reply that had these headers when its handler started, and has those now. */
+function stored(before: Headers, now: Headers, rules: Parameters<typeof headersSince>[2] = NOTHING_MORE) {
+  return headersSince(snapshot(replyWith(before)), replyWith(now), rules)
+}
+
+t.test('headers that were there when the handler started, and have not changed, are not stored', async (t) => {
+  const cors = { 'access-control-allow-origin': 'https://a.example', vary: ['origin', 'accept'], 'x-limit': 10 }
+  t.strictSame(stored(cors, { ...cors, vary: ['origin', 'accept'] }), [])
+})
+
+t.test('headers that have come or changed since are stored', async (t) => {
+  t.strictSame(
+    stored(
+      { vary: 'origin', 'x-same': 'same', link: ['<a>'], 'x-list': ['a'], 'x-one': ['a', 'b'], 'x-less': ['a', 'b'] },
+      {
+        vary: 'accept',
+        'x-same': 'same',
+        link: ['<a>', '<b>'],
+        'x-list': ['b'],
+        'x-one': 'a',
+        'x-less': ['a'],
+        etag: '"1"'
+      }
+    ),
+    [
+      ['vary', 'accept'],
+      ['link', ['<a>', '<b>']],
+      ['x-list', ['b']],
+      ['x-one', 'a'],
+      ['x-less', ['a']],
+      ['etag', '"1"']
+    ]
+  )
+})
+
+t.test('a list that the handler adds to in place has changed', async (t) => {
+  const headers: Headers = { link: ['<a>'] }
+  const reply = replyWith(headers)
+  const before = snapshot(reply)
+  ;(headers.link as string[]).push('<b>')
+  t.strictSame(headersSince(before, reply, NOTHING_MORE), [['link', ['<a>', '<b>']]])
+})
+
+t.test('a header that was set to nothing is not stored', async (t) => {
+  t.strictSame(stored({ 'x-none': 'a' }, { 'x-none': undefined }), [])
+})
+
+t.test('what a handler says of its reply is stored, whatever it is', async (t) => {
+  const headers = {
+    'content-type': 'text/html',
+    location: '/charges/1',
+    etag: '"1"',
+    'cache-control': 'no-store',
+    'x-request-cost': '5',
+    'last-modified': 'now',
+    'content-encoding': 'identity',
+    proxy: 'x'
+  }
+  t.strictSame(stored({}, headers), Object.entries(headers))
+})
+
+t.test('headers of one connection, one client or one moment are never stored', async (t) => {
+  const never = [
+    'set-cookie',
+    'connection',
+    'keep-alive',
+    'transfer-encoding',
+    'content-length',
+    'trailer',
+    'upgrade',
+    'date',
+    'www-authenticate',
+    'proxy-authenticate',
+    'proxy-authorization',
+    'proxy-connection',
+    'proxy-anything'
+  ]
+  for (const name of never) t.strictSame(stored({}, { [name]: 'a', 'x-other': 'b' }), [['x-other', 'b']], name)
+  t.strictSame(stored({}, { 'set-cookie': ['a=1', 'b=2'] }), [])
+})
+
+t.test('neither excluded headers nor the mark of a replay are stored', async (t) => {
+  const headers = { 'x-secret': 'a', 'idempotent-replayed': 'true', 'x-other': 'b' }
+  const excludeHeaders = new Set(['x-secret'])
+  t.strictSame(stored({}, headers, { excludeHeaders, replayHeader: 'idempotent-replayed' }), [['x-other', 'b']])
+  t.strictSame(stored({}, headers, { excludeHeaders, replayHeader: null }).length, 2)
+})
+
+t.test('stored values are texts', async (t) => {
+  t.strictSame(stored({}, { age: 0, 'x-list': ['a', 1 as never], 'x-none': undefined, 'x-empty': '' }), [
+    ['age', '0'],
+    ['x-list', ['a', '1']],
+    ['x-empty', '']
+  ])
+})
+
+t.test('the record of a buffered reply has its bytes, and whether they were text', async (t) => {
+  const record = (body: string | Buffer | null | undefined) => replyRecord('f', 201, [['a', 'b']], body)
+  const before = Date.now()
+  const { createdAt, ...rest } = record('é')
+  t.ok(createdAt >= before && createdAt <= Date.now())
+  t.strictSame(rest, {
+    kind: 'reply',
+    fingerprint: 'f',
+    statusCode: 201,
+    headers: [['a', 'b']],
+    body: Buffer.from([0xc3, 0xa9]),
+    text: true
+  })
+  for (const [body, bytes, text] of [
+    [Buffer.from([0xff]), Buffer.from([0xff]), false],
+    ['', Buffer.alloc(0), true],
+    [null, Buffer.alloc(0), false],
+    [undefined, Buffer.alloc(0), false]
+  ] as const) {
+    t.match(record(body), { text })
+    t.strictSame(record(body).body, bytes)
+  }
+})
+
+t.test('a tombstone says why there is no reply', async (t) => {
+  const before = Date.now()
+  const { createdAt, ...rest } = tombstone('f', 'hijacked')
+  t.ok(createdAt >= before && createdAt <= Date.now())
+  t.strictSame(rest, { kind: 'tombstone', fingerprint: 'f', reason: 'hijacked' })
+})
+
+t.test('texts, buffers and nothing are at hand, all else has to be read', async (t) => {
+  for (const payload of ['', 'a', Buffer.alloc(0), null, undefined]) t.equal(isBuffered(payload), true)
+  for (const payload of [new PassThrough(), new ReadableStream(), new Response('a')] as Payload[]) {
+    t.equal(isBuffered(payload), false)
+  }
+})
+
+t.test('a Response is known as one, and nothing else is', async (t) => {
+  t.equal(isResponse(new Response('a')), true)
+  for (const payload of [null, undefined, 'Response', {}, new PassThrough(), new ReadableStream()]) {
+    t.equal(isResponse(payload), false)
+  }
+})
+
+t.test('Node and web streams are streams, and what is locked or none is not', async (t) => {
+  const node = new PassThrough()
+  t.equal(asStream(node), node)
+  const web = asStream(new Response('abc').body as Payload)
+  t.equal(Buffer.concat((await web?.toArray()) ?? []).toString(), 'abc')
+  const locked = new ReadableStream()
+  locked.getReader()
+  t.equal(asStream(locked), null)
+  for (const payload of [null, undefined, 'a', Buffer.from('a'), {} as Payload])
+    t.equal(asStream(payload as Payload), null)
+})
+
+t.test('a web stream of another make is read like one', async (t) => {
+  const chunks = ['a', 'b']
+  let cancelled = 0
+  const foreign = (broken: boolean) => ({
+    locked: false,
+    getReader: () => ({
+      read: async () => {
+        if (broken && chunks.length === 0) throw new Error('broken')
+        return chunks.length > 0 ? { done: false, value: Buffer.from(chunks.shift() as string) } : { done: true }
+      },
+      cancel: async () => {
+        cancelled++
+      }
+    })
+  })
+  const whole = asStream(foreign(false) as unknown as Payload)
+  t.equal(Buffer.concat((await whole?.toArray()) ?? []).toString(), 'ab')
+  chunks.push('c')
+  await t.rejects(asStream(foreign(true) as unknown as Payload)?.toArray() as Promise<unknown>, { message: 'broken' })
+  chunks.push('d', 'e')
+  const before = cancelled
+  const left = asStream(foreign(false) as unknown as Payload)
+  left?.once('data', () => left.destroy())
+  await until(() => cancelled > before, { message: 'the source to be cancelled' })
+})
+
+t.test('a stream that knows nothing but pipe is read like one, and its error is heard', async (t) => {
+  const piped = (fails: boolean) => {
+    const listeners: ((error: Error) => void)[] = []
+    return {
+      on: (event: string, listener: (error: Error) => void) => event === 'error' && listeners.push(listener),
+      pipe: (to: PassThrough) => {
+        to.write('a')
+        if (fails) setImmediate(() => listeners[0]?.(new Error('broken')))
+        else to.end('b')
+        return to
+      }
+    } as unknown as Payload
+  }
+  t.equal(Buffer.concat((await asStream(piped(false))?.toArray()) ?? []).toString(), 'ab')
+  await t.rejects(asStream(piped(true))?.toArray() as Promise<unknown>, { message: 'broken' })
+})
+
+/** Lets everything happen that can happen without the test. */
+async function settle(): Promise<void> {
+  for (let turn = 0; turn < 10; turn++) await new Promise((resolve) => setImmediate(resolve))
+}
+
+/** Notes how a stream ended, and holds its storing until the test lets go. */
+class Fate implements StreamFate {
+  /** `ended: <text>`, `ended too large`, `failed before` or `failed after` the first byte. */
+  readonly calls: string[] = []
+  body: Buffer | null = null
+  readonly stored: Latch<void> = latch()
+
+  ended(body: Buffer | null): Promise<void> {
+    this.body = body
+    this.calls.push(body === null ? 'ended too large' : `ended: ${body}`)
+    return this.stored.promise
+  }
+
+  failed(beforeFirstByte: boolean): Promise<void> {
+    this.calls.push(`failed ${beforeFirstByte ? 'before' : 'after'}`)
+    return this.stored.promise
+  }
+}
+
+/** A captured stream with somebody who reads it. */
+function capture(source: Readable, options: Partial<CaptureOptions> = {}) {
+  const fate = new Fate()
+  const stream = new CapturedStream(source, { limit: 1_000, expected: undefined, drain: true, ...options }, fate)
+  const client = {
+    chunks: [] as string[],
+    bytes: Buffer.alloc(0),
+    ended: false,
+    error: null as Error | null,
+    read(): void {
+      stream.on('data', (chunk: Buffer) => {
+        this.chunks.push(chunk.toString())
+        this.bytes = Buffer.concat([this.bytes, chunk])
+      })
+    },
+    leave(): void {
+      stream.destroy()
+    }
+  }
+  stream.on('end', () => {
+    client.ended = true
+  })
+  stream.on('error', (error) => {
+    client.error = error
+  })
+  return { fate, stream, client }
+}
+
+/** The same with a client that reads from the start. */
+function read(source: Readable, options: Partial<CaptureOptions> = {}) {
+  const captured = capture(source, options)
+  captured.client.read()
+  return captured
+}
+
+t.test('chunks are passed on as they come', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source)
+  for (const chunk of ['a', 'b', 'c']) {
+    source.write(chunk)
+    await until(() => client.chunks.includes(chunk))
+  }
+  t.strictSame(client.chunks, ['a', 'b', 'c'])
+  t.strictSame(fate.calls, [])
+})
+
+t.test('the end is held back until the copy is stored', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source)
+  source.write('a')
+  source.end('b')
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.strictSame(fate.calls, ['ended: ab'])
+  t.strictSame(client.chunks, ['a', 'b'], 'everything else has come')
+  t.equal(client.ended, false)
+  fate.stored.open()
+  await until(() => client.ended)
+  t.strictSame(fate.calls, ['ended: ab'])
+})
+
+t.test('a stream without a byte is stored as such', async (t) => {
+  const { fate, client } = read(Readable.from([]))
+  await until(() => fate.calls.length > 0)
+  t.strictSame(fate.calls, ['ended: '])
+  t.equal(client.ended, false)
+  fate.stored.open()
+  await until(() => client.ended)
+})
+
+t.test('the chunk that completes the content-length is held back until the copy is stored', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source, { expected: 4 })
+  source.write('ab')
+  await until(() => client.chunks.length === 1)
+  t.strictSame(fate.calls, [])
+  source.write('cd')
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.strictSame(fate.calls, ['ended: abcd'])
+  t.strictSame(client.chunks, ['ab'])
+  fate.stored.open()
+  await until(() => client.chunks.length === 2)
+  t.strictSame(client.chunks, ['ab', 'cd'])
+  source.end()
+  await until(() => client.ended)
+  t.strictSame(fate.calls, ['ended: abcd'])
+})
+
+t.test('what comes behind the content-length does not overtake the chunk that is held back', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source, { expected: 2 })
+  for (const chunk of ['a', 'b', 'c']) source.write(chunk)
+  source.end()
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.strictSame(client.chunks, ['a'])
+  fate.stored.open()
+  await until(() => client.ended)
+  t.strictSame(client.chunks, ['a', 'b', 'c'])
+  t.strictSame(fate.calls, ['ended: ab'])
+})
+
+t.test('a single chunk that is the whole content-length is held back', async (t) => {
+  const { fate, client } = read(Readable.from([Buffer.from('abcd')]), { expected: 4 })
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.strictSame(client.chunks, [])
+  fate.stored.open()
+  await until(() => client.ended)
+  t.strictSame(client.chunks, ['abcd'])
+  t.strictSame(fate.calls, ['ended: abcd'])
+})
+
+t.test('a stream that ends short of its content-length is held back at its end', async (t) => {
+  const { fate, client } = read(Readable.from([Buffer.from('abc')]), { expected: 4 })
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.strictSame(client.chunks, ['abc'])
+  t.equal(client.ended, false)
+  fate.stored.open()
+  await until(() => client.ended)
+  t.strictSame(fate.calls, ['ended: abc'])
+})
+
+t.test('a source that fails when its content-length was complete has been stored', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source, { expected: 2 })
+  source.write('ab')
+  await until(() => fate.calls.length > 0)
+  source.destroy(new Error('late'))
+  await settle()
+  fate.stored.open()
+  await until(() => client.error !== null)
+  t.strictSame(fate.calls, ['ended: ab'])
+})
+
+t.test('a reply larger than the limit is passed on as a whole, and not kept', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source, { limit: 4 })
+  for (const chunk of ['ab', 'cd', 'e', 'fg']) source.write(chunk)
+  source.end()
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.equal(client.bytes.toString(), 'abcdefg')
+  t.equal(client.ended, false, 'the tombstone is stored before the end as well')
+  fate.stored.open()
+  await until(() => client.ended)
+  t.strictSame(fate.calls, ['ended too large'])
+})
+
+t.test('the limit itself is not too large, and counts bytes', async (t) => {
+  for (const [text, limit, expected] of [
+    ['abcd', 4, 'ended: abcd'],
+    ['abcde', 4, 'ended too large'],
+    ['éé', 4, 'ended: éé'],
+    ['ééé', 4, 'ended too large'],
+    ['', 0, 'ended: '],
+    ['a', 0, 'ended too large']
+  ] as const) {
+    const { fate, client } = read(Readable.from(text === '' ? [] : [text]), { limit })
+    fate.stored.open()
+    await until(() => client.ended)
+    t.strictSame(fate.calls, [expected])
+    t.equal(client.bytes.toString(), text)
+  }
+})
+
+t.test('a chunk that completes the content-length and is too large is held back as well', async (t) => {
+  const { fate, client } = read(Readable.from([Buffer.from('abcd')]), { expected: 4, limit: 3 })
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.strictSame(client.chunks, [])
+  fate.stored.open()
+  await until(() => client.ended)
+  t.strictSame(fate.calls, ['ended too large'])
+  t.strictSame(client.chunks, ['abcd'])
+})
+
+t.test(
+  'a source that fails before its first byte is known as such, and the client hears of it afterwards',
+  async (t) => {
+    const source = new PassThrough()
+    const { fate, client } = read(source)
+    const error = new Error('no bytes')
+    source.destroy(error)
+    await until(() => fate.calls.length > 0)
+    await settle()
+    t.equal(client.error, null)
+    fate.stored.open()
+    await until(() => client.error !== null)
+    t.equal(client.error, error)
+    t.strictSame(fate.calls, ['failed before'])
+  }
+)
+
+t.test('a source that fails after its first byte is known as such', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source)
+  const error = new Error('half-way')
+  source.write('a')
+  await until(() => client.chunks.length === 1)
+  source.destroy(error)
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.equal(client.error, null)
+  fate.stored.open()
+  await until(() => client.error !== null)
+  t.equal(client.error, error)
+  t.equal(client.ended, false)
+  t.strictSame(fate.calls, ['failed after'])
+})
+
+t.test('a source that is closed before its end has failed, even without an error', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source)
+  source.write('a')
+  await until(() => client.chunks.length === 1)
+  source.destroy()
+  fate.stored.open()
+  await until(() => client.error !== null)
+  t.equal(client.ended, false)
+  t.strictSame(fate.calls, ['failed after'])
+})
+
+t.test('a source that had failed before it was captured is not waited for', async (t) => {
+  const source = new PassThrough()
+  source.on('error', () => {})
+  source.destroy(new Error('early'))
+  await settle()
+  const { fate, client } = read(source)
+  fate.stored.open()
+  await until(() => client.error !== null)
+  t.strictSame(fate.calls, ['failed before'])
+})
+
+t.test('when the client leaves the source is read to its end, and kept', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source)
+  source.write('a')
+  await until(() => client.chunks.length === 1)
+  client.leave()
+  await settle()
+  t.strictSame(fate.calls, [])
+  source.write('b')
+  source.end('c')
+  await until(() => fate.calls.length > 0)
+  t.strictSame(fate.calls, ['ended: abc'])
+  t.strictSame(client.chunks, ['a'])
+  fate.stored.open()
+  await settle()
+  t.equal(client.error, null)
+})
+
+t.test('a source that had stopped for a slow client is read to its end when that leaves', async (t) => {
+  const source = Readable.from(Array.from({ length: 200 }, () => Buffer.alloc(1_000, 'x')))
+  const { fate, stream, client } = capture(source, { limit: 1_000_000, expected: 200_000 })
+  await until(() => source.isPaused())
+  t.ok(stream.readableLength < 100_000)
+  client.leave()
+  await until(() => fate.calls.length > 0)
+  t.equal(fate.body?.length, 200_000)
+})
+
+t.test('a source that fails when the client has left has failed', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source)
+  source.write('a')
+  await until(() => client.chunks.length === 1)
+  client.leave()
+  source.destroy(new Error('half-way'))
+  fate.stored.open()
+  await until(() => fate.calls.length > 0)
+  await settle()
+  t.strictSame(fate.calls, ['failed after'])
+})
+
+t.test('when the client has left the source is stopped as soon as it is too large', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source, { limit: 2 })
+  source.write('a')
+  await until(() => client.chunks.length === 1)
+  client.leave()
+  source.write('b')
+  await settle()
+  t.strictSame(fate.calls, [])
+  t.equal(source.destroyed, false)
+  source.write('c')
+  await until(() => source.destroyed)
+  fate.stored.open()
+  await settle()
+  t.strictSame(fate.calls, ['ended too large'])
+})
+
+t.test('a source that is too large already is stopped when the client leaves', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source, { limit: 1 })
+  source.write('ab')
+  await until(() => client.chunks.length === 1)
+  t.equal(source.destroyed, false)
+  client.leave()
+  await until(() => source.destroyed)
+  fate.stored.open()
+  await settle()
+  t.strictSame(fate.calls, ['ended too large'])
+})
+
+t.test('a source that is of no use without its client is stopped when that leaves', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source, { drain: false })
+  source.write('event: a\n\n')
+  await until(() => client.chunks.length === 1)
+  client.leave()
+  await until(() => source.destroyed)
+  fate.stored.open()
+  await settle()
+  t.strictSame(fate.calls, ['failed after'])
+})
+
+t.test('a source of no use without its client is kept where the client stays to the end', async (t) => {
+  const { fate, client } = read(Readable.from(['event: a\n\n']), { drain: false })
+  fate.stored.open()
+  await until(() => client.ended)
+  await settle()
+  t.strictSame(fate.calls, ['ended: event: a\n\n'])
+})
+
+t.test('who leaves while the end is stored changes nothing', async (t) => {
+  for (const options of [{}, { expected: 2 }, { drain: false }, { limit: 1 }]) {
+    const { fate, stream, client } = read(Readable.from([Buffer.from('ab')]), options)
+    await until(() => fate.calls.length > 0)
+    client.leave()
+    await until(() => stream.closed)
+    fate.stored.open()
+    await settle()
+    t.strictSame(fate.calls, ['limit' in options ? 'ended too large' : 'ended: ab'])
+    t.equal(client.ended, false)
+    t.equal(client.error, null)
+  }
+})
+
+t.test('a slow client slows the source down', async (t) => {
+  let made = 0
+  const source = new Readable({
+    read() {
+      made++
+      this.push(Buffer.alloc(10_000))
+    }
+  })
+  const { stream } = capture(source, { limit: 1_000_000_000 })
+  await until(() => source.isPaused())
+  await settle()
+  const before = made
+  t.ok(before < 100, `${before} chunks for nobody`)
+  await settle()
+  t.equal(made, before)
+  stream.read()
+  await until(() => made > before)
+  source.destroy()
+})
+
+t.test('a stream that decodes itself is kept and passed on as the response would have written it', async (t) => {
+  const bytes = Buffer.from('clé 🔑', 'utf8')
+  for (const encoding of ['hex', 'base64', 'base64url', 'latin1', 'utf16le', 'utf8'] as const) {
+    const source = new PassThrough()
+    source.setEncoding(encoding)
+    const { fate, client } = read(source)
+    source.end(bytes)
+    fate.stored.open()
+    await until(() => client.ended)
+    t.equal(client.bytes.toString(), bytes.toString(encoding), encoding)
+    t.equal(fate.body?.toString(), bytes.toString(encoding), encoding)
+  }
+})
+
+t.test('characters that are split between chunks stay whole', async (t) => {
+  const bytes = Buffer.from('é🔑é')
+  for (const encoding of [null, 'utf8'] as const) {
+    const source = new PassThrough()
+    if (encoding !== null) source.setEncoding(encoding)
+    const { fate, client } = read(source)
+    for (const byte of bytes) source.write(Buffer.from([byte]))
+    source.end()
+    fate.stored.open()
+    await until(() => client.ended)
+    t.ok(client.bytes.equals(bytes))
+    t.ok(fate.body?.equals(bytes))
+  }
+})
+
+t.test('texts and bytes of an object stream are kept as bytes', async (t) => {
+  const view = Uint8Array.from([0, 0xff, 0xfe, 0]).subarray(1, 3)
+  const { fate, client } = read(Readable.from(['é', Buffer.from('b'), view, '']))
+  fate.stored.open()
+  await until(() => client.ended)
+  const expected = Buffer.from([0xc3, 0xa9, 0x62, 0xff, 0xfe])
+  t.ok(client.bytes.equals(expected))
+  t.ok(fate.body?.equals(expected))
+})
+
+t.test('a stream of anything else fails, and is stopped', async (t) => {
+  for (const garbage of [1, {}, [], true, Symbol('a'), new Date(), new Uint16Array(1), new ArrayBuffer(1)]) {
+    const source = Readable.from(['a', garbage])
+    const { fate, client } = read(source)
+    fate.stored.open()
+    await until(() => client.error !== null)
+    t.match(client.error, { name: 'TypeError', message: 'A reply stream must give strings or bytes' })
+    t.equal(source.destroyed, true)
+    t.equal(client.bytes.toString(), 'a')
+    t.strictSame(fate.calls, ['failed after'])
+  }
+})
+
+t.test('garbage in the place of the first byte is a failure before it', async (t) => {
+  const { fate, client } = read(Readable.from([{}]))
+  fate.stored.open()
+  await until(() => client.error !== null)
+  t.strictSame(fate.calls, ['failed before'])
+})
+
+t.test('a web stream is captured like any other', async (t) => {
+  const source = asStream(new Response('ab').body as Payload) as Readable
+  const { fate, client } = read(source)
+  fate.stored.open()
+  await until(() => client.ended)
+  t.strictSame(fate.calls, ['ended: ab'])
+  t.equal(client.bytes.toString(), 'ab')
+})

@@ -1,0 +1,340 @@
+import { createHook } from 'node:async_hooks'
+import t, { type Test } from 'tap'
+import { MemoryStore, type MemoryStoreOptions } from '../../lib/stores/memory.js'
+import type { Claim, StoredReply } from '../../types/index.js'
+import { until } from '../support/latch.js'
+
+const MINUTE = 60_000
+const DAY = 86_400_000
+
+const claim = (token: string, members: Partial<Claim> = {}): Claim => ({
+  token,
+  fingerprint: 'f',
+  leaseMs: MINUTE,
+  retainMs: MINUTE,
+  takeover: true,
+  ...members
+})
+
+const reply = (body: string | Buffer = '', headers: StoredReply['headers'] = []): StoredReply => ({
+  kind: 'reply',
+  fingerprint: 'f',
+  createdAt: 1,
+  statusCode: 200,
+  headers,
+  body: Buffer.from(body as string),
+  text: typeof body === 'string'
+})
+
+/** Claims a key and finishes it. */
+async function finish(store: MemoryStore, key: string, record = reply(), ttlMs: number | null = MINUTE): Promise<void> {
+  await store.acquire(key, claim(key))
+  await store.complete(key, key, record, ttlMs)
+}
+
+/** What the store knows of these keys, in one word each. */
+async function states(store: MemoryStore, ...keys: string[]): Promise<string[]> {
+  return Promise.all(keys.map(async (key) => (await store.get(key))?.state ?? 'free'))
+}
+
+const FULL = (entries: number) => ({
+  message: `MemoryStore is full: all of its ${entries} entries are running claims`
+})
+
+/** The timers of all kinds that are started from here on and still run, others' included. */
+function watchTimers(t: Test): Set<number> {
+  const timers = new Set<number>()
+  const hook = createHook({
+    init(id, type) {
+      if (type === 'Timeout') timers.add(id)
+    },
+    destroy(id) {
+      timers.delete(id)
+    }
+  }).enable()
+  t.teardown(() => hook.disable())
+  return timers
+}
+
+t.test('the options have defaults, and undefined counts as left out', async (t) => {
+  for (const options of [undefined, {}, { maxEntries: undefined, maxBytes: undefined }]) {
+    const store = new MemoryStore(options as MemoryStoreOptions)
+    await finish(store, 'a', reply(Buffer.alloc(10_000_000)))
+    t.match(await store.get('a'), { state: 'completed', record: { kind: 'reply' } })
+  }
+})
+
+t.test('wrong options are refused, with their name, what they take and what they got', async (t) => {
+  for (const name of ['maxEntries', 'maxBytes']) {
+    for (const [value, got] of [
+      [0, '0 (number)'],
+      [-1, '-1 (number)'],
+      [1.5, '1.5 (number)'],
+      [Number.NaN, 'NaN (number)'],
+      [Number.POSITIVE_INFINITY, 'Infinity (number)'],
+      ['10', '10 (string)'],
+      [true, 'true (boolean)'],
+      [{}, '[object Object] (object)']
+    ]) {
+      t.throws(() => new MemoryStore({ [name]: value } as MemoryStoreOptions), {
+        code: 'FST_IDEMPOTENCY_INVALID_OPTION',
+        message: `MemoryStore option "${name}" takes a positive integer, got ${got}`
+      })
+    }
+  }
+})
+
+t.test('an option that is not known is refused', async (t) => {
+  for (const name of ['max', 'ttl', 'maxentries', 'constructor']) {
+    t.throws(() => new MemoryStore({ [name]: 1 } as MemoryStoreOptions), {
+      code: 'FST_IDEMPOTENCY_INVALID_OPTION',
+      message: `MemoryStore has no option "${name}"`
+    })
+  }
+})
+
+t.test('when there are too many entries the oldest replies go first', async (t) => {
+  const store = new MemoryStore({ maxEntries: 3 })
+  for (const key of ['a', 'b', 'c']) await finish(store, key)
+  t.strictSame(await states(store, 'a', 'b', 'c'), ['completed', 'completed', 'completed'], 'three are not too many')
+  await finish(store, 'd')
+  t.strictSame(await states(store, 'a', 'b', 'c', 'd'), ['free', 'completed', 'completed', 'completed'])
+  await finish(store, 'e')
+  await finish(store, 'f')
+  t.strictSame(await states(store, 'b', 'c', 'd', 'e', 'f'), ['free', 'free', 'completed', 'completed', 'completed'])
+})
+
+t.test('the oldest reply is the one that was finished first, whenever it was claimed', async (t) => {
+  const store = new MemoryStore({ maxEntries: 3 })
+  await store.acquire('early', claim('early'))
+  await finish(store, 'a')
+  await store.complete('early', 'early', reply(), MINUTE)
+  await finish(store, 'b')
+  await finish(store, 'c')
+  t.strictSame(await states(store, 'a', 'early', 'b', 'c'), ['free', 'completed', 'completed', 'completed'])
+})
+
+t.test('a key that was forgotten and finished anew is the youngest', async (t) => {
+  const store = new MemoryStore({ maxEntries: 3 })
+  for (const key of ['a', 'b', 'c']) await finish(store, key)
+  await store.delete('a')
+  await finish(store, 'a')
+  await finish(store, 'd')
+  t.strictSame(await states(store, 'b', 'c', 'a', 'd'), ['free', 'completed', 'completed', 'completed'])
+})
+
+t.test('evicting goes on where it was, through thousands of replies', async (t) => {
+  const store = new MemoryStore({ maxEntries: 10 })
+  const expected: string[] = []
+  for (let i = 0; i < 3_000; i++) {
+    if (expected.length === 10) expected.shift()
+    expected.push(`${i}`)
+    await finish(store, `${i}`)
+    // Now and then one from the middle, and once all of them.
+    const gone = i % 7 === 0 ? expected.splice(i % 5, 1) : i === 2_000 ? expected.splice(0) : []
+    for (const key of gone) t.equal(await store.delete(key), true)
+  }
+  const keys = Array.from({ length: 3_000 }, (_, i) => `${i}`)
+  const found = await Promise.all(keys.map((key) => store.get(key)))
+  t.strictSame(
+    keys.filter((_, i) => found[i] !== null),
+    expected
+  )
+})
+
+t.test('a running claim is never evicted, however many replies come after it', async (t) => {
+  const store = new MemoryStore({ maxEntries: 2 })
+  await store.acquire('running', claim('owner'))
+  for (let i = 0; i < 100; i++) await finish(store, `${i}`)
+  t.match(await store.get('running'), { state: 'running', fingerprint: 'f' })
+  t.equal(await store.complete('running', 'owner', reply('kept'), MINUTE), true)
+  t.match(await store.get('running'), { state: 'completed', record: { body: Buffer.from('kept') } })
+})
+
+t.test('a store that is full of running claims refuses another, and harms none of them', async (t) => {
+  const store = new MemoryStore({ maxEntries: 2 })
+  await store.acquire('a', claim('a'))
+  await store.acquire('b', claim('b'))
+  await t.rejects(store.acquire('c', claim('c')), FULL(2))
+  t.strictSame(await states(store, 'a', 'b', 'c'), ['running', 'running', 'free'])
+  t.match(await store.acquire('a', claim('a')), { state: 'acquired' }, 'what is held needs no room')
+  t.match(await store.acquire('a', claim('other')), { state: 'running' })
+  await store.release('a', 'a')
+  t.same(await store.acquire('c', claim('c')), { state: 'acquired', attempt: 1 })
+})
+
+t.test('a reply makes room for a new claim, even for the same key', async (t) => {
+  const store = new MemoryStore({ maxEntries: 1 })
+  await finish(store, 'a')
+  t.match(await store.acquire('a', claim('again')), { state: 'completed' })
+  await finish(store, 'b')
+  t.strictSame(await states(store, 'a', 'b'), ['free', 'completed'])
+})
+
+t.test('a claim whose owner is gone makes room when nothing else can', async (t) => {
+  const store = new MemoryStore({ maxEntries: 2 })
+  await store.acquire('running', claim('a'))
+  await store.acquire('abandoned', claim('b', { leaseMs: 1 }))
+  await until(async () => (await store.get('abandoned'))?.state === 'abandoned')
+  t.same(await store.acquire('c', claim('c')), { state: 'acquired', attempt: 1 })
+  t.strictSame(await states(store, 'running', 'abandoned', 'c'), ['running', 'free', 'running'])
+})
+
+t.test('when the replies take too many bytes the oldest go first', async (t) => {
+  const store = new MemoryStore({ maxBytes: 10_000 })
+  for (const key of ['a', 'b', 'c']) await finish(store, key, reply(Buffer.alloc(2_500)))
+  t.strictSame(await states(store, 'a', 'b', 'c'), ['completed', 'completed', 'completed'])
+  await finish(store, 'd', reply(Buffer.alloc(2_500)))
+  t.strictSame(await states(store, 'a', 'b', 'c', 'd'), ['free', 'completed', 'completed', 'completed'])
+  await finish(store, 'e', reply(Buffer.alloc(9_000)))
+  t.strictSame(await states(store, 'b', 'c', 'd', 'e'), ['free', 'free', 'free', 'completed'])
+})
+
+t.test('headers take bytes as well', async (t) => {
+  const store = new MemoryStore({ maxBytes: 10_000 })
+  const large = reply('', [['x', 'x'.repeat(6_000)]])
+  await finish(store, 'a', large)
+  await finish(store, 'b', large)
+  t.strictSame(await states(store, 'a', 'b'), ['free', 'completed'])
+})
+
+t.test('bytes that were given back can be used again', async (t) => {
+  const store = new MemoryStore({ maxBytes: 10_000 })
+  for (let round = 0; round < 100; round++) {
+    await finish(store, 'deleted', reply(Buffer.alloc(5_000)))
+    await store.delete('deleted')
+  }
+  await finish(store, 'expired', reply(Buffer.alloc(5_000)), 1)
+  await until(async () => (await store.get('expired')) === null)
+  await finish(store, 'a', reply(Buffer.alloc(4_500)))
+  await finish(store, 'b', reply(Buffer.alloc(4_500)))
+  t.strictSame(await states(store, 'a', 'b'), ['completed', 'completed'])
+})
+
+t.test('a reply that is larger than all there is becomes a tombstone, and drives nothing out', async (t) => {
+  const store = new MemoryStore({ maxBytes: 10_000 })
+  await finish(store, 'small', reply(Buffer.alloc(5_000)))
+  await store.acquire('large', claim('owner'))
+  t.equal(await store.complete('large', 'owner', reply(Buffer.alloc(10_001)), MINUTE), true)
+  t.match(await store.get('large'), {
+    state: 'completed',
+    record: { kind: 'tombstone', reason: 'too-large', fingerprint: 'f', createdAt: 1 }
+  })
+  t.match(await store.get('small'), { state: 'completed', record: { kind: 'reply' } })
+})
+
+t.test('text and bytes come back as they were, and nobody can change what is kept', async (t) => {
+  const store = new MemoryStore()
+  const every = Buffer.from(Array.from({ length: 256 }, (_, i) => i))
+  for (const given of [reply('é🔑\u0000', [['link', ['a', 'b']]]), { ...reply(every), text: true }, reply(every)]) {
+    const expected = structuredClone({ ...given, body: given.body.toString('hex') })
+    await store.delete('a')
+    await finish(store, 'a', given)
+    given.body.fill(0)
+    given.headers.push(['x-late', 'a'])
+    for (let i = 0; i < 2; i++) {
+      const found = await store.get('a')
+      if (found?.state !== 'completed' || found.record.kind !== 'reply') throw new Error('The reply is lost')
+      t.strictSame({ ...found.record, body: found.record.body.toString('hex') }, expected)
+      found.record.body.fill(0)
+      found.record.headers.length = 0
+    }
+  }
+})
+
+t.test('whatever the number of keys there is one timer, which does not keep the process alive', async (t) => {
+  const timers = watchTimers(t)
+  const holding = () => process.getActiveResourcesInfo().filter((name) => name === 'Timeout').length
+  const before = holding()
+  const store = new MemoryStore()
+  await store.acquire('claimed', claim('a'))
+  for (let i = 0; i < 1_000; i++) await finish(store, `${i}`, reply(), (i + 1) * DAY)
+  await store.acquire('released', claim('b'))
+  await store.release('released', 'b')
+  t.equal(timers.size, 1)
+  t.equal(holding(), before)
+  const [timer] = timers
+  await store.close()
+  // async_hooks tells of its end a little later.
+  await until(() => !timers.has(timer as number), { message: 'the end of the timer' })
+})
+
+t.test('a store that is closed twice, or was never used, has no timer', async (t) => {
+  const timers = watchTimers(t)
+  await new MemoryStore().close()
+  const store = new MemoryStore()
+  await store.close()
+  await store.close()
+  t.equal(timers.size, 0)
+})
+
+t.test('a closed store keeps what it holds, and can be used again', async (t) => {
+  const store = new MemoryStore()
+  await finish(store, 'a', reply('a'))
+  await store.acquire('b', claim('b'))
+  await store.close()
+  t.match(await store.get('a'), { state: 'completed', record: { body: Buffer.from('a') } })
+  const timers = watchTimers(t)
+  t.equal(await store.complete('b', 'b', reply('b'), MINUTE), true)
+  t.equal(timers.size, 1, 'it sweeps again')
+  t.match(await store.get('b'), { state: 'completed' })
+  await store.close()
+})
+
+t.test('a reply lives for 40 days where it should, without a timer that overflows', async (t) => {
+  const warnings: Error[] = []
+  const warned = (warning: Error) => warnings.push(warning)
+  process.on('warning', warned)
+  t.teardown(() => process.off('warning', warned))
+  const store = new MemoryStore()
+  await finish(store, 'long', reply(), 40 * DAY)
+  await finish(store, 'ever', reply(), null)
+  await finish(store, 'short', reply(), 5)
+  await store.acquire('claim', claim('a', { leaseMs: 40 * DAY }))
+  await until(async () => (await store.get('short')) === null)
+  const found = await store.get('long')
+  if (found?.state !== 'completed' || found.ttlMs === null) throw new Error('The reply is lost')
+  t.ok(found.ttlMs > 39 * DAY && found.ttlMs <= 40 * DAY)
+  t.match(await store.get('ever'), { state: 'completed', ttlMs: null })
+  t.match(await store.get('claim'), { state: 'running' })
+  t.strictSame(warnings, [])
+})
+
+t.test('expired entries make room without being asked for, and sweeping ends with the last of them', async (t) => {
+  const { setInterval, clearInterval } = globalThis
+  t.teardown(() => Object.assign(globalThis, { setInterval, clearInterval }))
+  // Stores of other tests may still sweep: only what starts here counts.
+  const sweepers = new Set<NodeJS.Timeout>()
+  let sweeps = 0
+  Object.assign(globalThis, {
+    setInterval: (sweep: () => void) => {
+      const hurried = () => {
+        sweeps++
+        sweep()
+      }
+      const sweeper = setInterval(hurried, 5)
+      sweepers.add(sweeper)
+      return sweeper
+    },
+    clearInterval: (timer: NodeJS.Timeout) => {
+      sweepers.delete(timer)
+      clearInterval(timer)
+    }
+  })
+  const store = new MemoryStore({ maxEntries: 3 })
+  await finish(store, 'oldest', reply())
+  await finish(store, 'expired', reply(), 1)
+  await store.acquire('forgotten', claim('a', { leaseMs: 1, retainMs: 1 }))
+  await until(() => sweeps > 4)
+  await store.acquire('new', claim('b'))
+  await store.acquire('newer', claim('c'))
+  t.strictSame(await states(store, 'oldest', 'new', 'newer'), ['completed', 'running', 'running'])
+  t.equal(sweepers.size, 1)
+  await store.delete('oldest')
+  await until(() => sweepers.size === 0)
+  const before = sweeps
+  await finish(store, 'another', reply(), 1)
+  t.equal(sweepers.size, 1, 'and begins again with the next')
+  await until(() => sweepers.size === 0)
+  t.ok(sweeps > before)
+})

@@ -1,0 +1,525 @@
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import t from 'tap'
+import {
+  concerns,
+  describeRoute,
+  isFinal,
+  type Policy,
+  type RouteDeclaration,
+  registrationOptions,
+  routePolicy
+} from '../../lib/options.js'
+import { MemoryStore } from '../../lib/stores/memory.js'
+import type { IdempotencyOptions, IdempotencyRouteOptions } from '../../types/index.js'
+
+const WHERE = ' of POST /charges'
+
+/** Options as JavaScript hands them over: unchecked. */
+const registered = (options: object = {}) => registrationOptions(options as IdempotencyOptions)
+
+function declared(config: unknown, options: object = {}, route: Partial<RouteDeclaration> = {}): Policy | null {
+  return routePolicy(
+    { method: 'POST', url: '/charges', config: { idempotency: config }, ...route },
+    registered(options)
+  )
+}
+
+function policy(config: unknown = true, options: object = {}): Policy {
+  const covered = declared(config, options)
+  if (covered === null) throw new Error('The route is not covered')
+  return covered
+}
+
+function refusal(build: () => unknown): Error & { code?: string } {
+  try {
+    build()
+  } catch (error) {
+    return error as Error
+  }
+  throw new Error('Nothing was refused')
+}
+
+/** The statuses that `shouldStore` calls final. */
+function finals(shouldStore: Policy['shouldStore']): number[] {
+  const statuses = Array.from({ length: 500 }, (_, i) => 100 + i)
+  return statuses.filter((statusCode) => shouldStore({} as FastifyRequest, { statusCode } as FastifyReply))
+}
+
+t.test('every option has the default that the contract promises', async (t) => {
+  const { store, shouldStore, ...rest } = policy()
+  t.ok(store instanceof MemoryStore, 'store')
+  t.strictSame(
+    finals(shouldStore),
+    Array.from({ length: 400 }, (_, i) => 100 + i).filter((status) => ![408, 425, 429].includes(status)),
+    'shouldStore: every status below 500 but 408, 425 and 429'
+  )
+  t.strictSame(rest, {
+    route: '/charges',
+    methods: null,
+    skip: null,
+    header: 'idempotency-key',
+    field: null,
+    getKey: null,
+    keyFormat: 'any',
+    maxKeyLength: 255,
+    required: false,
+    scope: null,
+    fingerprint: true,
+    hook: 'onRequest',
+    waits: false,
+    waitTimeout: 60_000,
+    lease: 30_000,
+    reruns: true,
+    ttl: 86_400_000,
+    retain: 86_400_000,
+    maxReplySize: 1_048_576,
+    excludeHeaders: new Set(),
+    replayHeader: 'idempotent-replayed',
+    bypasses: false,
+    storeTimeout: 2_000,
+    problemDetails: false,
+    documentationUrl: null
+  })
+  const { global, methods } = registered()
+  t.equal(global, false, 'global')
+  t.strictSame([...methods], ['POST', 'PATCH'], 'methods')
+})
+
+t.test('all routes of a registration share its default store, and two registrations share none', async (t) => {
+  const registration = registered()
+  const route = { method: 'POST', url: '/', config: { idempotency: true } }
+  t.equal(routePolicy(route, registration)?.store, registration.routeDefaults.store)
+  t.not(registered().routeDefaults.store, registration.routeDefaults.store)
+})
+
+const ours = new MemoryStore()
+const theirs = new MemoryStore()
+const yes = () => true
+const text = () => 'text'
+
+/** For each option: its value at the registration, another one at the route, and where and how the policy has that. */
+const overrides: [keyof IdempotencyRouteOptions, unknown, unknown, keyof Policy, unknown][] = [
+  ['store', ours, theirs, 'store', theirs],
+  ['skip', () => false, yes, 'skip', yes],
+  ['header', 'X-Ours', 'X-Theirs', 'header', 'x-theirs'],
+  ['field', 'ours', 'theirs', 'field', 'theirs'],
+  ['getKey', () => 'ours', text, 'getKey', text],
+  ['keyFormat', 'uuid', 'structured', 'keyFormat', 'structured'],
+  ['maxKeyLength', 10, 20, 'maxKeyLength', 20],
+  ['required', true, false, 'required', false],
+  ['scope', () => 'ours', text, 'scope', text],
+  ['fingerprint', text, false, 'fingerprint', false],
+  ['hook', 'preParsing', 'preHandler', 'hook', 'preHandler'],
+  ['onConflict', 'wait', 'reject', 'waits', false],
+  ['waitTimeout', 10, 20, 'waitTimeout', 20],
+  ['lease', 10, 20, 'lease', 20],
+  ['onAbandoned', 'reject', 'rerun', 'reruns', true],
+  ['ttl', 10, null, 'ttl', null],
+  ['shouldStore', () => false, yes, 'shouldStore', yes],
+  ['maxReplySize', 10, 20, 'maxReplySize', 20],
+  ['excludeHeaders', ['X-Ours'], ['X-Theirs'], 'excludeHeaders', new Set(['x-theirs'])],
+  ['replayHeader', 'X-Ours', false, 'replayHeader', null],
+  ['onStoreError', 'bypass', 'reject', 'bypasses', false],
+  ['storeTimeout', 10, 20, 'storeTimeout', 20],
+  ['problemDetails', true, false, 'problemDetails', false],
+  ['documentationUrl', 'https://a.example/', 'https://b.example/', 'documentationUrl', 'https://b.example/']
+]
+
+t.test("a route overrides the plugin's options one by one, and inherits the others", async (t) => {
+  // Functions and stores are the same only if they are identical, which `strictSame` does not ask.
+  const equal = (a: unknown, b: unknown) =>
+    a instanceof Set ? [...a].join() === [...(b as Set<unknown>)].join() : a === b
+  for (const [name, plugin, route, member, expected] of overrides) {
+    t.ok(equal(policy({ [name]: route }, { [name]: plugin })[member], expected), `${name} of the route`)
+    const inherited = policy({}, { [name]: plugin })[member]
+    t.ok(equal(inherited, policy({ [name]: plugin })[member]), `${name} of the plugin`)
+    t.notOk(equal(inherited, expected), `${name} is told apart`)
+  }
+})
+
+t.test('an unfinished claim is remembered for the ttl, and for a day where replies are kept for ever', async (t) => {
+  t.equal(policy({ ttl: 5_000 }).retain, 5_000)
+  t.equal(policy({ ttl: null }).retain, 86_400_000)
+})
+
+const NUMBERS: [unknown, string][] = [
+  [0, '0 (number)'],
+  [-1, '-1 (number)'],
+  [1.5, '1.5 (number)'],
+  [Number.NaN, 'NaN (number)'],
+  [Number.POSITIVE_INFINITY, 'Infinity (number)'],
+  [2 ** 53, '9007199254740992 (number)'],
+  ['10', "'10' (string)"],
+  [10n, '10n (bigint)'],
+  [true, 'true (boolean)']
+]
+const BOOLEANS: [unknown, string][] = [
+  ['true', "'true' (string)"],
+  [1, '1 (number)'],
+  [0, '0 (number)'],
+  [null, 'null']
+]
+const FUNCTIONS: [unknown, string][] = [
+  ['user', "'user' (string)"],
+  [true, 'true (boolean)'],
+  [null, 'null'],
+  [{}, '{} (object)']
+]
+const HEADERS: [unknown, string][] = [
+  [true, 'true (boolean)'],
+  ['', "'' (string)"],
+  ['a b', "'a b' (string)"],
+  ['ключ', "'ключ' (string)"],
+  ['a:', "'a:' (string)"],
+  [null, 'null'],
+  [['X-Key'], "[ 'X-Key' ] (array)"]
+]
+const storeWith = (members: object) => ({ acquire: yes, renew: yes, complete: yes, release: yes, ...members })
+
+/** For each option of a route: what its message says it takes, and values it does not, with what is said of them. */
+const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [value: unknown, got: string][]]> = {
+  store: [
+    'an IdempotencyStore (acquire, renew, complete and release)',
+    [
+      [null, 'null'],
+      ['redis', "'redis' (string)"],
+      [{}, '{} (object)'],
+      [MemoryStore, '[class MemoryStore] (function)'],
+      [storeWith({ release: undefined }), '(object)'],
+      [storeWith({ acquire: true }), '(object)'],
+      [storeWith({ changed: true }), '(object)'],
+      [storeWith({ close: null }), '(object)']
+    ]
+  ],
+  skip: ['a function', FUNCTIONS],
+  header: ['a header name, or false', HEADERS],
+  field: [
+    'the name of a field',
+    [
+      ['', "'' (string)"],
+      [false, 'false (boolean)'],
+      [null, 'null'],
+      [['key'], "[ 'key' ] (array)"]
+    ]
+  ],
+  getKey: ['a function', FUNCTIONS],
+  keyFormat: [
+    "'any', 'uuid', 'structured' or a RegExp",
+    [
+      ['UUID', "'UUID' (string)"],
+      ['^k', "'^k' (string)"],
+      [true, 'true (boolean)'],
+      [null, 'null'],
+      [yes, '[Function: yes] (function)'],
+      [['uuid'], "[ 'uuid' ] (array)"]
+    ]
+  ],
+  maxKeyLength: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
+  required: ['true or false', BOOLEANS],
+  scope: ['a function', FUNCTIONS],
+  fingerprint: [
+    'true, false or a function',
+    [
+      ['body', "'body' (string)"],
+      [null, 'null'],
+      [1, '1 (number)']
+    ]
+  ],
+  hook: [
+    "'onRequest' or 'preParsing' or 'preValidation' or 'preHandler'",
+    [
+      ['onSend', "'onSend' (string)"],
+      ['prehandler', "'prehandler' (string)"],
+      ['constructor', "'constructor' (string)"],
+      [['onRequest'], "[ 'onRequest' ] (array)"],
+      [null, 'null']
+    ]
+  ],
+  onConflict: [
+    "'reject' or 'wait'",
+    [
+      ['bypass', "'bypass' (string)"],
+      [true, 'true (boolean)'],
+      [null, 'null']
+    ]
+  ],
+  waitTimeout: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
+  lease: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
+  onAbandoned: [
+    "'rerun' or 'reject'",
+    [
+      ['wait', "'wait' (string)"],
+      [false, 'false (boolean)'],
+      [null, 'null']
+    ]
+  ],
+  ttl: ['a positive integer of milliseconds, or null for ever', NUMBERS],
+  shouldStore: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => true, '(function)']]],
+  maxReplySize: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
+  excludeHeaders: [
+    'an array of header names',
+    [
+      ['x-id', "'x-id' (string)"],
+      [['x-id', ''], "[ 'x-id', '' ] (array)"],
+      [[false], '[ false ] (array)'],
+      [new Set(['x-id']), '(object)'],
+      [null, 'null']
+    ]
+  ],
+  replayHeader: ['a header name, or false', HEADERS],
+  onStoreError: [
+    "'reject' or 'bypass'",
+    [
+      ['rerun', "'rerun' (string)"],
+      [false, 'false (boolean)'],
+      [null, 'null']
+    ]
+  ],
+  storeTimeout: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
+  problemDetails: ['true or false', BOOLEANS],
+  documentationUrl: [
+    'an absolute URL',
+    [
+      ['/docs', "'/docs' (string)"],
+      ['docs.example', "'docs.example' (string)"],
+      ['https://docs.example/a b', "'https://docs.example/a b' (string)"],
+      ['https://docs.example/>; rel="next"', '(string)'],
+      [new URL('https://docs.example'), '(object)'],
+      [null, 'null']
+    ]
+  ]
+}
+
+for (const [name, [takes, values]] of Object.entries(wrong)) {
+  t.test(`a wrong ${name} is refused, with its name, what it takes and what it got`, async (t) => {
+    for (const [value, got] of values) {
+      for (const [where, build] of [
+        ['', () => registered({ [name]: value })],
+        [WHERE, () => declared({ [name]: value })]
+      ] as const) {
+        const { code, message } = refusal(build)
+        t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+        const said = `option "${name}"${where} takes ${takes}, got `
+        t.equal(message.slice(0, said.length), said)
+        t.ok(message.slice(said.length).endsWith(got), `${message.slice(said.length)} ends with ${got}`)
+      }
+    }
+  })
+}
+
+t.test('a wrong global is refused, with its name, what it takes and what it got', async (t) => {
+  for (const [value, got] of BOOLEANS) {
+    const { code, message } = refusal(() => registered({ global: value }))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    t.equal(message, `option "global" takes true or false, got ${got}`)
+  }
+})
+
+t.test('wrong methods are refused, safe ones among them, whatever their case', async (t) => {
+  const values: [unknown, string][] = [
+    ['POST', "'POST' (string)"],
+    [['POST', 'GET'], "[ 'POST', 'GET' ] (array)"],
+    [['head'], "[ 'head' ] (array)"],
+    [['OPTIONS'], "[ 'OPTIONS' ] (array)"],
+    [['TRACE'], "[ 'TRACE' ] (array)"],
+    [['Query'], "[ 'Query' ] (array)"],
+    [[''], "[ '' ] (array)"],
+    [['PO ST'], "[ 'PO ST' ] (array)"],
+    [[1], '[ 1 ] (array)'],
+    [null, 'null']
+  ]
+  const takes = 'an array of methods that change something (not GET, HEAD, OPTIONS, TRACE, QUERY)'
+  for (const [value, got] of values) {
+    const { code, message } = refusal(() => registered({ methods: value }))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    t.equal(message, `option "methods" takes ${takes}, got ${got}`)
+  }
+})
+
+t.test('methods may be in any case, and may be ones that Node does not know', async (t) => {
+  t.strictSame([...registered({ methods: ['put', 'Delete', 'FOLD'] }).methods], ['PUT', 'DELETE', 'FOLD'])
+})
+
+t.test('a long value is cut in the message', async (t) => {
+  const { message } = refusal(() => registered({ hook: 'x'.repeat(10_000) }))
+  t.match(message, /got 'x{79} \(string\)$/)
+})
+
+t.test('an option that is not known is refused at the registration, and the known ones are listed', async (t) => {
+  const typos = ['tll', 'Header', 'constructor', 'toString', 'hasOwnProperty', '']
+  for (const name of typos) {
+    const { code, message } = refusal(() => registered({ [name]: undefined }))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const known = [...Object.keys(wrong), 'global', 'methods'].join(', ')
+    t.equal(message, `option "${name}" is not known; known are ${known}`)
+  }
+  const { message } = refusal(() => registered(JSON.parse('{"__proto__":{"ttl":1}}')))
+  t.match(message, 'option "__proto__" is not known')
+})
+
+t.test("an option that is not known is refused at a route, and so are the registration's own", async (t) => {
+  for (const name of ['tll', 'global', 'methods', 'prefix', 'logLevel', 'logSerializers', 'constructor']) {
+    const { code, message } = refusal(() => declared({ [name]: undefined }))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    t.equal(message, `option "${name}"${WHERE} is not known; known are ${Object.keys(wrong).join(', ')}`)
+  }
+})
+
+t.test("prefix, logLevel and logSerializers are Fastify's, and ignored at the registration", async (t) => {
+  const { routeDefaults } = registered({ prefix: '/v1', logLevel: 'warn', logSerializers: {}, ttl: 1 })
+  t.strictSame(Object.keys(routeDefaults).sort(), ['store', 'ttl'])
+})
+
+t.test('an option that is undefined counts as left out', async (t) => {
+  const none = Object.fromEntries([...Object.keys(wrong), 'global', 'methods'].map((name) => [name, undefined]))
+  const { store: _a, ...rest } = policy(true, none)
+  const { store: _b, ...defaults } = policy()
+  t.strictSame(rest, defaults)
+  const registration = registered(none)
+  t.equal(registration.global, false)
+  t.strictSame([...registration.methods], ['POST', 'PATCH'])
+  t.equal(policy({ ttl: undefined, store: undefined }, { ttl: 1, store: ours }).ttl, 1)
+  t.equal(policy({ store: undefined }, { store: ours }).store, ours)
+})
+
+t.test("changing the user's objects later changes nothing", async (t) => {
+  const excludeHeaders = ['x-a']
+  const methods = ['PUT']
+  const options = { excludeHeaders, methods, global: true, ttl: 1 }
+  const registration = registered(options)
+  const own: { lease: number; excludeHeaders?: string[] } = { lease: 1 }
+  const before = routePolicy({ method: 'PUT', url: '/', config: { idempotency: own } }, registration)
+  excludeHeaders.push('x-b')
+  methods.push('DELETE')
+  Object.assign(options, { global: false, ttl: 2 })
+  own.lease = 2
+  const after = routePolicy({ method: 'PUT', url: '/' }, registration)
+  t.ok(after, 'still global')
+  t.equal(after?.ttl, 1)
+  t.strictSame(after?.excludeHeaders, new Set(['x-a']))
+  t.strictSame([...registration.methods], ['PUT'])
+  t.equal(before?.lease, 1)
+  const theirs = ['x-a']
+  const excluding = policy({ excludeHeaders: theirs })
+  theirs.push('x-b')
+  t.strictSame(excluding.excludeHeaders, new Set(['x-a']))
+})
+
+t.test('nobody can change a policy, and options that are frozen are taken as well', async (t) => {
+  const frozen = Object.freeze({ excludeHeaders: Object.freeze(['X-A']) })
+  const made = policy(frozen, Object.freeze({ methods: Object.freeze(['PUT']) }))
+  t.ok(Object.isFrozen(made))
+  t.ok(Object.isFrozen(registered()))
+  t.ok(Object.isFrozen(registered().routeDefaults))
+  t.strictSame(made.excludeHeaders, new Set(['x-a']))
+})
+
+t.test("a global RegExp does not remember its last match, and the user's own is left alone", async (t) => {
+  const theirs = /^K-\d+$/gi
+  theirs.lastIndex = 3
+  const { keyFormat } = policy({ keyFormat: theirs })
+  if (!(keyFormat instanceof RegExp)) throw new Error('The RegExp is lost')
+  t.not(keyFormat, theirs)
+  t.equal(keyFormat.source, theirs.source)
+  t.equal(keyFormat.ignoreCase, true)
+  for (let i = 0; i < 3; i++) t.ok(keyFormat.test('k-1'))
+  t.equal(keyFormat.lastIndex, 0)
+  t.equal(theirs.lastIndex, 3)
+})
+
+t.test('header: false is refused where there is neither a field nor a getKey', async (t) => {
+  for (const [config, options] of [
+    [{ header: false }, {}],
+    [true, { header: false }]
+  ] as const) {
+    const { code, message } = refusal(() => declared(config, options))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    t.equal(message, `option "header"${WHERE} takes false only together with "field" or "getKey"`)
+  }
+  t.equal(policy({ header: false, field: 'key' }).header, null)
+  t.equal(policy({ header: false, getKey: () => 'key' }).header, null)
+  t.equal(policy({ header: false }, { field: 'key' }).header, null)
+  t.equal(policy({ field: 'key' }, { header: false }).header, null)
+})
+
+t.test('config.idempotency takes true, false or an object, and nothing else', async (t) => {
+  const values: [unknown, string][] = [
+    [null, 'null'],
+    [1, '1 (number)'],
+    [0, '0 (number)'],
+    ['', "'' (string)"],
+    ['true', "'true' (string)"],
+    [['wait'], "[ 'wait' ] (array)"],
+    [() => true, '[Function (anonymous)] (function)'],
+    [Symbol('yes'), 'Symbol(yes) (symbol)']
+  ]
+  for (const [value, got] of values) {
+    const { code, message } = refusal(() => declared(value))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    t.equal(message, `config.idempotency${WHERE} takes true, false or an object, got ${got}`)
+  }
+})
+
+t.test('without global only the routes that opt in are covered', async (t) => {
+  t.ok(declared(true))
+  t.ok(declared({}))
+  t.ok(declared(true, {}, { method: 'DELETE' }), 'by any method that is not safe')
+  t.equal(declared(false), null)
+  t.equal(declared(undefined), null)
+  t.equal(routePolicy({ method: 'POST', url: '/' }, registered()), null)
+})
+
+t.test('global covers the routes with a method in methods that do not opt out', async (t) => {
+  const global = { global: true }
+  for (const method of ['POST', 'PATCH']) t.ok(declared(undefined, global, { method }), method)
+  for (const method of ['PUT', 'DELETE', 'GET']) t.equal(declared(undefined, global, { method }), null, method)
+  t.ok(declared(undefined, { global: true, methods: ['PUT'] }, { method: 'PUT' }))
+  t.equal(declared(undefined, { global: true, methods: ['PUT'] }), null)
+  t.equal(declared(false, global), null)
+  t.ok(declared(true, global, { method: 'PUT' }), 'by its own config')
+  t.ok(routePolicy({ method: 'POST', url: '/' }, registered(global)), 'without any config')
+})
+
+t.test('a route that opts in with safe methods only is refused', async (t) => {
+  for (const method of ['GET', 'HEAD', 'OPTIONS', 'TRACE', 'QUERY', ['GET', 'HEAD']]) {
+    for (const config of [true, {}]) {
+      const { code, message } = refusal(() => declared(config, { global: true }, { method, url: '/safe' }))
+      t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+      const names = [method].flat().join('|')
+      t.equal(message, `config.idempotency of ${names} /safe takes no route that has safe methods only`)
+    }
+    t.equal(declared(undefined, { global: true }, { method }), null, 'global leaves it alone')
+    t.equal(declared(false, {}, { method }), null, 'and so may the route')
+  }
+})
+
+t.test('in a route with several methods only those that change something are covered', async (t) => {
+  t.strictSame(declared(true, {}, { method: ['GET', 'POST', 'DELETE'] })?.methods, new Set(['POST', 'DELETE']))
+  t.equal(declared(true, {}, { method: ['POST', 'DELETE'] })?.methods, null, 'null stands for all')
+  const global = { global: true }
+  t.strictSame(declared(undefined, global, { method: ['PUT', 'POST'] })?.methods, new Set(['POST']))
+  t.equal(declared(undefined, global, { method: ['PUT', 'DELETE'] }), null)
+})
+
+t.test('the plugin is concerned by the routes that it would cover or refuse', async (t) => {
+  const concerned = (config: unknown, options: object, method: string | string[] = 'POST') =>
+    concerns({ method, url: '/', config: { idempotency: config } }, registered(options))
+  t.equal(concerned(true, {}), true)
+  t.equal(concerned({ ttl: 1 }, {}), true)
+  t.equal(concerned('nonsense', {}), true)
+  t.equal(concerned(false, { global: true }), false)
+  t.equal(concerned(undefined, {}), false)
+  t.equal(concerned(undefined, { global: true }), true)
+  t.equal(concerned(undefined, { global: true }, 'PUT'), false)
+  t.equal(concerned(undefined, { global: true }, ['PUT', 'PATCH']), true)
+  t.equal(concerns({ method: 'POST', url: '/' }, registered({ global: true })), true)
+})
+
+t.test('a route is described by its methods and its URL', async (t) => {
+  t.equal(describeRoute({ method: 'POST', url: '/a' }), 'POST /a')
+  t.equal(describeRoute({ method: ['PUT', 'POST'], url: '/a' }), 'PUT|POST /a')
+})
+
+t.test('shouldStore by default, and where it fails, is the same rule', async (t) => {
+  t.strictSame(finals(isFinal), finals(policy().shouldStore))
+})

@@ -1,0 +1,497 @@
+import t, { type Test } from 'tap'
+import { type Waiter, WaitingRoom, type WaitResult } from '../../lib/waiting.js'
+import type { Acquisition, IdempotencyStore, StoredRecord } from '../../types/index.js'
+import { type Latch, latch, until } from '../support/latch.js'
+
+const RECORD: StoredRecord = { kind: 'tombstone', fingerprint: 'f', createdAt: 1, reason: 'hijacked' }
+const COMPLETED: Acquisition = { state: 'completed', record: RECORD, ttlMs: 1_000 }
+/** Long enough for whatever a test waits for. */
+const WAIT_TIMEOUT = 30_000
+
+const running = (leaseMs = 3_600_000): Acquisition => ({ state: 'running', fingerprint: 'f', leaseMs })
+
+interface Subscription {
+  key: string
+  signal: AbortSignal
+  changed: Latch<void>
+}
+
+/** What waiters see of a store: one state for all keys, which the test sets, and who asked for it when. */
+class Store {
+  state: Acquisition | 'free' = running()
+  /** Everything that was asked, in order: names of waiters who looked, and `changed`. */
+  readonly calls: string[] = []
+  readonly subscriptions: Subscription[] = []
+  readonly changed: IdempotencyStore['changed']
+  readonly room: WaitingRoom
+
+  /** @param changed In place of subscriptions; `null` for a store that cannot tell of changes. */
+  constructor(changed?: (() => Promise<void>) | null) {
+    const subscribe = (key: string, signal: AbortSignal) => {
+      const subscription = { key, signal, changed: latch() }
+      signal.addEventListener('abort', () => subscription.changed.open())
+      this.subscriptions.push(subscription)
+      return subscription.changed.promise
+    }
+    if (changed !== null) {
+      this.changed = (key, signal) => {
+        this.calls.push('changed')
+        return changed === undefined ? subscribe(key, signal) : changed()
+      }
+    }
+    this.room = new WaitingRoom(this as unknown as IdempotencyStore)
+  }
+
+  get looks(): string[] {
+    return this.calls.filter((call) => call !== 'changed')
+  }
+
+  /** Sets the state, and tells those who listen. */
+  become(state: Store['state']): void {
+    this.state = state
+    for (const { changed } of this.subscriptions) changed.open()
+  }
+
+  waiter(name: string, options: Partial<Waiter> = {}): Guest {
+    return new Guest(this, name, options)
+  }
+}
+
+class Guest implements Waiter {
+  readonly storageKey: string
+  readonly waitTimeout: number
+  readonly takesOver: boolean
+  disowned = 0
+  result: WaitResult | Error | undefined
+  readonly #store: Store
+  readonly #name: string
+  readonly look: Waiter['look']
+
+  constructor(
+    store: Store,
+    name: string,
+    { storageKey = 'key', waitTimeout = WAIT_TIMEOUT, takesOver = true, look }: Partial<Waiter>
+  ) {
+    this.#store = store
+    this.#name = name
+    this.storageKey = storageKey
+    this.waitTimeout = waitTimeout
+    this.takesOver = takesOver
+    this.look = () => {
+      store.calls.push(name)
+      return look === undefined ? this.#look() : look()
+    }
+  }
+
+  async #look(): Promise<Acquisition> {
+    const { state } = this.#store
+    if (state !== 'free') return state
+    this.#store.state = running()
+    return { state: 'acquired', attempt: 1 }
+  }
+
+  disown(): void {
+    this.disowned++
+  }
+
+  /** Starts to wait. */
+  async wait(): Promise<WaitResult | Error> {
+    try {
+      this.result = await this.#store.room.wait(this)
+    } catch (error) {
+      this.result = error as Error
+    }
+    return this.result
+  }
+
+  leave(): void {
+    this.#store.room.leave(this)
+  }
+
+  toString(): string {
+    return this.#name
+  }
+}
+
+const ACQUIRED: Acquisition = { state: 'acquired', attempt: 1 }
+
+/** Makes pauses of at least `from` milliseconds last 5, and notes how long they would have been. */
+function hurry(t: Test, from: number): number[] {
+  const real = globalThis.setTimeout
+  const asked: number[] = []
+  const hurried = (callback: () => void, ms = 0) => {
+    // What is longer is the end of the waiting, not a pause.
+    if (ms > WAIT_TIMEOUT / 2) return real(callback, ms)
+    asked.push(ms)
+    return real(callback, ms >= from ? 5 : ms)
+  }
+  globalThis.setTimeout = hurried as typeof setTimeout
+  t.teardown(() => {
+    globalThis.setTimeout = real
+  })
+  return asked
+}
+
+t.test('many waiters share one subscription, and one look finds the reply for all', async (t) => {
+  const store = new Store()
+  const guests = Array.from({ length: 1_000 }, (_, i) => store.waiter(`${i}`))
+  const waits = guests.map((guest) => guest.wait())
+  await until(() => store.looks.length === 1)
+  store.become(COMPLETED)
+  const results = await Promise.all(waits)
+  t.ok(results.every((result) => result === COMPLETED))
+  t.strictSame(store.calls, ['changed', '0', 'changed', '0'])
+})
+
+t.test('a key that becomes free is for exactly one waiter at a time, in the order in which they came', async (t) => {
+  const store = new Store()
+  const guests = ['a', 'b', 'c'].map((name) => store.waiter(name))
+  const got: string[] = []
+  const waits = guests.map(async (guest) => {
+    t.same(await guest.wait(), ACQUIRED)
+    got.push(`${guest}`)
+  })
+  for (const names of [['a'], ['a', 'b'], ['a', 'b', 'c']]) {
+    await until(() => store.looks.length > 0)
+    store.become('free')
+    await until(() => got.length === names.length)
+    t.strictSame(got, names)
+    t.equal(guests.filter(({ result }) => result !== undefined).length, names.length)
+  }
+  await Promise.all(waits)
+  t.strictSame(
+    guests.map(({ disowned }) => disowned),
+    [0, 0, 0]
+  )
+})
+
+t.test('the subscription comes before the look, so that no change falls between the two', async (t) => {
+  const pauses = hurry(t, 100)
+  const store = new Store()
+  const looking = latch<Acquisition>()
+  let looks = 0
+  const guest = store.waiter('a', { look: async () => (++looks === 1 ? looking.promise : COMPLETED) })
+  const waiting = guest.wait()
+  t.strictSame(store.calls, ['changed', 'a'])
+  store.become(COMPLETED)
+  looking.open(running())
+  t.equal(await waiting, COMPLETED)
+  t.strictSame(pauses, [20], 'a short pause, because a store may see changes for ever')
+})
+
+t.test('waiters of different keys have nothing to do with each other', async (t) => {
+  const store = new Store()
+  const a = store.waiter('a', { storageKey: 'one' })
+  const b = store.waiter('b', { storageKey: 'other' })
+  const waits = [a.wait(), b.wait()]
+  t.strictSame(
+    store.subscriptions.map(({ key }) => key),
+    ['one', 'other']
+  )
+  a.leave()
+  t.equal(await waits[0], 'left')
+  t.equal(b.result, undefined)
+  store.become(COMPLETED)
+  t.equal(await waits[1], COMPLETED)
+})
+
+t.test('who comes later joins those who wait, behind them', async (t) => {
+  const store = new Store()
+  const first = store.waiter('first')
+  const second = store.waiter('second')
+  const waits = [first.wait()]
+  await until(() => store.looks.length === 1)
+  waits.push(second.wait())
+  t.strictSame(store.calls, ['changed', 'first'])
+  store.become('free')
+  t.same(await waits[0], ACQUIRED)
+  t.equal(second.result, undefined)
+  store.become('free')
+  t.same(await waits[1], ACQUIRED)
+})
+
+t.test('who leaves gets no key, and the next one looks in his place', async (t) => {
+  const store = new Store()
+  const first = store.waiter('first')
+  const second = store.waiter('second')
+  const waits = [first.wait(), second.wait()]
+  await until(() => store.looks.length === 1)
+  first.leave()
+  t.equal(await waits[0], 'left')
+  store.become('free')
+  t.same(await waits[1], ACQUIRED)
+  t.strictSame(store.looks, ['first', 'second'])
+})
+
+t.test('when the last one leaves the subscription ends, and nobody looks any more', async (t) => {
+  const store = new Store()
+  const guests = [store.waiter('a'), store.waiter('b')]
+  const waits = guests.map((guest) => guest.wait())
+  await until(() => store.looks.length === 1)
+  for (const guest of guests) {
+    t.equal(store.subscriptions[0]?.signal.aborted, false)
+    guest.leave()
+  }
+  t.strictSame(await Promise.all(waits), ['left', 'left'])
+  await until(() => store.subscriptions[0]?.signal.aborted)
+  t.strictSame(store.calls, ['changed', 'a'])
+})
+
+t.test('the subscription ends when the reply was found', async (t) => {
+  const store = new Store()
+  store.state = COMPLETED
+  t.equal(await store.waiter('a').wait(), COMPLETED)
+  await until(() => store.subscriptions.every(({ signal }) => signal.aborted))
+  t.strictSame(store.calls, ['changed', 'a'])
+})
+
+t.test('leaving without waiting does nothing, and neither does leaving twice', async (t) => {
+  const store = new Store()
+  const guest = store.waiter('a')
+  guest.leave()
+  const waiting = guest.wait()
+  await until(() => store.looks.length === 1)
+  guest.leave()
+  guest.leave()
+  t.equal(await waiting, 'left')
+  guest.leave()
+  store.state = COMPLETED
+  t.equal(await guest.wait(), COMPLETED, 'and he may come back')
+})
+
+t.test('a claim that comes for somebody who has left is given back', async (t) => {
+  const store = new Store()
+  const looking = latch<Acquisition>()
+  const first = store.waiter('first', { look: () => looking.promise })
+  const second = store.waiter('second')
+  const waits = [first.wait(), second.wait()]
+  first.leave()
+  t.equal(await waits[0], 'left')
+  looking.open(ACQUIRED)
+  await until(() => first.disowned > 0)
+  t.equal(first.disowned, 1)
+  t.equal(second.result, undefined, "it is not the second one's either")
+  store.become('free')
+  t.same(await waits[1], ACQUIRED)
+  t.equal(second.disowned, 0)
+})
+
+t.test('nothing is given back when what came for somebody who has left is no claim', async (t) => {
+  for (const state of [COMPLETED, running(), { state: 'abandoned', fingerprint: 'f', attempt: 1 } as Acquisition]) {
+    const store = new Store()
+    const looking = latch<Acquisition>()
+    const guest = store.waiter('a', { look: () => looking.promise })
+    const waiting = guest.wait()
+    guest.leave()
+    t.equal(await waiting, 'left')
+    looking.open(state)
+    await until(() => store.subscriptions[0]?.signal.aborted)
+    t.equal(guest.disowned, 0, state.state)
+  }
+})
+
+t.test('a reply that comes while the one who looks leaves is still for the others', async (t) => {
+  const store = new Store()
+  const looking = latch<Acquisition>()
+  const first = store.waiter('first', { look: () => looking.promise })
+  const second = store.waiter('second')
+  const waits = [first.wait(), second.wait()]
+  first.leave()
+  looking.open(COMPLETED)
+  t.strictSame(await Promise.all(waits), ['left', COMPLETED])
+  t.strictSame(store.looks, ['first'])
+})
+
+t.test('each waits as long as its own waitTimeout says, and no longer', async (t) => {
+  const store = new Store()
+  const short = store.waiter('short', { waitTimeout: 20 })
+  const long = store.waiter('long', { waitTimeout: WAIT_TIMEOUT })
+  const waits = [short.wait(), long.wait()]
+  t.equal(await waits[0], 'timeout')
+  t.equal(long.result, undefined)
+  store.become(COMPLETED)
+  t.equal(await waits[1], COMPLETED)
+})
+
+t.test('when the last one has waited long enough the subscription ends', async (t) => {
+  const store = new Store()
+  t.equal(await store.waiter('a', { waitTimeout: 20 }).wait(), 'timeout')
+  await until(() => store.subscriptions[0]?.signal.aborted)
+  t.strictSame(store.looks, ['a'])
+})
+
+t.test('nobody who waits is left without an answer by a store that does not give one', async (t) => {
+  const store = new Store()
+  t.equal(await store.waiter('a', { waitTimeout: 20, look: () => new Promise(() => {}) }).wait(), 'timeout')
+})
+
+t.test('a store that cannot tell of changes is asked again every 100 ms', async (t) => {
+  const asked = hurry(t, 100)
+  const store = new Store(null)
+  const guest = store.waiter('a')
+  const waiting = guest.wait()
+  await until(() => store.looks.length === 4)
+  store.state = COMPLETED
+  t.equal(await waiting, COMPLETED)
+  t.strictSame(new Set(asked), new Set([100]))
+})
+
+t.test('a message that gets lost costs a second at most, however long the lease', async (t) => {
+  const asked = hurry(t, 1_000)
+  const store = new Store()
+  const guest = store.waiter('a')
+  const waiting = guest.wait()
+  await until(() => store.looks.length === 2)
+  store.state = COMPLETED
+  t.equal(await waiting, COMPLETED)
+  t.strictSame(new Set(asked), new Set([1_000]))
+  t.equal(store.subscriptions.length, 1, 'the subscription stays')
+})
+
+t.test('a subscription that fails is replaced by asking again, and tried again', async (t) => {
+  const asked = hurry(t, 100)
+  const store = new Store(() => Promise.reject(new Error('no connection')))
+  const guest = store.waiter('a')
+  const waiting = guest.wait()
+  await until(() => store.looks.length >= 3)
+  store.state = COMPLETED
+  t.equal(await waiting, COMPLETED)
+  t.strictSame(store.calls.slice(0, 6), ['changed', 'a', 'changed', 'a', 'changed', 'a'])
+  t.notOk(asked.includes(1_000), 'without waiting for a message that will not come')
+})
+
+t.test('a subscription that throws instead of rejecting is no worse', async (t) => {
+  const asked = hurry(t, 100)
+  const store = new Store(() => {
+    throw new Error('no connection')
+  })
+  const waiting = store.waiter('a').wait()
+  await until(() => store.looks.length >= 3)
+  store.state = COMPLETED
+  t.equal(await waiting, COMPLETED)
+  t.strictSame(store.calls.slice(0, 4), ['changed', 'a', 'changed', 'a'])
+  t.notOk(asked.includes(1_000))
+})
+
+t.test('a look that fails fails all who wait, and nobody who comes later', async (t) => {
+  const store = new Store()
+  const looking = latch<Acquisition>()
+  const guests = [store.waiter('a', { look: () => looking.promise }), store.waiter('b'), store.waiter('c')]
+  const waits = guests.map((guest) => guest.wait())
+  const error = new Error('store down')
+  looking.fail(error)
+  t.ok((await Promise.all(waits)).every((result) => result === error))
+  t.strictSame(store.looks, ['a'])
+  await until(() => store.subscriptions[0]?.signal.aborted)
+  store.state = COMPLETED
+  t.equal(await store.waiter('d').wait(), COMPLETED)
+})
+
+t.test('a look that throws at once fails all who wait as well', async (t) => {
+  const store = new Store()
+  const error = new Error('store down')
+  const thrower = () => {
+    throw error
+  }
+  const guests = [store.waiter('a', { look: thrower }), store.waiter('b', { look: thrower })]
+  t.strictSame(await Promise.all(guests.map((guest) => guest.wait())), [error, error])
+})
+
+t.test('a store that sees changes for ever is not asked at full speed', async (t) => {
+  const store = new Store(() => Promise.resolve())
+  t.equal(await store.waiter('a', { waitTimeout: 100 }).wait(), 'timeout')
+  // One look each 20 ms; a busy machine makes fewer of them. Without a pause there would be thousands.
+  t.ok(store.looks.length <= 10, `${store.looks.length} looks`)
+})
+
+t.test('a lease of next to nothing is not asked for at full speed', async (t) => {
+  const store = new Store(null)
+  store.state = running(0)
+  t.equal(await store.waiter('a', { waitTimeout: 100 }).wait(), 'timeout')
+  t.ok(store.looks.length <= 10, `${store.looks.length} looks`)
+})
+
+t.test('when the lease of the owner is over somebody looks, without being told', async (t) => {
+  const store = new Store()
+  const abandoned: Acquisition = { state: 'abandoned', fingerprint: 'f', attempt: 1 }
+  let looks = 0
+  // The wait is over before anybody would look again without a reason.
+  const guest = store.waiter('a', { waitTimeout: 600, look: async () => (++looks === 1 ? running(30) : abandoned) })
+  t.equal(await guest.wait(), abandoned)
+})
+
+t.test('of those who wait for an abandoned key only the first goes to take it over', async (t) => {
+  const store = new Store()
+  store.state = { state: 'abandoned', fingerprint: 'f', attempt: 1 }
+  const guests = ['a', 'b', 'c'].map((name) => store.waiter(name))
+  const takeovers: string[] = []
+  const waits = guests.map(async (guest) => {
+    const found = await guest.wait()
+    if (typeof found === 'object' && 'state' in found && found.state === 'abandoned') {
+      takeovers.push(`${guest}`)
+      store.become(running())
+    }
+  })
+  await until(() => store.looks.includes('b'))
+  t.strictSame(takeovers, ['a'])
+  t.strictSame(
+    guests.map(({ result }) => result === undefined),
+    [false, true, true]
+  )
+  store.become(COMPLETED)
+  await Promise.all(waits)
+  t.equal(guests[2]?.result, COMPLETED)
+})
+
+t.test('those who may not take over an abandoned key all hear of it, and only the others wait on', async (t) => {
+  const store = new Store()
+  const abandoned: Acquisition = { state: 'abandoned', fingerprint: 'f', attempt: 1 }
+  store.state = abandoned
+  const guests = [false, true, false, true].map((takesOver, i) => store.waiter(`${i}`, { takesOver }))
+  const waits = guests.map((guest) => guest.wait())
+  for (const i of [0, 1, 2]) t.equal(await waits[i], abandoned)
+  t.strictSame(store.looks, ['0'], 'one look was enough for them')
+  t.equal(guests[3]?.result, undefined)
+  store.become(COMPLETED)
+  t.equal(await waits[3], COMPLETED)
+})
+
+t.test('a room that was empty can be used again', async (t) => {
+  const store = new Store()
+  for (let round = 1; round <= 3; round++) {
+    store.state = running()
+    store.calls.length = 0
+    const guests = [store.waiter('a'), store.waiter('b')]
+    const waits = guests.map((guest) => guest.wait())
+    store.become(COMPLETED)
+    t.strictSame(await Promise.all(waits), [COMPLETED, COMPLETED])
+    t.strictSame(store.calls, ['changed', 'a', 'changed', 'a'])
+    t.equal(store.subscriptions.length, 2 * round)
+  }
+})
+
+t.test('of more waiters than a process can hold the last are answered at once', async (t) => {
+  const store = new Store()
+  const guests = Array.from({ length: 20_000 }, (_, i) => store.waiter(`${i}`))
+  const waits = guests.map((guest) => guest.wait())
+  t.equal(await store.waiter('one more').wait(), 'timeout')
+  guests[0]?.leave()
+  const last = store.waiter('in the place of who has left')
+  const waiting = last.wait()
+  store.become(COMPLETED)
+  t.equal(await waiting, COMPLETED)
+  t.equal((await Promise.all(waits)).filter((result) => result === COMPLETED).length, 19_999)
+})
+
+t.test('nothing keeps the process alive when nobody waits any more', async (t) => {
+  const timers = () => process.getActiveResourcesInfo().filter((name) => name === 'Timeout').length
+  const before = timers()
+  const store = new Store()
+  const guest = store.waiter('a')
+  const waiting = guest.wait()
+  await until(() => store.looks.length === 1)
+  t.ok(timers() > before)
+  guest.leave()
+  await waiting
+  t.equal(timers(), before)
+})
