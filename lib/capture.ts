@@ -174,6 +174,7 @@ export class CapturedStream extends Readable {
   readonly #take = (chunk: Uint8Array | string) => {
     const bytes = toBuffer(chunk)
     if (bytes === null) {
+      this.#source.off('data', this.#take)
       this.#source.destroy(new TypeError('A reply stream must give strings or bytes'))
       return
     }

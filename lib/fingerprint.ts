@@ -8,13 +8,18 @@ import { InvalidOption } from './errors.js'
  */
 const SEPARATOR = '.'
 
-/** 128 bits are enough against a second preimage, and keep stored records small. */
-const HEAD_LENGTH = 22
+/** Characters of base64url: 128 bits are enough against a second preimage, and keep stored records small. */
+const HASH_LENGTH = 22
+
+/** What a payload's hash is made of starts with its kind, so that the kinds never meet. */
+const NO_BODY = '-'
+const BYTES = 'b'
+const VALUE = 'v'
 
 /** What is known before the body is: method, request target, and the credentials unless a scope stands for them. */
 export function headOf(request: FastifyRequest, scoped: boolean): string {
   const credentials = scoped ? null : (request.headers.authorization ?? null)
-  return digest(JSON.stringify([request.method, request.originalUrl, credentials])).slice(0, HEAD_LENGTH)
+  return digest(JSON.stringify([request.method, request.originalUrl, credentials]))
 }
 
 export function join(head: string, payload: string): string {
@@ -52,12 +57,11 @@ export function payloadOf(result: unknown): string {
 export function payloadOfBody(request: FastifyRequest): string | Promise<string> {
   const body: unknown = request.body
   if (body === undefined || body === null) {
-    if (!hasBody(request)) return digest('none')
-    return body === null && isJson(request) ? digest('null') : ''
+    if (!hasBody(request)) return digest(NO_BODY)
+    return body === null && isJson(request) ? digest(VALUE + canonicalJson(null)) : ''
   }
-  if (typeof body === 'string') return digest(JSON.stringify(body))
-  if (isBytes(body)) return digest(bytes(body))
-  if (typeof body !== 'object') return digest(canonicalJson(body))
+  if (isBytes(body)) return digest(BYTES + digest(bytes(body)))
+  if (typeof body !== 'object') return byValue(body)
   if ('pipe' in body || 'getReader' in body) return ''
   return isMultipart(request) ? multipart(body) : byValue(body)
 }
@@ -65,7 +69,7 @@ export function payloadOfBody(request: FastifyRequest): string | Promise<string>
 /** Empty where a part of the value does not show what is in it. */
 function byValue(value: unknown): string {
   try {
-    return digest(canonicalJson(value))
+    return digest(VALUE + canonicalJson(value))
   } catch (error) {
     if (error === OPAQUE) return ''
     throw error
@@ -73,7 +77,7 @@ function byValue(value: unknown): string {
 }
 
 function digest(data: string | Uint8Array): string {
-  return hash('sha256', data, 'base64url')
+  return hash('sha256', data, 'base64url').slice(0, HASH_LENGTH)
 }
 
 function isBytes(value: unknown): value is NodeJS.ArrayBufferView {
@@ -145,17 +149,22 @@ interface Level {
 
 /** Below this depth nobody pays for looking out for cycles. */
 const SUSPICIOUS_DEPTH = 64
+/** Below this number of objects nobody pays for looking out for those that are met again and again. */
+const SUSPICIOUS_COUNT = 100_000
 
 /** Thrown where a value hides what is in it: two of them can be equal to the eye, and not be the same. */
 const OPAQUE = Symbol('opaque')
 
 /**
  * JSON with the members of every object in order. Without recursion, because the depth of a body is the
- * client's choice; a cycle, which only a custom parser can make, is written as a mark.
+ * client's choice. A custom parser can make what JSON cannot: a cycle is written as a mark, and who meets the
+ * same objects too often is opaque, because there may be no end to it.
  */
 export function canonicalJson(root: unknown): string {
   const levels: Level[] = []
   let ancestors: Set<object> | null = null
+  let opened = 0
+  const met = new Set<object>()
   let out = ''
   let value: unknown = root
   for (;;) {
@@ -165,6 +174,7 @@ export function canonicalJson(root: unknown): string {
     } else if (ancestors?.has(value as object)) {
       out += '*'
     } else {
+      if (++opened > SUSPICIOUS_COUNT && met.size === met.add(value as object).size) throw OPAQUE
       const level = open(value as object)
       out += level.names === null ? '[' : '{'
       levels.push(level)

@@ -14,12 +14,22 @@ export interface KeyRules {
 /** RFC 9562 §5.4: version 4 in the third group, variant 10xx in the fourth. */
 const UUID_V4 = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/i
 
-/**
- * RFC 9651 §3.3.3 and §4.2.5: a quoted string of printable ASCII in which only `"` and `\` are escaped,
- * with the parameters of §3.1.2 behind it.
- */
-const STRUCTURED_STRING =
-  /^"((?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"(?: *; *[a-z*][a-z0-9_.*-]*(?:=(?:"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*"|[^\s",;]+))?)*$/
+/** RFC 9651 §3.3.3: printable ASCII in quotes, in which only `"` and `\` are escaped. */
+const QUOTED = String.raw`"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*"`
+
+/** RFC 9651 §3.3: integers and decimals, tokens, byte sequences, booleans, dates and display strings. */
+const BARE_ITEM = [
+  QUOTED,
+  String.raw`-?\d{1,12}\.\d{1,3}`,
+  String.raw`@?-?\d{1,15}`,
+  String.raw`[A-Za-z*][\w!#$%&'*+.^\x60|~:/-]*`,
+  ':[A-Za-z0-9+/=]*:',
+  String.raw`\?[01]`,
+  String.raw`%"(?:[\x20-\x21\x23-\x24\x26-\x7e]|%[0-9a-f]{2})*"`
+].join('|')
+
+/** RFC 9651 §4.2.3: a string, with the parameters of §3.1.2 behind it. */
+const STRUCTURED_STRING = new RegExp(`^(${QUOTED})(?:; *[a-z*][a-z0-9_.*-]*(?:=(?:${BARE_ITEM}))?)*$`)
 
 const NON_ASCII = /[\u0080-\uffff]/
 const utf8 = new TextDecoder('utf-8', { fatal: true })
@@ -30,7 +40,8 @@ export function keyInHeader(request: FastifyRequest, rules: KeyRules): string | 
   const value = request.headers[rules.header]
   if (value === undefined) return undefined
   if (typeof value !== 'string') throw new KeyInvalid('was sent more than once')
-  const key = decodeLatin1(value.trim())
+  // Decoded before anything is trimmed: a byte of a letter can look like a space in Latin-1.
+  const key = trim(decodeLatin1(value))
   // Node joins repeated headers with a comma: a bare key with one is two keys.
   if (key.includes(',') && !key.startsWith('"')) throw new KeyInvalid('was sent more than once')
   return key
@@ -73,20 +84,26 @@ export function parseKey(raw: unknown, rules: Pick<KeyRules, 'keyFormat' | 'maxK
   if (rules.keyFormat === 'uuid') {
     if (!UUID_V4.test(key)) throw new KeyInvalid('must be a UUID, version 4')
   } else if (rules.keyFormat instanceof RegExp) {
+    rules.keyFormat.lastIndex = 0
     if (!rules.keyFormat.test(key)) throw new KeyInvalid('does not have the required form')
   }
   return key
 }
 
 function unquote(raw: string, mustBeQuoted: boolean): string {
-  const trimmed = raw.trim()
-  if (!trimmed.startsWith('"')) {
-    if (mustBeQuoted && trimmed !== '') throw new KeyInvalid('must be a quoted string (RFC 9651)')
-    return raw
+  const value = trim(raw)
+  if (!value.startsWith('"')) {
+    if (mustBeQuoted && value !== '') throw new KeyInvalid('must be a quoted string (RFC 9651)')
+    return value
   }
-  const content = STRUCTURED_STRING.exec(trimmed)?.[1]
-  if (content === undefined) throw new KeyInvalid('is not a well-formed quoted string (RFC 9651)')
-  return content.replaceAll(/\\(["\\])/g, '$1')
+  const quoted = STRUCTURED_STRING.exec(value)?.[1]
+  if (quoted === undefined) throw new KeyInvalid('is not a well-formed quoted string (RFC 9651)')
+  return quoted.slice(1, -1).replaceAll(/\\(["\\])/g, '$1')
+}
+
+/** RFC 9110 §5.5: without the spaces and tabs around it. */
+function trim(value: string): string {
+  return value.replace(/^[ \t]+/, '').replace(/[ \t]+$/, '')
 }
 
 /** Node reads header bytes as Latin-1; a key is the same key in a header and in a body. */

@@ -1,4 +1,3 @@
-import { randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
 import type { Acquisition, Claim, StoredRecord, StoredReply } from '../types/index.js'
 import {
@@ -17,6 +16,7 @@ import { keepAlive, letGo, type Renewable } from './leases.js'
 import type { Policy } from './options.js'
 import type { Registration } from './registration.js'
 import { insist, StoreInUse } from './store-in-use.js'
+import { newToken } from './token.js'
 import type { Waiter } from './waiting.js'
 import { attempt, within } from './within.js'
 
@@ -54,7 +54,7 @@ export class Operation implements Subject, Waiter, Renewable {
   reply: StoredReply | null = null
   readonly #registration: Registration
   readonly #store: StoreInUse
-  readonly #token = randomUUID()
+  readonly #token = newToken()
   readonly #head: string
   #payload = ''
   #found: Acquisition | null = null

@@ -147,6 +147,8 @@ class Queue {
 
   async #watch(): Promise<void> {
     this.#watching = true
+    // Who was woken in vain takes a breath: a store may call out all the time.
+    let woken = false
     for (let first = this.#first(); first !== undefined; first = this.#first()) {
       this.#subscribe()
       let found: Acquisition
@@ -157,13 +159,17 @@ class Queue {
         continue
       }
       if (found.state === 'running') {
-        await this.#pause(found.leaseMs)
-      } else if (found.state === 'completed') {
+        if (woken) await this.#rest(SHORT_PAUSE_MS, false)
+        woken = await this.#pause(found.leaseMs)
+        continue
+      }
+      woken = false
+      if (found.state === 'completed') {
         for (const place of this.#places) place.end(found)
       } else if (found.state === 'abandoned') {
         for (const place of this.#places) if (!place.waiter.takesOver) place.end(found)
         // One goes to take it over; the others must not all try.
-        if (this.#first()?.end(found)) await this.#rest(SHORT_PAUSE_MS)
+        if (this.#first()?.end(found)) await this.#rest(SHORT_PAUSE_MS, false)
       } else if (!first.end(found)) {
         first.waiter.disown()
       }
@@ -195,15 +201,18 @@ class Queue {
     })
   }
 
-  /** Until there is a reason to look again: a change, the end of the lease, or that it has been long. */
-  async #pause(leaseMs: number): Promise<void> {
-    // What stirred during the look may be what the look saw: do not turn in circles at full speed.
-    if (this.#stirred) return this.#rest(SHORT_PAUSE_MS)
-    const longest = this.#subscription === null ? POLL_MS : SAFETY_POLL_MS
-    await this.#rest(Math.max(SHORT_PAUSE_MS, Math.min(longest, Math.ceil(leaseMs) + 1)))
+  /** Until there is a reason to look again: a change (`true`), the end of the lease, or that it has been long. */
+  async #pause(leaseMs: number): Promise<boolean> {
+    if (!this.#stirred) {
+      const longest = this.#subscription === null ? POLL_MS : SAFETY_POLL_MS
+      await this.#rest(Math.max(SHORT_PAUSE_MS, Math.min(longest, Math.ceil(leaseMs) + 1)), true)
+    }
+    return this.#stirred
   }
 
-  #rest(ms: number): Promise<void> {
+  /** A pause that ends early when nobody waits any more, and, if it may, upon a change. */
+  #rest(ms: number, wakeable: boolean): Promise<void> {
+    if (this.#places.size === 0) return Promise.resolve()
     return new Promise((resolve) => {
       const done = () => {
         clearTimeout(timer)
@@ -211,7 +220,9 @@ class Queue {
         resolve()
       }
       const timer = setTimeout(done, ms)
-      this.#wake = done
+      this.#wake = () => {
+        if (wakeable || this.#places.size === 0) done()
+      }
     })
   }
 }

@@ -25,12 +25,18 @@ interface ClaimEntry {
   retainMs: number
 }
 
-/** A finished operation, or a released key that remembers who released it (`record` is `null`). */
+/** A finished operation. */
 interface DoneEntry {
   token: string
-  record: KeptRecord | null
+  record: KeptRecord
   expires: number
   size: number
+}
+
+/** Who released a key, which is free. */
+interface ReleasedEntry {
+  token: string
+  expires: number
 }
 
 /** One-byte text is kept as a string, which takes less memory and collects faster than a buffer. */
@@ -38,6 +44,8 @@ type KeptRecord = Exclude<StoredRecord, StoredReply> | (Omit<StoredReply, 'body'
 
 /** What an entry takes beside its key, headers and body, roughly. */
 const ENTRY_OVERHEAD = 200
+/** More releases than these are not remembered. */
+const MAX_RELEASED = 10_000
 const SWEEP_EVERY_MS = 1_000
 const SWEEP_AT_ONCE = 2_000
 
@@ -50,6 +58,7 @@ export class MemoryStore implements IdempotencyStore {
   readonly #maxBytes: number
   readonly #claims = new Map<string, ClaimEntry>()
   readonly #done = new Map<string, DoneEntry>()
+  readonly #released = new Map<string, ReleasedEntry>()
   readonly #listeners = new Map<string, Set<() => void>>()
   #bytes = 0
   #sweeper: NodeJS.Timeout | null = null
@@ -73,8 +82,9 @@ export class MemoryStore implements IdempotencyStore {
     const held = this.#claimOf(key, now)
     if (held === undefined) {
       const done = this.#doneOf(key, now)
-      if (done?.record) return completed(done.record, done.expires, now)
-      this.#makeRoom(key)
+      if (done !== undefined) return completed(done.record, done.expires, now)
+      this.#makeRoom()
+      this.#released.delete(key)
       this.#claims.set(key, newClaim(claim, 1, now))
       return { state: 'acquired', attempt: 1 }
     }
@@ -99,8 +109,7 @@ export class MemoryStore implements IdempotencyStore {
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
     const now = performance.now()
     if (this.#claimOf(key, now)?.token !== token) {
-      const done = this.#doneOf(key, now)
-      return done?.token === token && done.record !== null
+      return this.#doneOf(key, now)?.token === token
     }
     this.#claims.delete(key)
     let kept = keep(record)
@@ -117,11 +126,13 @@ export class MemoryStore implements IdempotencyStore {
   async release(key: string, token: string): Promise<boolean> {
     const now = performance.now()
     if (this.#claimOf(key, now)?.token !== token) {
-      const done = this.#doneOf(key, now)
-      return done?.token === token && done.record === null
+      const released = this.#released.get(key)
+      return released?.token === token && released.expires > now
     }
     this.#claims.delete(key)
-    this.#put(key, { token, record: null, expires: now + RELEASE_MEMORY_MS, size: ENTRY_OVERHEAD + key.length })
+    this.#released.set(key, { token, expires: now + RELEASE_MEMORY_MS })
+    if (this.#released.size > MAX_RELEASED) this.#released.delete(firstOf(this.#released))
+    this.#startSweeping()
     this.#wake(key)
     return true
   }
@@ -149,12 +160,12 @@ export class MemoryStore implements IdempotencyStore {
     const held = this.#claimOf(key, now)
     if (held !== undefined) return state(held, now)
     const done = this.#doneOf(key, now)
-    return done?.record ? completed(done.record, done.expires, now) : null
+    return done === undefined ? null : completed(done.record, done.expires, now)
   }
 
   async delete(key: string): Promise<boolean> {
     const now = performance.now()
-    const existed = this.#claimOf(key, now) !== undefined || Boolean(this.#doneOf(key, now)?.record)
+    const existed = this.#claimOf(key, now) !== undefined || this.#doneOf(key, now) !== undefined
     this.#claims.delete(key)
     this.#drop(key)
     this.#wake(key)
@@ -186,6 +197,10 @@ export class MemoryStore implements IdempotencyStore {
     while (this.#bytes + entry.size > this.#maxBytes && this.#evict()) {}
     this.#done.set(key, entry)
     this.#bytes += entry.size
+    this.#startSweeping()
+  }
+
+  #startSweeping(): void {
     this.#sweeper ??= setInterval(() => this.#sweep(), SWEEP_EVERY_MS).unref()
   }
 
@@ -196,8 +211,7 @@ export class MemoryStore implements IdempotencyStore {
     this.#bytes -= done.size
   }
 
-  #makeRoom(key: string): void {
-    this.#drop(key)
+  #makeRoom(): void {
     if (this.#claims.size + this.#done.size < this.#maxEntries || this.#evict()) return
     for (const [other, held] of this.#claims) {
       if (held.leaseEnd <= performance.now()) {
@@ -236,7 +250,11 @@ export class MemoryStore implements IdempotencyStore {
     for (const [key, held] of this.#claims) {
       if (held.leaseEnd + held.retainMs <= now) this.#claims.delete(key)
     }
-    if (this.#done.size === 0) void this.close()
+    for (const [key, released] of this.#released) {
+      if (released.expires > now) break
+      this.#released.delete(key)
+    }
+    if (this.#done.size === 0 && this.#released.size === 0) void this.close()
   }
 
   #wake(key: string): void {
@@ -245,6 +263,11 @@ export class MemoryStore implements IdempotencyStore {
     this.#listeners.delete(key)
     for (const listener of [...listeners]) listener()
   }
+}
+
+function firstOf(map: Map<string, unknown>): string {
+  for (const key of map.keys()) return key
+  throw new RangeError('The map is empty')
 }
 
 function bound(name: string, value: number): number {

@@ -1,13 +1,14 @@
 import type { StoredHeader, StoredRecord, TombstoneReason } from '../../types/index.js'
 
 /*
- * A record as bytes: four bytes for the length of the head, the head as JSON, and the body as it is.
+ * A record as bytes: four bytes for the length of the head and four for that of the body, the head as JSON, and
+ * the body as it is.
  *
  *   reply      [fingerprint, createdAt, statusCode, text (1 or 0), [[name, value], …]]
  *   tombstone  [fingerprint, createdAt, reason]
  */
 
-const LENGTH_BYTES = 4
+const LENGTH_BYTES = 8
 const REASONS: readonly unknown[] = ['too-large', 'stream-failed', 'hijacked'] satisfies TombstoneReason[]
 
 /** The bytes of a record, behind `prefix`. The body is copied once, into the place that it is sent from. */
@@ -24,6 +25,7 @@ export function encodeRecord(record: StoredRecord, prefix: Buffer): Buffer {
   const bytes = Buffer.allocUnsafe(start + headLength + (body?.length ?? 0))
   prefix.copy(bytes)
   bytes.writeUInt32BE(headLength, prefix.length)
+  bytes.writeUInt32BE(body?.length ?? 0, prefix.length + 4)
   bytes.write(head, start)
   body?.copy(bytes, start + headLength)
   return bytes
@@ -37,7 +39,7 @@ export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
   const start = offset + LENGTH_BYTES
   if (bytes.length < start) throw undecodable()
   const end = start + bytes.readUInt32BE(offset)
-  if (bytes.length < end) throw undecodable()
+  if (bytes.length !== end + bytes.readUInt32BE(offset + 4)) throw undecodable()
   let head: unknown
   try {
     head = JSON.parse(bytes.toString('utf8', start, end))

@@ -43,7 +43,7 @@ export class RedisSubscriptions {
     try {
       // Only what ends after this point is sure to be heard, so only now is it time to look.
       await Promise.race([subscription.active, promise])
-      if (!signal.aborted && (await watch())) await promise
+      if (!signal.aborted && (await Promise.race([watch(), promise])) !== false) await promise
     } finally {
       signal.removeEventListener('abort', listener)
       subscription.listeners.delete(listener)
@@ -85,6 +85,10 @@ export class RedisSubscriptions {
     const subscriber = duplicate(this.#client)
     subscriber.on('message', (channel: string) => {
       for (const listener of [...(this.#channels.get(channel)?.listeners ?? [])]) listener()
+    })
+    // A connection that is given up, by the caller's own rules, is replaced with the next subscription.
+    subscriber.on('end', () => {
+      if (this.#subscriber === subscriber) void this.close()
     })
     // Without a listener an error would end the process. Who waits polls meanwhile, and ioredis reconnects.
     subscriber.on('error', () => {})

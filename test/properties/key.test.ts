@@ -159,3 +159,14 @@ t.test('a derived key is a UUID of version 4, the same each time, and another fo
     })
   )
 })
+
+t.test('any key of letters and digits is the same in a header and in a body', async () => {
+  const letters = fc
+    .string({ unit: 'grapheme', minLength: 1, maxLength: 20 })
+    .filter((key) => /^[\p{L}\p{N}]+$/u.test(key))
+  const inHeader = (key: string) => {
+    const headers = { 'idempotency-key': Buffer.from(key).toString('latin1') }
+    return keyInHeader({ headers } as unknown as FastifyRequest, RULES)
+  }
+  fc.assert(fc.property(letters, (key) => inHeader(key) === keyInBody({ body: { key } } as FastifyRequest, RULES)))
+})

@@ -670,3 +670,16 @@ t.test('a web stream is captured like any other', async (t) => {
   t.strictSame(fate.calls, ['ended: ab'])
   t.equal(client.bytes.toString(), 'ab')
 })
+
+t.test('a stream with something unreadable in its middle is never stored', async (t) => {
+  const calls: string[] = []
+  const fate: StreamFate = {
+    ended: async (body) => void calls.push(`ended ${body}`),
+    failed: async () => void calls.push('failed')
+  }
+  const stream = new CapturedStream(Readable.from(['a', 1, 'b']), { limit: 100, expected: 2, drain: true }, fate)
+  const got: string[] = []
+  stream.on('data', (chunk) => got.push(String(chunk))).on('error', () => {})
+  await new Promise((resolve) => stream.on('close', resolve))
+  t.strictSame([calls, got], [['failed'], ['a']])
+})

@@ -31,9 +31,10 @@ const roundTrip = (record: StoredRecord) => decodeRecord(encodeRecord(record, NO
 /** The bytes of a record whose head is this text. */
 function withHead(head: string | Buffer, body = ''): Buffer {
   const bytes = Buffer.from(head)
-  const length = Buffer.alloc(4)
-  length.writeUInt32BE(bytes.length)
-  return Buffer.concat([length, bytes, Buffer.from(body)])
+  const lengths = Buffer.alloc(8)
+  lengths.writeUInt32BE(bytes.length)
+  lengths.writeUInt32BE(Buffer.byteLength(body), 4)
+  return Buffer.concat([lengths, bytes, Buffer.from(body)])
 }
 
 t.test('a reply comes back as it was', async (t) => {
@@ -101,19 +102,13 @@ t.test('every cut of a tombstone is an error', async (t) => {
 
 // The length of the body is not written down: a record ends where its value in the store ends, and a store
 // keeps or loses a value as a whole.
-t.test('every cut of a reply is an error, but for those in its body, which only make it shorter', async (t) => {
+t.test('every cut of a reply is an error, in its head as in its body, and so is what is added', async (t) => {
   for (const record of [reply(), reply({ body: NONE }), reply({ body: Buffer.from('[0,1,"a",[]]'), text: false })]) {
     const bytes = encodeRecord(record, NONE)
-    const start = bytes.length - record.body.length
-    for (let length = 0; length < start; length++) {
+    for (let length = 0; length < bytes.length; length++) {
       t.throws(() => decodeRecord(bytes.subarray(0, length), 0), UNDECODABLE, `${length} bytes`)
     }
-    for (let length = start; length <= bytes.length; length++) {
-      const { body, ...rest } = decodeRecord(bytes.subarray(0, length), 0) as StoredReply
-      const { body: whole, ...expected } = record
-      t.strictSame(rest, expected)
-      t.ok(body.equals(whole.subarray(0, length - start)))
-    }
+    t.throws(() => decodeRecord(Buffer.concat([bytes, Buffer.from('x')]), 0), UNDECODABLE)
   }
 })
 
