@@ -1,6 +1,6 @@
 import type { Acquisition, IdempotencyStore, InstanceIdempotency, OperationSelector } from '../types/index.js'
 import { InvalidOption } from './errors.js'
-import { generateKey, storageKey } from './key.js'
+import { generateKey, parseKey, storageKey } from './key.js'
 import { StoreInUse } from './store-in-use.js'
 
 /** `app.idempotency`. */
@@ -37,9 +37,17 @@ export class InstanceApi implements InstanceIdempotency {
   }
 }
 
-/** A `scope` option may have given a number. */
+/** `key` may be pasted from a header, quotes and all; a `scope` option may have given a number. */
 function operationKey(key: string, scope: unknown): string {
-  return storageKey(scope === undefined ? null : String(scope), key)
+  return storageKey(scope === undefined ? null : String(scope), unquoted(key))
+}
+
+function unquoted(key: string): string {
+  try {
+    return parseKey(key, { keyFormat: 'any', maxKeyLength: Number.POSITIVE_INFINITY })
+  } catch {
+    return key
+  }
 }
 
 function escapeAttribute(value: string): string {

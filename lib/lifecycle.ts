@@ -1,6 +1,6 @@
-import { type ServerResponse, STATUS_CODES } from 'node:http'
+import type { ServerResponse } from 'node:http'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
-import type { StoredHeader, StoredRecord, TombstoneReason } from '../types/index.js'
+import type { StoredRecord, TombstoneReason } from '../types/index.js'
 import {
   asStream,
   CapturedStream,
@@ -15,11 +15,12 @@ import {
 import { KeyMissing, type Refusal, ScopeFailed } from './errors.js'
 import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
+import { NowhereResponse } from './nowhere-response.js'
 import { Operation } from './operation.js'
 import { isFinal, type Policy } from './options.js'
 import { PROBLEM_TYPE, problemOf } from './problem.js'
 import type { Registration } from './registration.js'
-import { payloadOf, putOn, restore, takeOff } from './replay.js'
+import { payloadOf, putOn, restore, restoreAll, takeOff } from './replay.js'
 import { RequestContext } from './request-context.js'
 
 /** Where a request keeps its exchange; `null` without a key, `SKIPPED` when `skip` said so. */
@@ -57,11 +58,12 @@ class Exchange {
   handler: 'waiting' | 'started' | 'detached' | 'settled' = 'waiting'
   /** Where the reply is: not there yet, being stored, or handed on to Fastify. */
   sending: 'no' | 'storing' | 'passed' = 'no'
-  /** Was there another attempt to send while the first was being stored? */
-  disturbed = false
-  /** Has an error come up? */
+  /** Has an error come up, and which? */
   failed = false
+  error: unknown = null
   clientGone = false
+  /** Does an async handler wait for its own reply, or return it? Then it replies from elsewhere, like a callback. */
+  awaitsReply = false
   stream: CapturedStream | null = null
   timeout: Timeout | null = null
 
@@ -81,14 +83,13 @@ interface Sight {
   payload: string
 }
 
-/** What is left to do after Fastify's handlerTimeout has answered, while the handler goes on. */
+/** What Fastify's handlerTimeout has interrupted: the reply as the handler had left it. */
 interface Timeout {
-  /** The reply's status and headers as the handler had left them. */
-  readonly statusBefore: number
-  readonly headersSet: StoredHeader[]
-  /** The same as the timeout has left them. */
-  statusAfter: number
-  headersAfter: Headers
+  readonly statusCode: number
+  readonly headers: Headers
+  /** Resolves when the timeout's own reply is over. */
+  readonly over: Promise<void>
+  end(): void
 }
 
 const exchanges = new WeakMap<object, Exchange | typeof CLOSED>()
@@ -174,6 +175,8 @@ export class Lifecycle {
       }
       exchange.handler = 'started'
       exchange.headersBefore = snapshot(reply)
+      // biome-ignore lint/suspicious/noThenProperty: a reply is a thenable, and who waits for it tells something.
+      reply.then = awaitReply as never
       let result: unknown
       try {
         result = handler.call(this, request, reply)
@@ -220,8 +223,11 @@ export class Lifecycle {
     }
     if (exchange.sending === 'storing') {
       // Somebody sends twice, or the handler's timeout strikes: the first reply is on its way.
-      exchange.disturbed = true
       return new Promise(() => {})
+    }
+    if (exchange.sending === 'passed' && exchange.timeout !== null) {
+      // The handler replies while its timeout's reply is still leaving.
+      return exchange.timeout.over.then(() => this.#send(exchange, request, payload))
     }
     if (exchange.sending === 'passed') {
       // Sending the first reply failed: a stream that nobody reads any more is read to its end for the record.
@@ -240,18 +246,12 @@ export class Lifecycle {
     const exchange = exchangeOf(request)
     if (exchange !== null) {
       exchange.failed = true
+      exchange.error = error
       const { replayHeader } = this.#policy
       if (exchange.operation.reply !== null)
         takeOff(reply, exchange.operation.reply, replayHeader, exchange.headersBefore)
       const working = exchange.handler === 'started' || exchange.handler === 'detached'
-      if (error?.code === HANDLER_TIMEOUT && working && exchange.sending === 'no') {
-        exchange.timeout = {
-          statusBefore: reply.statusCode,
-          headersSet: headersSince(exchange.headersBefore, reply, this.#policy),
-          statusAfter: 0,
-          headersAfter: NO_HEADERS
-        }
-      }
+      if (error?.code === HANDLER_TIMEOUT && working && exchange.sending === 'no') exchange.timeout = interrupt(reply)
     }
     done()
   }
@@ -291,7 +291,8 @@ export class Lifecycle {
     }
     let raw: unknown
     if (getKey !== null) raw = (await getKey(request)) ?? undefined
-    else raw = late ? request[kSight]?.key : this.#keyBeforeBody(request)
+    // What the client sent goes before what hooks have made of it since.
+    else raw = late ? (request[kSight]?.key ?? this.#keyAnywhere(request)) : this.#keyBeforeBody(request)
     if (raw instanceof Error) throw raw
     if (raw !== undefined) return this.#begin(request, reply, raw)
     this.#missing(!late && this.#claimsLate)
@@ -410,10 +411,10 @@ async function finish(exchange: Exchange, payload: Payload, record: StoredRecord
   exchange.sending = 'storing'
   await (record === null ? operation.release() : operation.complete(record))
   exchange.sending = 'passed'
-  if (exchange.disturbed && !reply.raw.headersSent) {
-    reply.code(statusCode)
-    for (const name in reply.getHeaders()) reply.removeHeader(name)
-    reply.headers(headers)
+  // What was done to the reply meanwhile came too late, as it would if nothing had been stored.
+  if (!reply.raw.headersSent) {
+    if (reply.statusCode !== statusCode) reply.code(statusCode)
+    restoreAll(reply, headers)
   }
   return payload
 }
@@ -453,36 +454,82 @@ function bury(operation: Operation, reason: TombstoneReason): Promise<void> {
   return operation.complete(tombstone(operation.fingerprint, reason))
 }
 
-/** Fastify's handlerTimeout has answered in the handler's place. The claim stays until the handler has ended. */
-function passTimeout(exchange: Exchange, timeout: Timeout): void {
-  const { reply } = exchange
+/** Notes where a handler has come when its time is up. */
+function interrupt(reply: FastifyReply): Timeout {
+  let end!: () => void
+  const over = new Promise<void>((resolve) => {
+    end = resolve
+  })
+  return { statusCode: reply.statusCode, headers: snapshot(reply), over, end }
+}
+
+/**
+ * Fastify's handlerTimeout answers in the handler's place. The claim stays until the handler has ended. What the
+ * handler replies after that would be dropped: so, once the timeout's own reply is over, the handler gets a
+ * response that leads nowhere, on which its reply takes the usual way through all hooks and serialisers, until it
+ * is stored.
+ */
+function passTimeout(exchange: Exchange, timeout: Timeout, isOver = isClosed(exchange.reply)): void {
+  const { reply, operation } = exchange
   exchange.sending = 'passed'
-  timeout.statusAfter = reply.statusCode
-  timeout.headersAfter = snapshot(reply)
-  // This reply is over, and what the handler sends from now on would be dropped. It is what is to be kept.
-  reply.send = (payload?: unknown) => {
-    void completeLate(exchange, timeout, payload)
-    return reply
+  const goOn = () => {
+    if (exchange.timeout === null) return
+    exchange.timeout = null
+    // Another reply than the timeout's has come meanwhile.
+    if (operation.phase === 'running') {
+      reply.raw = new NowhereResponse(reply.request.raw, () => endNowhere(exchange)) as never
+      reply.code(timeout.statusCode)
+      restoreAll(reply, timeout.headers)
+      exchange.sending = 'no'
+      exchange.failed = false
+    }
+    timeout.end()
   }
+  if (isOver) setImmediate(goOn)
+  else reply.raw.once('finish', goOn).once('close', goOn)
+}
+
+/** A late reply that Fastify has not brought to onSend: an error that was sent, or raw bytes. */
+function endNowhere(exchange: Exchange): void {
+  const { reply, failed, error, sending } = exchange
+  if (sending === 'no') void endUnkept(exchange, failed ? statusOf(error, reply.statusCode) : reply.statusCode)
+}
+
+/** Ends the claim by the status alone: final, and not kept; or not final. */
+function endUnkept({ operation, reply }: Exchange, statusCode: number): Promise<void> {
+  const { statusCode: before } = reply
+  reply.raw.statusCode = statusCode
+  const final = isFinalReply(operation.policy, operation.request, reply)
+  reply.raw.statusCode = before
+  return final ? bury(operation, 'hijacked') : operation.release()
+}
+
+/** In the place of a reply's own `then`, while a handler runs: it resolves when the response is over. */
+function awaitReply(this: FastifyReply, ...args: Parameters<FastifyReply['then']>): void {
+  const exchange = exchangeOf(this.request)
+  if (exchange !== null) exchange.awaitsReply = true
+  Object.getPrototypeOf(this).then.apply(this, args)
 }
 
 /** The handler has returned, or its promise has: what Fastify is to see of it. */
 function afterReturn(exchange: Exchange, value: unknown): unknown {
   const { operation, reply, timeout } = exchange
-  exchange.handler = 'settled'
-  if (timeout !== null) {
-    void completeLate(exchange, timeout, value)
-    return reply
-  }
+  if (timeout !== null) return timeout.over.then(() => afterReturn(exchange, value))
   if (exchange.sending !== 'no') {
+    exchange.handler = 'settled'
     // Fastify takes the reply for unsent while it is being stored, and would send what was returned as well.
     if (value !== undefined && value !== reply) reply.log.warn('handler returned a value after its reply was sent')
     return reply
   }
+  if (value === undefined && exchange.awaitsReply && !reply.sent) {
+    exchange.handler = 'detached'
+    return reply
+  }
+  exchange.handler = 'settled'
   if (value === undefined && (exchange.clientGone || isClosed(reply))) {
-    if (isHijacked(reply)) void bury(operation, 'hijacked')
+    if (reply.sent) void bury(operation, 'hijacked')
     // Fastify sends nothing to a client that is gone: then nothing would be stored either.
-    else if (!reply.sent) return reply.send()
+    else return reply.send()
   }
   return value
 }
@@ -490,89 +537,55 @@ function afterReturn(exchange: Exchange, value: unknown): unknown {
 function afterThrow(exchange: Exchange, error: unknown): unknown {
   const { reply, timeout } = exchange
   exchange.handler = 'settled'
-  if (timeout !== null) {
-    void completeLate(exchange, timeout, error instanceof Error ? error : new Error(String(error)))
-    return reply
-  }
-  if (exchange.sending === 'no') throw error
+  if (exchange.sending === 'no' && !(reply.raw instanceof NowhereResponse) && timeout === null) throw error
   reply.log.error({ err: error }, 'handler failed after its reply was sent')
+  // The error's reply cannot be made any more: Fastify's error handlers have had their turn.
+  if (timeout !== null || exchange.sending === 'no')
+    void endUnkept(exchange, statusOf(error, timeout?.statusCode ?? reply.statusCode))
   return reply
 }
 
-/**
- * The handler has ended after its handlerTimeout: Fastify drops what it made, so the reply is put together
- * here, without the hooks that a reply in time would have passed.
- */
-async function completeLate(exchange: Exchange, timeout: Timeout, value: unknown): Promise<void> {
-  const { operation, reply } = exchange
-  const { policy, request } = operation
-  const raw = reply.raw
-  const answered = raw.statusCode
-  try {
-    raw.statusCode = answered === timeout.statusAfter || timeout.statusAfter === 0 ? timeout.statusBefore : answered
-    if (value instanceof Error) raw.statusCode = statusOf(value)
-    if (!isFinalReply(policy, request, reply)) return await operation.release()
-    const late = timeout.statusAfter === 0 ? [] : headersSince(timeout.headersAfter, reply, policy)
-    const headers = new Map([...timeout.headersSet, ...late])
-    const { body, type } = serialise(reply, value)
-    if (sizeOf(body) > policy.maxReplySize) return await bury(operation, 'too-large')
-    if (type !== undefined && (value instanceof Error || !headers.has('content-type')))
-      headers.set('content-type', type)
-    await operation.complete(replyRecord(operation.fingerprint, raw.statusCode, [...headers], body))
-  } catch (error) {
-    reply.log.error({ err: error }, 'idempotency could not keep the reply of a handler that was timed out')
-    await bury(operation, 'stream-failed')
-  } finally {
-    raw.statusCode = answered
-  }
+/** The status that Fastify gives to an error. */
+function statusOf(error: unknown, current: number): number {
+  const { statusCode, status } = (error ?? {}) as { statusCode?: number; status?: number }
+  const isError = (code: number | undefined) => code !== undefined && code >= 400 && code <= 599
+  return [statusCode, status, current].find(isError) ?? 500
 }
 
-function serialise(reply: FastifyReply, value: unknown): { body?: string | Buffer; type?: string } {
-  // `reply` is what an async handler returns that has sent before: nothing more was sent.
-  if (value === undefined || value === reply) return {}
-  if (typeof value === 'string') return { body: value, type: 'text/plain; charset=utf-8' }
-  if (ArrayBuffer.isView(value)) {
-    return { body: Buffer.from(value.buffer, value.byteOffset, value.byteLength), type: 'application/octet-stream' }
+/** The responses that wait behind another on their connection, by the connection's socket. */
+const queued = new WeakMap<object, Set<ServerResponse>>()
+
+function watchConnection({ raw, request: { socket } }: FastifyReply): void {
+  let responses = queued.get(socket)
+  if (responses === undefined) {
+    responses = new Set()
+    queued.set(socket, responses)
+    socket.once('close', onConnectionClose)
   }
-  const type = 'application/json; charset=utf-8'
-  if (value instanceof Error) {
-    const { code } = value as { code?: string }
-    const statusCode = statusOf(value)
-    return { body: JSON.stringify({ statusCode, code, error: STATUS_CODES[statusCode], message: value.message }), type }
-  }
-  const stream = isResponse(value) ? (value.body as Payload) : (value as Payload)
-  if (isResponse(value) || asStream(stream) !== null) {
-    asStream(stream)?.destroy()
-    throw new TypeError('A stream cannot be kept after the handlerTimeout')
-  }
-  return { body: reply.serialize(value as Record<string, unknown>) as string, type }
+  responses.add(raw)
 }
 
-function statusOf(error: Error): number {
-  const { statusCode, status } = error as { statusCode?: number; status?: number }
-  return [statusCode, status].find((code) => code !== undefined && code >= 400 && code <= 599) ?? 500
-}
-
-function watchConnection({ raw, request }: FastifyReply): void {
-  const listener = onClose.bind(raw)
-  request.socket.once('close', listener)
-  raw.once('close', () => request.socket.off('close', listener))
+function onConnectionClose(this: object): void {
+  for (const response of queued.get(this) ?? []) onClose.call(response)
 }
 
 /** The response's 'close', in whatever way the exchange ended: `this` is the raw response. */
 function onClose(this: ServerResponse): void {
+  if (this.req?.socket) queued.get(this.req.socket)?.delete(this)
   const exchange = exchanges.get(this)
   if (!(exchange instanceof Exchange)) {
     exchanges.set(this, CLOSED)
     return
   }
   const { operation, reply } = exchange
-  if (exchange.handler === 'waiting') {
+  if (reply.raw !== this) {
+    // The response of a timeout: the handler has another one now.
+  } else if (exchange.handler === 'waiting') {
     void operation.cancel()
   } else if (exchange.sending === 'no') {
     exchange.clientGone = true
     // The handler has not ended, only its time.
-    if (exchange.timeout !== null) passTimeout(exchange, exchange.timeout)
+    if (exchange.timeout !== null) passTimeout(exchange, exchange.timeout, true)
     // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
     else if (this.writableEnded && exchange.failed) void operation.release()
     else if (this.writableEnded || isHijacked(reply)) void bury(operation, 'hijacked')
@@ -585,7 +598,9 @@ function onClose(this: ServerResponse): void {
 
 function isFinalReply(policy: Policy, request: FastifyRequest, reply: FastifyReply): boolean {
   try {
-    return policy.shouldStore(request, reply)
+    const answer: unknown = policy.shouldStore(request, reply)
+    if (!isThenable(answer)) return Boolean(answer)
+    throw new TypeError('option "shouldStore" must answer at once, got a promise')
   } catch (error) {
     // The handler has succeeded: whoever decides about its reply must not undo that.
     request.log.error({ err: error }, 'idempotency option shouldStore failed: the default decides')
@@ -600,7 +615,7 @@ async function scopeOf(request: FastifyRequest, scope: NonNullable<Policy['scope
   } catch (cause) {
     throw new ScopeFailed('the option "scope" failed', { cause })
   }
-  if (typeof value === 'number' || typeof value === 'bigint') return String(value)
+  if (typeof value === 'bigint' || Number.isFinite(value)) return String(value)
   if (typeof value === 'string' && value !== '') return value
   throw new ScopeFailed('the option "scope" gave nothing', { cause: undefined })
 }
@@ -618,10 +633,14 @@ const answered = new WeakSet<Refusal>()
 function watchAnswer(refusal: Refusal): void {
   const { headers = {} } = refusal
   Object.defineProperty(refusal, 'headers', {
+    configurable: true,
     enumerable: false,
     get() {
       answered.add(refusal)
       return headers
+    },
+    set(value: unknown) {
+      Object.defineProperty(refusal, 'headers', { value, configurable: true, enumerable: true, writable: true })
     }
   })
 }

@@ -207,6 +207,7 @@ export class Operation implements Subject, Waiter, Renewable {
   /** The key was deleted on purpose: it is not to be claimed anew. */
   forget(): void {
     this.#forgotten = true
+    this.#unstored = null
   }
 
   /** Asks the store once for a duplicate that waits. */

@@ -24,6 +24,19 @@ export function restore(reply: FastifyReply, name: string, before: Headers): voi
   else reply.header(name, value)
 }
 
+/** Gives all headers the values that they had before. */
+export function restoreAll(reply: FastifyReply, before: Headers): void {
+  const now = reply.getHeaders()
+  for (const name in now) if (!(name in before)) reply.removeHeader(name)
+  for (const name in before) {
+    const key = name as keyof Headers
+    if (now[key] === before[key]) continue
+    // What is there already would be added to, in the case of cookies.
+    reply.removeHeader(name)
+    reply.header(name, before[key])
+  }
+}
+
 /** The stored payload, of the kind that it had when it was stored; `undefined` for none. */
 export function payloadOf({ body, text }: StoredReply): string | Buffer | undefined {
   if (body.length === 0) return undefined

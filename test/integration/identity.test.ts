@@ -1,3 +1,4 @@
+import type { FastifyRequest } from 'fastify'
 import t from 'tap'
 import type { IdempotencyOptions } from '../../index.js'
 import { build, codeOf, REPLAYED } from '../support/app.js'
@@ -76,6 +77,19 @@ t.test('prototype names are no keys', async (t) => {
     t.equal(await keyOf({ payload: { a: 1 } }), null, field)
     t.equal(await keyOf({ url: '/?a=1' }), null, field)
   }
+})
+
+t.test("with hook 'preHandler', a key that the route's own hooks provide counts", async (t) => {
+  const app = await build(t, { hook: 'preHandler', field: 'f' })
+  let runs = 0
+  const preHandler = async (request: FastifyRequest) => {
+    const { own } = request.headers
+    if (own === 'header') request.headers['idempotency-key'] = 'k'
+    if (own === 'body') request.body = { f: 'k' }
+  }
+  app.post('/', { preHandler, config: { idempotency: true } }, async (request) => [++runs, request.idempotency?.key])
+  t.same((await app.inject({ method: 'POST', url: '/', headers: { own: 'header' } })).json(), [1, 'k'])
+  t.same((await app.inject({ method: 'POST', url: '/', headers: { own: 'body' } })).json(), [1, 'k'])
 })
 
 t.test('getKey finds it in place of header and field', async (t) => {
@@ -251,6 +265,7 @@ t.test('with scope, the same key of two callers is two operations, and a refresh
   t.equal(await send(as('bob', '2')), 'ran')
   t.equal(await send(as('alice', '3')), 'replay')
   t.equal((await app.idempotency.get('k', { scope: 'alice' }))?.state, 'completed')
+  t.equal((await app.idempotency.get('"k"', { scope: 'alice' }))?.state, 'completed', 'pasted from the header')
   t.equal(await app.idempotency.get('k'), null)
   t.equal(await app.idempotency.delete('k', { scope: 'alice' }), true)
   t.equal(await send(as('alice', '3')), 'ran')
@@ -266,7 +281,8 @@ t.test('a scope that throws or gives nothing fails closed', async (t) => {
     () => undefined,
     () => '',
     () => null,
-    () => ({})
+    () => ({}),
+    () => Number.NaN
   ]
   for (const scope of scopes) {
     const { app, send, state } = await service(t, { scope: scope as never })

@@ -1,5 +1,6 @@
 import { connect, constants } from 'node:http2'
 import { connect as connectTcp } from 'node:net'
+import { Readable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
@@ -343,11 +344,37 @@ t.test("Fastify's handlerTimeout answers 503, and the claim is kept until the ha
       { status: 200, text: /again/, runs: 2 }
     ],
     [
-      'a final failure is stored',
+      'a final failure leaves a tombstone, because its reply cannot be made any more',
       () => {
-        throw Object.assign(new Error('late'), { statusCode: 409, code: 'MINE' })
+        throw Object.assign(new Error('late'), { statusCode: 402 })
       },
-      { status: 409, code: 'MINE', runs: 1 }
+      { status: 409, code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', runs: 1 }
+    ],
+    [
+      'a status that is not final is released, be it the same as the timeout has',
+      (reply) => reply.code(503).send('late'),
+      { status: 200, text: /again/, runs: 2 }
+    ],
+    [
+      'a stream is stored',
+      (reply) => reply.send(Readable.from([Buffer.from('late '), Buffer.alloc(100_000, 'x')])),
+      { status: 200, text: /^late x/, runs: 1 }
+    ],
+    [
+      'raw bytes leave a tombstone',
+      (reply) => {
+        reply.hijack()
+        reply.raw.end('late')
+      },
+      { status: 409, code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', runs: 1 }
+    ],
+    [
+      'an async handler that returns its reply and answers later decides then',
+      (reply) => {
+        setTimeout(() => reply.code(201).send('late'), 20)
+        return reply
+      },
+      { status: 201, text: /late/, runs: 1 }
     ],
     [
       'a reply that it sends is stored, although Fastify drops it',
@@ -403,6 +430,79 @@ t.test('a handler that replies from a callback after its handlerTimeout is store
   await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
   const retry = await app.inject(keyed)
   t.same([retry.statusCode, retry.body], [201, 'late'])
+})
+
+t.test('a late reply passes all hooks and serialisers, as one in time', async (t) => {
+  const app = await build(t)
+  app.addHook('preSerialization', async (_request, _reply, payload) => ({ ...(payload as object), secret: undefined }))
+  app.addHook('onSend', async (_request, _reply, payload) => `${payload}!`)
+  const leave = latch()
+  const schema = { response: { 201: { type: 'object', properties: { open: { type: 'string' }, secret: {} } } } }
+  app.post('/', { ...config(), schema, handlerTimeout: 20 }, async (_request, reply) => {
+    reply.header('x-early', '1')
+    await leave.promise
+    return reply.code(201).header('location', '/1').send({ open: 'yes', secret: 'no', hidden: 'no' })
+  })
+  const timedOut = await app.inject(keyed)
+  t.equal(timedOut.statusCode, 503)
+  leave.open()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  const retry = await app.inject(keyed)
+  t.same([retry.statusCode, retry.body], [201, '{"open":"yes"}!'])
+  t.match(retry.headers, { location: '/1', 'x-early': '1', 'content-type': /^application\/json/ })
+})
+
+t.test('an async handler that returns its reply, and answers from a callback, is waited for', async (t) => {
+  const app = await build(t)
+  const [entered, closed] = [latch<() => void>(), latch()]
+  app.post('/', config(), async (_request, reply) => {
+    reply.raw.on('close', () => closed.open())
+    entered.open(() => void reply.code(201).send('done'))
+    return reply
+  })
+  const port = await listen(app)
+  const client = start(port, { key: 'k', body: '{}' })
+  const answer = await entered.promise
+  client.hangUp()
+  await closed.promise
+  await sleep(20)
+  t.equal((await app.idempotency.get('k'))?.state, 'running')
+  answer()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  const retry = await post(port, { key: 'k', body: '{}' })
+  t.same([retry.status, retry.text, retry.headers[REPLAYED]], [201, 'done', 'true'])
+})
+
+t.test('a handler that hijacks its reply after the client has left leaves a tombstone', async (t) => {
+  const app = await build(t)
+  const [entered, closed] = [latch(), latch()]
+  app.post('/', config(), async (_request, reply) => {
+    reply.raw.on('close', () => closed.open())
+    entered.open()
+    await closed.promise
+    reply.hijack()
+    reply.raw.end('raw')
+  })
+  const port = await listen(app)
+  const client = start(port, { key: 'k', body: '{}' })
+  await entered.promise
+  client.hangUp()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal(codeOf(await post(port, { key: 'k', body: '{}' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+})
+
+t.test('what is done to the reply after it was sent changes neither it nor its replay', async (t) => {
+  const app = await build(t)
+  app.post('/', config(), async (_request, reply) => {
+    reply.code(201).header('x-a', '1').send('x')
+    reply.code(500).header('x-a', '2').header('x-b', '1')
+    return reply
+  })
+  const port = await listen(app)
+  for (let i = 0; i < 2; i++) {
+    const { status, headers } = await post(port, { key: 'k' })
+    t.same([status, headers['x-a'], headers['x-b']], [201, '1', undefined])
+  }
 })
 
 t.test('a handlerTimeout whose reply fails in an onSend hook keeps the claim as well', async (t) => {
