@@ -87,6 +87,8 @@ interface Sight {
 interface Timeout {
   readonly statusCode: number
   readonly headers: Headers
+  /** Is this still the call in which it struck? Then what is sent is its own reply. */
+  isNew: boolean
   /** Resolves when the timeout's own reply is over. */
   readonly over: Promise<void>
   end(): void
@@ -185,7 +187,8 @@ export class Lifecycle {
       }
       if (result === undefined || result === reply) {
         exchange.handler = 'detached'
-        return exchange.sending === 'no' ? result : undefined
+        // Fastify need not wait for a reply that comes from elsewhere.
+        return undefined
       }
       if (!isThenable(result)) return afterReturn(exchange, result)
       // Promise.resolve, because a thenable that is not a promise may do its work once per `then`.
@@ -371,10 +374,12 @@ export class Lifecycle {
 
   /** The handler's reply has come: decides what is kept of it. */
   async #send(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
-    const { operation, reply } = exchange
-    if (exchange.timeout !== null) return passTimeout(exchange, exchange.timeout)
+    const { operation, reply, timeout } = exchange
+    if (timeout !== null && (timeout.isNew || reply.statusCode === 503)) return passTimeout(exchange, timeout)
     const { fingerprint } = operation
-    if (reply.raw.headersSent) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
+    // Either the timeout's reply, from a slow error handler, or the handler's, which was faster: who can tell?
+    const isAmbiguous = timeout !== null
+    if (isAmbiguous || reply.raw.headersSent) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
     let body = payload
     if (isResponse(payload)) {
       if (payload.bodyUsed) return payload
@@ -460,7 +465,11 @@ function interrupt(reply: FastifyReply): Timeout {
   const over = new Promise<void>((resolve) => {
     end = resolve
   })
-  return { statusCode: reply.statusCode, headers: snapshot(reply), over, end }
+  const timeout: Timeout = { statusCode: reply.statusCode, headers: snapshot(reply), isNew: true, over, end }
+  queueMicrotask(() => {
+    timeout.isNew = false
+  })
+  return timeout
 }
 
 /**
@@ -589,7 +598,8 @@ function onClose(this: ServerResponse): void {
     // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
     else if (this.writableEnded && exchange.failed) void operation.release()
     else if (this.writableEnded || isHijacked(reply)) void bury(operation, 'hijacked')
-    // Else the client has left, and the handler is still at work: its reply will be stored.
+    // Else the client has left, and the handler is still at work: its reply will be stored, or its raw end seen.
+    else this.once('prefinish', onClose)
   } else {
     // Nobody reads a stream any more that is still going on: it is read to its end for the record.
     exchange.stream?.destroy()

@@ -474,22 +474,61 @@ t.test('an async handler that returns its reply, and answers from a callback, is
 })
 
 t.test('a handler that hijacks its reply after the client has left leaves a tombstone', async (t) => {
-  const app = await build(t)
-  const [entered, closed] = [latch(), latch()]
-  app.post('/', config(), async (_request, reply) => {
-    reply.raw.on('close', () => closed.open())
-    entered.open()
-    await closed.promise
-    reply.hijack()
-    reply.raw.end('raw')
-  })
-  const port = await listen(app)
-  const client = start(port, { key: 'k', body: '{}' })
-  await entered.promise
-  client.hangUp()
-  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-  t.equal(codeOf(await post(port, { key: 'k', body: '{}' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+  for (const style of ['async', 'callback']) {
+    const app = await build(t)
+    const [entered, closed] = [latch(), latch()]
+    const hijack = async (reply: FastifyReply) => {
+      await closed.promise
+      reply.hijack()
+      reply.raw.end('raw')
+    }
+    app.post('/', config(), (_request, reply) => {
+      reply.raw.on('close', () => setImmediate(() => closed.open()))
+      entered.open()
+      const work = hijack(reply)
+      if (style === 'async') return work as never
+    })
+    const port = await listen(app)
+    const client = start(port, { key: 'k', body: '{}' })
+    await entered.promise
+    client.hangUp()
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+    t.equal(codeOf(await post(port, { key: 'k', body: '{}' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+  }
 })
+
+t.test(
+  'a reply that comes while a slow error handler still answers the timeout never runs the handler again',
+  async (t) => {
+    for (const style of ['callback', 'send', 'value']) {
+      const app = await build(t)
+      const [struck, replied] = [latch(), latch()]
+      app.setErrorHandler(async (error: Error, _request, reply) => {
+        struck.open()
+        await replied.promise
+        return reply.code(504).send(error.message)
+      })
+      let runs = 0
+      app.post('/', { ...config(), handlerTimeout: 20 }, (_request, reply) => {
+        runs++
+        const work = async () => {
+          await struck.promise
+          setTimeout(() => replied.open(), 20)
+          if (style === 'value') return 'mine'
+          void reply.code(201).send('mine')
+        }
+        const working = work()
+        if (style !== 'callback') return working as never
+      })
+      const port = await listen(app)
+      await post(port, { key: 'k' })
+      await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+      const retry = await post(port, { key: 'k' })
+      t.ok(retry.headers[REPLAYED] === 'true' || codeOf(retry) === 'FST_IDEMPOTENCY_NOT_REPLAYABLE', style)
+      t.equal(runs, 1, style)
+    }
+  }
+)
 
 t.test('what is done to the reply after it was sent changes neither it nor its replay', async (t) => {
   const app = await build(t)
