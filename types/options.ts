@@ -109,7 +109,7 @@ export interface IdempotencyRouteOptions {
   replayHeader?: string | false
   /**
    * What becomes of a request whose key cannot be claimed because the store fails: refused with 503
-   * (`'reject'`), or run without protection (`'bypass'`).
+   * (`'reject'`), or run without protection (`'bypass'`), unless another request is known to have the key.
    * @default 'reject'
    */
   onStoreError?: 'reject' | 'bypass'

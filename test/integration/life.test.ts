@@ -2,7 +2,7 @@ import { connect, constants } from 'node:http2'
 import { connect as connectTcp } from 'node:net'
 import { Readable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
 import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
 import { build, codeOf, inject, listen, post, REPLAYED, start } from '../support/app.js'
@@ -503,7 +503,8 @@ t.test(
     for (const style of ['callback', 'send', 'value']) {
       const app = await build(t)
       const [struck, replied] = [latch(), latch()]
-      app.setErrorHandler(async (error: Error, _request, reply) => {
+      app.setErrorHandler(async (error: FastifyError, _request, reply) => {
+        if (error.code !== 'FST_ERR_HANDLER_TIMEOUT') return reply.send(error)
         struck.open()
         await replied.promise
         return reply.code(504).send(error.message)
