@@ -181,7 +181,8 @@ export class Operation implements Subject, Waiter, Renewable {
       }
     } catch (error) {
       this.#report(error)
-      this.disown()
+      void this.#giveBack().then(() => this.#end())
+      return
     }
     this.#end()
   }
@@ -217,7 +218,7 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** The claim may have been written, but is not needed. */
   disown(): void {
-    this.#store.disown(this.storageKey, this.#token, this.policy.storeTimeout)
+    void this.#giveBack()
   }
 
   /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
@@ -338,6 +339,10 @@ export class Operation implements Subject, Waiter, Renewable {
 
   #asRunning(): Acquisition {
     return { state: 'running', fingerprint: this.fingerprint, leaseMs: this.lease }
+  }
+
+  #giveBack(): Promise<void> {
+    return this.#store.disown(this.storageKey, this.#token, this.policy.storeTimeout)
   }
 
   #claimOf(takeover: boolean): Claim {

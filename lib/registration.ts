@@ -68,11 +68,9 @@ export class Registration {
   }
 
   async #drained(): Promise<void> {
-    if (this.operations.size > 0) {
-      await new Promise<void>((resolve) => {
-        this.#idle = resolve
-      })
-    }
-    await Promise.all([...this.#stores].map((store) => store.returned()))
+    if (this.operations.size === 0) return
+    await new Promise<void>((resolve) => {
+      this.#idle = resolve
+    })
   }
 }

@@ -13,6 +13,8 @@ interface Disowned {
   readonly key: string
   readonly token: string
   readonly timeout: number
+  /** Called when the claim was given back, or is no longer to be. */
+  readonly done: () => void
 }
 
 const inUse = new WeakMap<IdempotencyStore, StoreInUse>()
@@ -24,7 +26,7 @@ export class StoreInUse {
   readonly waiting: WaitingRoom
   readonly #store: IdempotencyStore
   readonly #disowned = new Set<Disowned>()
-  #returning: Promise<void> | null = null
+  #isGivingBack = false
   #users = 0
 
   private constructor(store: IdempotencyStore) {
@@ -49,36 +51,36 @@ export class StoreInUse {
   /** One registration less; the last one closes the store. */
   async leave(): Promise<void> {
     if (--this.#users > 0) return
-    this.#disowned.clear()
+    for (const claim of this.#disowned) this.#drop(claim)
     await this.#store.close?.()
   }
 
-  /** Gives a claim back in the background, as soon as the store can be reached. */
-  disown(key: string, token: string, timeout: number): void {
-    this.#disowned.add({ key, token, timeout })
-    if (this.#disowned.size > MAX_DISOWNED) {
-      for (const oldest of this.#disowned) {
-        this.#disowned.delete(oldest)
-        break
-      }
-    }
-    this.#returning ??= this.#giveBack().finally(() => {
-      this.#returning = null
+  /** Gives a claim back in the background, as soon as the store can be reached. Resolves when that is done. */
+  disown(key: string, token: string, timeout: number): Promise<void> {
+    const given = new Promise<void>((done) => {
+      this.#disowned.add({ key, token, timeout, done })
     })
+    for (const oldest of this.#disowned) {
+      if (this.#disowned.size <= MAX_DISOWNED) break
+      this.#drop(oldest)
+    }
+    if (!this.#isGivingBack) void this.#giveBack()
+    return given
   }
 
-  /** Resolves when nothing is left to be given back. */
-  async returned(): Promise<void> {
-    await this.#returning
+  #drop(claim: Disowned): void {
+    this.#disowned.delete(claim)
+    claim.done()
   }
 
   async #giveBack(): Promise<void> {
+    this.#isGivingBack = true
     let pause = FIRST_PAUSE_MS
     for (const claim of this.#disowned) {
       while (this.#disowned.has(claim)) {
         try {
           await within(claim.timeout, () => this.#store.release(claim.key, claim.token))
-          this.#disowned.delete(claim)
+          this.#drop(claim)
           pause = FIRST_PAUSE_MS
         } catch {
           await sleep(pause)
@@ -86,6 +88,7 @@ export class StoreInUse {
         }
       }
     }
+    this.#isGivingBack = false
   }
 }
 

@@ -84,6 +84,30 @@ t.test('a store that fails to close does not keep the others open', async (t) =>
   t.equal(good.closed, 1)
 })
 
+t.test('close does not wait for claims that nobody needs', async (t) => {
+  const store = new ClosableStore()
+  const app = await build(t, { store, storeTimeout: 20 })
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  store.acquire = () => new Promise(() => {})
+  store.release = () => Promise.reject(new Error('down'))
+  t.equal((await app.inject(keyed)).statusCode, 503)
+  const closed = latch<string>()
+  void app.close().then(() => closed.open('closed'))
+  t.equal(await Promise.race([closed.promise, sleep(5_000, 'waited')]), 'closed')
+})
+
+t.test('close waits for a claim that could not be released yet', async (t) => {
+  const store = new ClosableStore()
+  const app = await build(t, { store, storeTimeout: 20 })
+  app.post('/', { config: { idempotency: true } }, async (_request, reply) => reply.code(500).send())
+  const release = store.release.bind(store)
+  let failures = 0
+  store.release = (...args) => (++failures < 3 ? Promise.reject(new Error('down')) : release(...args))
+  t.equal((await app.inject(keyed)).statusCode, 500)
+  await app.close()
+  t.equal(await app.idempotency.get('k'), null)
+})
+
 t.test('close waits for the background retries of a failed completion', async (t) => {
   const store = new ClosableStore()
   const app = await build(t, { store, storeTimeout: 20 })
