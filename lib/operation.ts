@@ -36,6 +36,21 @@ type Phase = 'asking' | 'undecided' | 'held' | 'running' | 'ending' | 'over' | '
 /** What is to be done with the request. Refusals are thrown. */
 export type Verdict = 'run' | 'replay' | 'later' | 'gone'
 
+/** Stores are also other people's: what they say is looked at before it is believed. */
+function isAcquisition(found: Acquisition | undefined | null): found is Acquisition {
+  switch (found?.state) {
+    case 'acquired':
+      return Number.isInteger(found.attempt)
+    case 'running':
+    case 'abandoned':
+      return typeof found.fingerprint === 'string'
+    case 'completed':
+      return typeof found.record?.fingerprint === 'string'
+    default:
+      return false
+  }
+}
+
 /** The store failed while a key was asked for. */
 class StoreFailure extends Error {}
 
@@ -320,6 +335,7 @@ export class Operation implements Subject, Waiter, Renewable {
     const answer = attempt(() => this.policy.store.acquire(this.storageKey, this.#claimOf(takeover)))
     try {
       const found = await within(this.policy.storeTimeout, () => answer)
+      if (!isAcquisition(found)) throw new TypeError('The idempotency store gave no valid answer')
       if (found.state !== 'abandoned' || running === null) return found
       // The owner is alive in this very process, which has stalled for longer than the lease.
       other?.renew()

@@ -246,11 +246,21 @@ t.test(
   }
 )
 
-t.test('a store that throws, or answers without a promise, is a store that fails', async (t) => {
+t.test('a store that throws, answers without a promise, or answers nonsense, is a store that fails', async (t) => {
   const { store, memory } = breakable()
-  const app = await build(t, { store: { ...store, acquire: (() => undefined) as never } })
-  app.post('/', { config: { idempotency: true } }, async () => 'x')
-  t.equal((await app.inject(keyed)).statusCode, 503)
+  for (const answer of [
+    undefined,
+    null,
+    {},
+    { state: 'odd' },
+    { state: 'running' },
+    { state: 'completed' },
+    'acquired'
+  ]) {
+    const app = await build(t, { store: { ...store, acquire: (() => answer) as never } })
+    app.post('/', { config: { idempotency: true } }, async () => 'x')
+    t.equal((await app.inject(keyed)).statusCode, 503)
+  }
   const changed = () => {
     throw new Error('broken')
   }
