@@ -62,8 +62,8 @@ class Exchange {
   failed = false
   error: unknown = null
   clientGone = false
-  /** Does an async handler wait for its own reply, or return it? Then it replies from elsewhere, like a callback. */
-  awaitsReply = false
+  /** Was somebody told who waited for the reply, as an async handler does that returns it, that it is over? */
+  toldOver = false
   stream: CapturedStream | null = null
   timeout: Timeout | null = null
 
@@ -89,6 +89,10 @@ interface Timeout {
   readonly headers: Headers
   /** Is this still the call in which it struck? Then what is sent is its own reply. */
   isNew: boolean
+  /** Has the timeout's own reply left? */
+  isOver: boolean
+  /** The status that the handler has set since. */
+  statusSet: number | null
   /** Resolves when the timeout's own reply is over. */
   readonly over: Promise<void>
   end(): void
@@ -230,7 +234,11 @@ export class Lifecycle {
     }
     if (exchange.sending === 'passed' && exchange.timeout !== null) {
       // The handler replies while its timeout's reply is still leaving.
-      return exchange.timeout.over.then(() => this.#send(exchange, request, payload))
+      const { timeout } = exchange
+      return timeout.over.then(() => {
+        if (exchange.timeout !== null) goOnNowhere(exchange, timeout)
+        return this.#send(exchange, request, payload)
+      })
     }
     if (exchange.sending === 'passed') {
       // Sending the first reply failed: a stream that nobody reads any more is read to its end for the record.
@@ -465,37 +473,70 @@ function interrupt(reply: FastifyReply): Timeout {
   const over = new Promise<void>((resolve) => {
     end = resolve
   })
-  const timeout: Timeout = { statusCode: reply.statusCode, headers: snapshot(reply), isNew: true, over, end }
+  const timeout: Timeout = {
+    statusCode: reply.statusCode,
+    headers: snapshot(reply),
+    isNew: true,
+    isOver: false,
+    statusSet: null,
+    over,
+    end
+  }
   queueMicrotask(() => {
     timeout.isNew = false
   })
   return timeout
 }
 
-/**
- * Fastify's handlerTimeout answers in the handler's place. The claim stays until the handler has ended. What the
- * handler replies after that would be dropped: so, once the timeout's own reply is over, the handler gets a
- * response that leads nowhere, on which its reply takes the usual way through all hooks and serialisers, until it
- * is stored.
- */
+/** Fastify's handlerTimeout answers in the handler's place. The claim stays until the handler has ended. */
 function passTimeout(exchange: Exchange, timeout: Timeout, isOver = isClosed(exchange.reply)): void {
-  const { reply, operation } = exchange
+  const { reply } = exchange
   exchange.sending = 'passed'
-  const goOn = () => {
-    if (exchange.timeout === null) return
-    exchange.timeout = null
-    // Another reply than the timeout's has come meanwhile.
-    if (operation.phase === 'running') {
-      reply.raw = new NowhereResponse(reply.request.raw, () => endNowhere(exchange)) as never
-      reply.code(timeout.statusCode)
-      restoreAll(reply, timeout.headers)
-      exchange.sending = 'no'
-      exchange.failed = false
-    }
+  watchStatus(reply.raw, timeout)
+  const end = () => {
+    if (exchange.timeout !== timeout || timeout.isOver) return
+    timeout.isOver = true
+    restoreAll(reply, timeout.headers)
+    reply.send = sendLate as never
     timeout.end()
   }
-  if (isOver) setImmediate(goOn)
-  else reply.raw.once('finish', goOn).once('close', goOn)
+  if (isOver) setImmediate(end)
+  else for (const event of ['prefinish', 'finish', 'close']) reply.raw.once(event, end)
+}
+
+/** From now on the response has one status for those who read it, and remembers another for those who set it. */
+function watchStatus(raw: ServerResponse, timeout: Timeout): void {
+  const { statusCode } = raw
+  Object.defineProperty(raw, 'statusCode', {
+    configurable: true,
+    get: () => statusCode,
+    set: (status: number) => {
+      // As long as the timeout's reply has not left, Node sets its status once more.
+      if (status !== statusCode || timeout.isOver) timeout.statusSet = status
+    }
+  })
+}
+
+/** In the place of a reply's own `send`, when the reply is over, and another `send` would be dropped. */
+function sendLate(this: FastifyReply, payload?: unknown): FastifyReply {
+  const exchange = exchangeOf(this.request)
+  if (exchange !== null && exchange.timeout !== null) goOnNowhere(exchange, exchange.timeout)
+  return this.send(payload)
+}
+
+/**
+ * The handler replies after its time: it gets a response that leads nowhere, on which its reply takes the usual
+ * way through all hooks and serialisers, until it is stored.
+ */
+function goOnNowhere(exchange: Exchange, timeout: Timeout): void {
+  const { reply } = exchange
+  // Fastify's own again.
+  Reflect.deleteProperty(reply, 'send')
+  exchange.timeout = null
+  exchange.sending = 'no'
+  exchange.failed = false
+  reply.raw = new NowhereResponse(reply.request.raw, () => endNowhere(exchange)) as never
+  reply.raw.statusCode = timeout.statusSet ?? timeout.statusCode
 }
 
 /** A late reply that Fastify has not brought to onSend: an error that was sent, or raw bytes. */
@@ -514,23 +555,27 @@ function endUnkept({ operation, reply }: Exchange, statusCode: number): Promise<
 }
 
 /** In the place of a reply's own `then`, while a handler runs: it resolves when the response is over. */
-function awaitReply(this: FastifyReply, ...args: Parameters<FastifyReply['then']>): void {
+function awaitReply(this: FastifyReply, fulfilled: () => void, rejected: (error: Error) => void): void {
   const exchange = exchangeOf(this.request)
-  if (exchange !== null) exchange.awaitsReply = true
-  Object.getPrototypeOf(this).then.apply(this, args)
+  const told = () => {
+    if (exchange !== null) exchange.toldOver = true
+    fulfilled()
+  }
+  Object.getPrototypeOf(this).then.call(this, told, rejected)
 }
 
 /** The handler has returned, or its promise has: what Fastify is to see of it. */
 function afterReturn(exchange: Exchange, value: unknown): unknown {
   const { operation, reply, timeout } = exchange
-  if (timeout !== null) return timeout.over.then(() => afterReturn(exchange, value))
+  if (timeout !== null) return timeout.over.then(() => afterReturnLate(exchange, value))
   if (exchange.sending !== 'no') {
     exchange.handler = 'settled'
     // Fastify takes the reply for unsent while it is being stored, and would send what was returned as well.
     if (value !== undefined && value !== reply) reply.log.warn('handler returned a value after its reply was sent')
     return reply
   }
-  if (value === undefined && exchange.awaitsReply && !reply.sent) {
+  if (value === undefined && exchange.toldOver && !reply.sent) {
+    // The response is over, but nothing was sent: the handler replies from elsewhere, like one with a callback.
     exchange.handler = 'detached'
     return reply
   }
@@ -543,14 +588,37 @@ function afterReturn(exchange: Exchange, value: unknown): unknown {
   return value
 }
 
+/** The same after the handler's time was up. */
+function afterReturnLate(exchange: Exchange, value: unknown): unknown {
+  const { operation, reply, timeout } = exchange
+  // It has replied meanwhile.
+  if (timeout === null) return afterReturn(exchange, value)
+  if (value === undefined && exchange.toldOver) {
+    exchange.handler = 'detached'
+    return reply
+  }
+  goOnNowhere(exchange, timeout)
+  if (value !== undefined) return afterReturn(exchange, value)
+  exchange.handler = 'settled'
+  if (!reply.sent) return reply.send()
+  void bury(operation, 'hijacked')
+  return reply
+}
+
 function afterThrow(exchange: Exchange, error: unknown): unknown {
   const { reply, timeout } = exchange
   exchange.handler = 'settled'
-  if (exchange.sending === 'no' && !(reply.raw instanceof NowhereResponse) && timeout === null) throw error
+  if (timeout !== null) {
+    return timeout.over.then(() => {
+      if (exchange.timeout !== null) goOnNowhere(exchange, timeout)
+      return afterThrow(exchange, error)
+    })
+  }
+  const isLate = reply.raw instanceof NowhereResponse
+  if (exchange.sending === 'no' && !isLate) throw error
   reply.log.error({ err: error }, 'handler failed after its reply was sent')
   // The error's reply cannot be made any more: Fastify's error handlers have had their turn.
-  if (timeout !== null || exchange.sending === 'no')
-    void endUnkept(exchange, statusOf(error, timeout?.statusCode ?? reply.statusCode))
+  if (exchange.sending === 'no') void endUnkept(exchange, statusOf(error, reply.statusCode))
   return reply
 }
 

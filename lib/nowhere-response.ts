@@ -1,5 +1,10 @@
 import { type IncomingMessage, ServerResponse } from 'node:http'
 
+function callBack(args: unknown[]): void {
+  const callback = args.findLast((arg) => typeof arg === 'function')
+  if (callback !== undefined) process.nextTick(callback as () => void)
+}
+
 /** A response that takes whatever it is given, and sends it nowhere. */
 export class NowhereResponse extends ServerResponse {
   readonly #onEnd: () => void
@@ -15,15 +20,19 @@ export class NowhereResponse extends ServerResponse {
     return this
   }
 
-  override write(): boolean {
+  override write(...args: unknown[]): boolean {
+    callBack(args)
     return true
   }
 
-  override end(): this {
+  override end(...args: unknown[]): this {
+    callBack(args)
     if (this.finished) return this
     this.finished = true
     this.#onEnd()
-    process.nextTick(() => this.emit('close'))
+    process.nextTick(() => {
+      for (const event of ['prefinish', 'finish', 'close']) this.emit(event)
+    })
     return this
   }
 }

@@ -69,7 +69,7 @@ export class Operation implements Subject, Waiter, Renewable {
   reply: StoredReply | null = null
   readonly #registration: Registration
   readonly #store: StoreInUse
-  readonly #token = newToken()
+  #token = newToken()
   readonly #head: string
   #payload = ''
   #found: Acquisition | null = null
@@ -78,6 +78,8 @@ export class Operation implements Subject, Waiter, Renewable {
   #taken = false
   /** The operator wants the key to be forgotten. */
   #forgotten = false
+  /** The claim is being given back: it does not count any more. */
+  #releasing = false
   /** What could not be stored yet. */
   #unstored: StoredRecord | null = null
   #controller: AbortController | null = null
@@ -185,6 +187,7 @@ export class Operation implements Subject, Waiter, Renewable {
   async release(): Promise<void> {
     if (this.phase === 'over' || this.phase === 'ending') return
     this.phase = 'ending'
+    this.#releasing = true
     letGo(this)
     const { store, storeTimeout } = this.policy
     try {
@@ -196,7 +199,7 @@ export class Operation implements Subject, Waiter, Renewable {
       }
     } catch (error) {
       this.#report(error)
-      void this.#giveBack().then(() => this.#end())
+      void this.#giveBack(this.#token).then(() => this.#end())
       return
     }
     this.#end()
@@ -233,7 +236,7 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** The claim may have been written, but is not needed. */
   disown(): void {
-    void this.#giveBack()
+    void this.#giveBack(this.#token)
   }
 
   /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
@@ -331,7 +334,8 @@ export class Operation implements Subject, Waiter, Renewable {
     if (other !== undefined && other.#unstored !== null) {
       return { state: 'completed', record: other.#unstored, ttlMs: other.policy.ttl }
     }
-    const running = other !== undefined && other !== this ? other.#asRunning() : null
+    const running = other !== undefined && other !== this && !other.#releasing ? other.#asRunning() : null
+    const token = this.#token
     const answer = attempt(() => this.policy.store.acquire(this.storageKey, this.#claimOf(takeover)))
     try {
       const found = await within(this.policy.storeTimeout, () => answer)
@@ -343,11 +347,13 @@ export class Operation implements Subject, Waiter, Renewable {
     } catch (error) {
       this.#report(error)
       // The claim may have been written all the same, or be about to be.
-      if (error instanceof StoreTimeout) this.disown()
+      if (error instanceof StoreTimeout) void this.#giveBack(token)
       void answer.then(
-        (late) => late?.state === 'acquired' && this.disown(),
-        () => this.disown()
+        (late) => (late?.state === 'acquired' ? this.#giveBack(token) : undefined),
+        () => this.#giveBack(token)
       )
+      // Who asks again does so under another name: the old one may be given back at any time.
+      this.#token = newToken()
       if (running !== null) return running
       throw new StoreFailure('The key could not be asked for', { cause: error })
     }
@@ -357,8 +363,8 @@ export class Operation implements Subject, Waiter, Renewable {
     return { state: 'running', fingerprint: this.fingerprint, leaseMs: this.lease }
   }
 
-  #giveBack(): Promise<void> {
-    return this.#store.disown(this.storageKey, this.#token, this.policy.storeTimeout)
+  #giveBack(token: string): Promise<void> {
+    return this.#store.disown(this.storageKey, token, this.policy.storeTimeout)
   }
 
   #claimOf(takeover: boolean): Claim {
@@ -387,7 +393,7 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   async #renew(): Promise<void> {
-    if (this.phase === 'over') return
+    if (this.phase === 'over' || this.#releasing) return
     const { store, storeTimeout, lease } = this.policy
     try {
       const renewed = await within(storeTimeout, () => store.renew(this.storageKey, this.#token, lease))

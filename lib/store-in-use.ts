@@ -77,15 +77,15 @@ export class StoreInUse {
     this.#isGivingBack = true
     let pause = FIRST_PAUSE_MS
     for (const claim of this.#disowned) {
-      while (this.#disowned.has(claim)) {
-        try {
-          await within(claim.timeout, () => this.#store.release(claim.key, claim.token))
-          this.#drop(claim)
-          pause = FIRST_PAUSE_MS
-        } catch {
-          await sleep(pause)
-          pause = Math.min(pause * 2, LONGEST_PAUSE_MS)
-        }
+      try {
+        await within(claim.timeout, () => this.#store.release(claim.key, claim.token))
+        this.#drop(claim)
+        pause = FIRST_PAUSE_MS
+      } catch {
+        // To the end of the line, which this loop comes to as well: one key must not hold up the others.
+        if (this.#disowned.delete(claim)) this.#disowned.add(claim)
+        await sleep(pause)
+        pause = Math.min(pause * 2, LONGEST_PAUSE_MS)
       }
     }
     this.#isGivingBack = false
