@@ -198,6 +198,41 @@ t.test('a waiter takes over from an owner that died', async (t) => {
   t.equal(replies.filter((reply) => reply.headers[REPLAYED] === 'true').length, 2)
 })
 
+t.test('an answer that comes too late for a waiter does not free the claim that it got since', async (t) => {
+  const store = new MemoryStore()
+  const acquire = store.acquire.bind(store)
+  const late = latch()
+  let calls = 0
+  store.acquire = async (...args) => {
+    // The waiter's first look hangs, and reaches the store when the waiter has long asked again.
+    if (++calls === 3) await late.promise
+    return acquire(...args)
+  }
+  const app = await build(t, { store, onConflict: 'wait', storeTimeout: 30 })
+  const steps = [latch(), latch()]
+  const entered = [latch(), latch()]
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async (_request, reply) => {
+    const run = runs++
+    entered[run]?.open()
+    await steps[run]?.promise
+    return reply.code(run === 0 ? 500 : 201).send({ run })
+  })
+  const first = inject(app, keyed)
+  await entered[0]?.promise
+  const waiter = inject(app, keyed)
+  await until(() => calls >= 4)
+  steps[0]?.open()
+  t.equal((await first).statusCode, 500)
+  await entered[1]?.promise
+  late.open()
+  await sleep(60)
+  t.equal((await app.idempotency.get('k'))?.state, 'running')
+  steps[1]?.open()
+  t.equal((await waiter).statusCode, 201)
+  t.equal(runs, 2)
+})
+
 t.test('an abandoned claim is compared before it is taken over', async (t) => {
   for (const hook of ['onRequest', 'preHandler'] as const) {
     const store = new MemoryStore()

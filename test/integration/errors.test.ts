@@ -112,6 +112,24 @@ t.test('a claim that was written although its answer came too late, or never, is
   }
 })
 
+t.test('a key that cannot be released holds up neither itself beyond its lease nor another key', async (t) => {
+  const store = new MemoryStore()
+  const release = store.release.bind(store)
+  const failing = new Set(['bad', 'good'].map((key) => storageKey(null, key)))
+  store.release = (key, token) => (failing.has(key) ? Promise.reject(new Error('down')) : release(key, token))
+  const app = await build(t, { store, storeTimeout: 20, lease: 200 })
+  const attempts: unknown[] = []
+  app.post('/', { config: { idempotency: true } }, async (request, reply) => {
+    attempts.push(request.idempotency?.attempt)
+    return reply.code(attempts.length > 2 ? 201 : 500).send()
+  })
+  for (const key of ['bad', 'good']) await app.inject({ ...keyed, headers: { 'idempotency-key': key } })
+  failing.delete(storageKey(null, 'good'))
+  await until(async () => (await app.idempotency.get('good')) === null)
+  await until(async () => (await app.inject({ ...keyed, headers: { 'idempotency-key': 'bad' } })).statusCode === 201)
+  t.same(attempts, [1, 1, 2])
+})
+
 t.test('renewals that fail for a while do not lose the claim', async (t) => {
   const { store, failing } = breakable()
   const app = await build(t, { store, lease: 90 })

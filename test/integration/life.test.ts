@@ -452,6 +452,59 @@ t.test('a late reply passes all hooks and serialisers, as one in time', async (t
   t.match(retry.headers, { location: '/1', 'x-early': '1', 'content-type': /^application\/json/ })
 })
 
+t.test('an error handler that returns its reply does not end a handler that was timed out', async (t) => {
+  const app = await build(t)
+  app.setErrorHandler((error: FastifyError, _request, reply) =>
+    reply.code(error.statusCode ?? 500).send({ mine: true })
+  )
+  const leave = latch()
+  let runs = 0
+  app.post('/', { ...config(), handlerTimeout: 20 }, async () => {
+    if (++runs > 1) return 'again'
+    await leave.promise
+    throw new Error('late')
+  })
+  t.equal((await app.inject(keyed)).statusCode, 503)
+  await sleep(20)
+  t.equal((await app.idempotency.get('k'))?.state, 'running')
+  leave.open()
+  await until(async () => (await app.idempotency.get('k')) === null)
+  t.equal((await app.inject(keyed)).body, 'again')
+})
+
+t.test('a timeout is logged and hooked as what it was, also when the handler ends meanwhile', async (t) => {
+  const app = await build(t)
+  const [late, seen] = [latch(), latch<number>()]
+  app.addHook('onResponse', async (_request, reply) => {
+    late.open()
+    await sleep(20)
+    seen.open(reply.statusCode)
+  })
+  app.post('/', { ...config(), handlerTimeout: 20 }, async (_request, reply) => {
+    await late.promise
+    await sleep(40)
+    return reply.code(201).send('late')
+  })
+  await app.inject(keyed)
+  t.equal(await seen.promise, 503)
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+})
+
+t.test('a handler that only looks out for the end of its reply is no handler with a callback', async (t) => {
+  const app = await build(t)
+  app.post('/', config(), async (_request, reply) => {
+    reply.then(
+      () => {},
+      () => {}
+    )
+    await Promise.race([reply, sleep(1)])
+    reply.code(204)
+  })
+  const port = await listen(app)
+  t.equal((await post(port, { key: 'k' })).status, 204)
+  t.equal((await post(port, { key: 'k' })).headers[REPLAYED], 'true')
+})
+
 t.test('an async handler that returns its reply, and answers from a callback, is waited for', async (t) => {
   const app = await build(t)
   const [entered, closed] = [latch<() => void>(), latch()]
