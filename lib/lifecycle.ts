@@ -131,7 +131,7 @@ export class Lifecycle {
       } catch (error) {
         return done(this.#refuse(request, reply, error))
       }
-      return raw === undefined ? done() : this.#guarded(request, reply, this.#begin(request, reply, raw))
+      return raw === undefined ? done() : this.#guarded(request, reply, this.#begin(request, reply, raw, false))
     }
     return this.#guarded(request, reply, this.#claim(request, reply, false))
   }
@@ -305,12 +305,12 @@ export class Lifecycle {
     // What the client sent goes before what hooks have made of it since.
     else raw = late ? (request[kSight]?.key ?? this.#keyAnywhere(request)) : this.#keyBeforeBody(request)
     if (raw instanceof Error) throw raw
-    if (raw !== undefined) return this.#begin(request, reply, raw)
+    if (raw !== undefined) return this.#begin(request, reply, raw, late)
     this.#missing(!late && this.#claimsLate)
   }
 
   /** A key has been found: the request becomes an operation. */
-  async #begin(request: FastifyRequest, reply: FastifyReply, raw: unknown): Promise<void> {
+  async #begin(request: FastifyRequest, reply: FastifyReply, raw: unknown, late: boolean): Promise<void> {
     const policy = this.#policy
     const key = parseKey(raw, policy)
     // Before the first await: who leaves from here on is noticed.
@@ -336,6 +336,9 @@ export class Lifecycle {
       operation.learn(hashOf(await policy.fingerprint(request)))
     } else if (sight !== null) {
       operation.learn(sight.payload)
+    } else if (late && policy.fingerprint === true) {
+      // Nobody saw the key coming: a hook has provided it.
+      operation.learn(await payloadOfBody(request))
     }
     if ((await operation.claim()) === 'gone') stop(reply)
   }

@@ -81,15 +81,32 @@ t.test('prototype names are no keys', async (t) => {
 
 t.test("with hook 'preHandler', a key that the route's own hooks provide counts", async (t) => {
   const app = await build(t, { hook: 'preHandler', field: 'f' })
-  let runs = 0
   const preHandler = async (request: FastifyRequest) => {
     const { own } = request.headers
-    if (own === 'header') request.headers['idempotency-key'] = 'k'
-    if (own === 'body') request.body = { f: 'k' }
+    if (own === 'header') request.headers['idempotency-key'] = 'in the header'
+    if (own === 'body') request.body = { f: 'in the body' }
   }
+  let runs = 0
   app.post('/', { preHandler, config: { idempotency: true } }, async (request) => [++runs, request.idempotency?.key])
-  t.same((await app.inject({ method: 'POST', url: '/', headers: { own: 'header' } })).json(), [1, 'k'])
-  t.same((await app.inject({ method: 'POST', url: '/', headers: { own: 'body' } })).json(), [1, 'k'])
+  for (const [run, own] of ['header', 'body'].entries()) {
+    for (const replayed of [undefined, 'true']) {
+      const reply = await app.inject({ method: 'POST', url: '/', headers: { own } })
+      t.same(reply.json(), [run + 1, `in the ${own}`])
+      t.equal(reply.headers[REPLAYED], replayed)
+    }
+  }
+})
+
+t.test('a key that a hook provides is compared with its payload as any other', async (t) => {
+  const app = await build(t, { hook: 'preHandler' })
+  const preHandler = async (request: FastifyRequest) => {
+    request.headers['idempotency-key'] = 'k'
+  }
+  app.post('/', { preHandler, config: { idempotency: true } }, async () => 'x')
+  const send = (payload: object) => app.inject({ method: 'POST', url: '/', payload })
+  await send({ a: 1 })
+  t.equal(codeOf(await send({ a: 2 })), 'FST_IDEMPOTENCY_KEY_REUSED')
+  t.equal((await send({ a: 1 })).headers[REPLAYED], 'true')
 })
 
 t.test('getKey finds it in place of header and field', async (t) => {
