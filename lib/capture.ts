@@ -113,9 +113,9 @@ async function* chunksOf(stream: WebReadableStream): AsyncGenerator<unknown> {
   }
 }
 
-/** What becomes of a captured stream. Neither may fail. */
+/** What becomes of a captured stream. */
 export interface StreamFate {
-  /** The stream came to its end; `body` is `null` when it was too large to keep. */
+  /** The stream came to its end; `body` is `null` when it was too large to keep. When it rejects, the end is not passed on. */
   ended(body: Buffer | null): Promise<void>
   /** The stream broke off, perhaps before it gave anything. */
   failed(beforeFirstByte: boolean): Promise<void>
@@ -165,7 +165,10 @@ export class CapturedStream extends Readable {
   /** Fastify destroys what it sends when the client is gone: the source is read to its end all the same. */
   override _destroy(error: Error | null, callback: (error?: Error | null) => void): void {
     this.#clientGone = true
-    if (this.#settled === null && !this.#drain) this.#settled = this.#fate.failed(false)
+    if (this.#settled === null && !this.#drain) {
+      this.#settled = this.#fate.failed(false)
+      this.#settled.catch(() => {})
+    }
     if (this.#settled !== null || this.#chunks === null) this.#stop()
     else this.#source.resume()
     callback(error)
@@ -187,11 +190,14 @@ export class CapturedStream extends Readable {
     } else if (before < this.#expected && this.#length >= this.#expected) {
       this.#holding = true
       this.#source.pause()
-      void this.#end().then(() => {
-        this.#holding = false
-        this.#pass(bytes)
-        this.#source.resume()
-      })
+      this.#end().then(
+        () => {
+          this.#holding = false
+          this.#pass(bytes)
+          this.#source.resume()
+        },
+        (error) => this.#breakOff(error)
+      )
     } else {
       this.#pass(bytes)
     }
@@ -203,13 +209,22 @@ export class CapturedStream extends Readable {
 
   readonly #finished = (error?: Error | null) => {
     if (!error) {
-      void this.#end().then(() => {
-        if (!this.#clientGone) this.push(null)
-      })
+      this.#end().then(
+        () => {
+          if (!this.#clientGone) this.push(null)
+        },
+        (error) => this.#breakOff(error)
+      )
       return
     }
     this.#settled ??= this.#fate.failed(this.#length === 0)
-    void this.#settled.then(() => this.destroy(error))
+    this.#settled.catch(() => {}).then(() => this.destroy(error))
+  }
+
+  /** What was passed on is not true: the reply must not come to a proper end. */
+  #breakOff(error: Error): void {
+    this.destroy(error)
+    this.#source.destroy?.()
   }
 
   #end(): Promise<void> {
@@ -220,7 +235,7 @@ export class CapturedStream extends Readable {
 
   /** Nobody receives the rest, and it cannot be kept. */
   #stop(): void {
-    void this.#end()
+    this.#end().catch(() => {})
     this.#source.destroy?.()
   }
 }

@@ -43,6 +43,7 @@ export const ScopeFailed = createError<[string, { cause: unknown }]>(
   'The scope of the idempotency key is not known: %s',
   500
 )
+export const TransactionBroken = createError<[string, { cause?: unknown }?]>('FST_IDEMPOTENCY_TRANSACTION', '%s', 500)
 export const InvalidOption = createError<[string]>('FST_IDEMPOTENCY_INVALID_OPTION', '%s', 500, TypeError)
 export const RouteTooEarly = createError<[string]>(
   'FST_IDEMPOTENCY_ROUTE_TOO_EARLY',

@@ -383,8 +383,12 @@ export class Lifecycle {
     return error as Error
   }
 
-  /** The handler's reply has come: decides what is kept of it. */
   async #send(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
+    return this.#guarded(request, exchange.reply, this.#keep(exchange, request, payload))
+  }
+
+  /** The handler's reply has come: decides what is kept of it. */
+  async #keep(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
     const { operation, reply, timeout } = exchange
     if (timeout !== null && (timeout.isNew || reply.statusCode === 503)) return passTimeout(exchange, timeout)
     const { fingerprint } = operation
@@ -425,8 +429,16 @@ async function finish(exchange: Exchange, payload: Payload, record: StoredRecord
   const { statusCode } = reply
   const headers = reply.getHeaders()
   exchange.sending = 'storing'
-  await (record === null ? operation.release() : operation.complete(record))
-  exchange.sending = 'passed'
+  try {
+    await (record === null ? operation.release() : operation.complete(record))
+  } catch (error) {
+    // A transaction that was not committed: nothing of this reply is true, and the error is another reply.
+    restoreAll(reply, exchange.headersBefore)
+    reply.code(200)
+    throw error
+  } finally {
+    exchange.sending = 'passed'
+  }
   // What was done to the reply meanwhile came too late, as it would if nothing had been stored.
   if (!reply.raw.headersSent) {
     if (reply.statusCode !== statusCode) reply.code(statusCode)
@@ -468,6 +480,11 @@ function sendStream(exchange: Exchange, payload: Payload, final: boolean): Paylo
 /** The operation has run, but its reply cannot be kept. */
 function bury(operation: Operation, reason: TombstoneReason): Promise<void> {
   return operation.complete(tombstone(operation.fingerprint, reason))
+}
+
+/** The same when the reply has gone its own way: whoever got it cannot be told when a transaction fails. */
+function buryHijacked(operation: Operation): void {
+  bury(operation, 'hijacked').catch(() => {})
 }
 
 /** Notes where a handler has come when its time is up. */
@@ -545,16 +562,17 @@ function goOnNowhere(exchange: Exchange, timeout: Timeout): void {
 /** A late reply that Fastify has not brought to onSend: an error that was sent, or raw bytes. */
 function endNowhere(exchange: Exchange): void {
   const { reply, failed, error, sending } = exchange
-  if (sending === 'no') void endUnkept(exchange, failed ? statusOf(error, reply.statusCode) : reply.statusCode)
+  if (sending === 'no') endUnkept(exchange, failed ? statusOf(error, reply.statusCode) : reply.statusCode)
 }
 
 /** Ends the claim by the status alone: final, and not kept; or not final. */
-function endUnkept({ operation, reply }: Exchange, statusCode: number): Promise<void> {
+function endUnkept({ operation, reply }: Exchange, statusCode: number): void {
   const { statusCode: before } = reply
   reply.raw.statusCode = statusCode
   const final = isFinalReply(operation.policy, operation.request, reply)
   reply.raw.statusCode = before
-  return final ? bury(operation, 'hijacked') : operation.release()
+  if (final) buryHijacked(operation)
+  else void operation.release()
 }
 
 /** In the place of a reply's own `then`, while a handler runs: it resolves when the response is over. */
@@ -584,7 +602,7 @@ function afterReturn(exchange: Exchange, value: unknown): unknown {
   }
   exchange.handler = 'settled'
   if (value === undefined && (exchange.clientGone || isClosed(reply))) {
-    if (reply.sent) void bury(operation, 'hijacked')
+    if (reply.sent) buryHijacked(operation)
     // Fastify sends nothing to a client that is gone: then nothing would be stored either.
     else return reply.send()
   }
@@ -604,7 +622,7 @@ function afterReturnLate(exchange: Exchange, value: unknown): unknown {
   if (value !== undefined) return afterReturn(exchange, value)
   exchange.handler = 'settled'
   if (!reply.sent) return reply.send()
-  void bury(operation, 'hijacked')
+  buryHijacked(operation)
   return reply
 }
 
@@ -621,7 +639,7 @@ function afterThrow(exchange: Exchange, error: unknown): unknown {
   if (exchange.sending === 'no' && !isLate) throw error
   reply.log.error({ err: error }, 'handler failed after its reply was sent')
   // The error's reply cannot be made any more: Fastify's error handlers have had their turn.
-  if (exchange.sending === 'no') void endUnkept(exchange, statusOf(error, reply.statusCode))
+  if (exchange.sending === 'no') endUnkept(exchange, statusOf(error, reply.statusCode))
   return reply
 }
 
@@ -668,7 +686,7 @@ function onClose(this: ServerResponse): void {
     if (exchange.timeout !== null) passTimeout(exchange, exchange.timeout, true)
     // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
     else if (this.writableEnded && exchange.failed) void operation.release()
-    else if (this.writableEnded || isHijacked(reply)) void bury(operation, 'hijacked')
+    else if (this.writableEnded || isHijacked(reply)) buryHijacked(operation)
     // Else the client has left, and the handler is still at work: its reply will be stored, or its raw end seen.
     else this.once('prefinish', onClose)
   } else {

@@ -1,5 +1,15 @@
 import type { FastifyRequest } from 'fastify'
-import type { Acquisition, Claim, StoredRecord, StoredReply } from '../types/index.js'
+import type {
+  Acquisition,
+  Claim,
+  ClaimTransaction,
+  IdempotencyStore,
+  StoredRecord,
+  StoredReply,
+  TransactionAcquisition,
+  TransactionClient,
+  TransactionOutcome
+} from '../types/index.js'
 import {
   Abandoned,
   InProgress,
@@ -35,6 +45,9 @@ type Phase = 'asking' | 'undecided' | 'held' | 'running' | 'ending' | 'over' | '
 
 /** What is to be done with the request. Refusals are thrown. */
 export type Verdict = 'run' | 'replay' | 'later' | 'gone'
+
+/** An answer of the store, from a transaction or not. */
+type Found = Acquisition | TransactionAcquisition
 
 /** Stores are also other people's: what they say is looked at before it is believed. */
 function isAcquisition(found: Acquisition | undefined | null): found is Acquisition {
@@ -82,6 +95,8 @@ export class Operation implements Subject, Waiter, Renewable {
   #releasing = false
   /** What could not be stored yet. */
   #unstored: StoredRecord | null = null
+  /** What holds the claim, where the route has `transaction: true`. */
+  #transaction: ClaimTransaction | null = null
   #controller: AbortController | null = null
 
   constructor(
@@ -122,6 +137,11 @@ export class Operation implements Subject, Waiter, Renewable {
     return this.#controller.signal
   }
 
+  /** What the handler may use of the transaction. */
+  get transaction(): TransactionClient | null {
+    return this.#transaction?.client ?? null
+  }
+
   /** The payload's hash is known now. */
   learn(payload: string): void {
     this.#payload = payload
@@ -158,12 +178,13 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /**
    * Ends the claim with a record. Resolves when it is stored; or when the store fails, and goes on in the
-   * background, while the claim is kept.
+   * background, while the claim is kept. Rejects for a transaction only, when it is not known to be committed.
    */
   async complete(record: StoredRecord): Promise<void> {
     if (this.phase === 'over' || this.phase === 'ending') return
     if (this.discarded) return this.release()
     this.phase = 'ending'
+    if (this.#transaction !== null) return this.#commit(this.#transaction, record)
     const { storeTimeout, lease } = this.policy
     const step = () => this.#complete(record)
     let stored: boolean | null
@@ -191,7 +212,11 @@ export class Operation implements Subject, Waiter, Renewable {
     letGo(this)
     const { store, storeTimeout } = this.policy
     try {
-      if (await within(storeTimeout, () => store.release(this.storageKey, this.#token))) {
+      const transaction = this.#transaction
+      const released = await within(storeTimeout, () =>
+        transaction === null ? store.release(this.storageKey, this.#token) : transaction.rollback().then(() => true)
+      )
+      if (released) {
         publish('released', this)
         this.#log('released')
       } else {
@@ -199,8 +224,9 @@ export class Operation implements Subject, Waiter, Renewable {
       }
     } catch (error) {
       this.#report(error)
-      void this.#giveBack(this.#token).then(() => this.#end())
-      return
+      // A transaction needs no more than that its connection ends.
+      if (this.#transaction !== null) this.#transaction.abandon()
+      else return void this.#giveBack(this.#token).then(() => this.#end())
     }
     this.#end()
   }
@@ -218,9 +244,20 @@ export class Operation implements Subject, Waiter, Renewable {
     this.#store.waiting.leave(this)
   }
 
+  /** The server has closed: nothing more is done for this operation. */
+  abandon(): void {
+    letGo(this)
+    if (this.phase !== 'ending') this.#transaction?.abandon()
+  }
+
   /** Tells the store that this process is alive, and keeps on doing so. */
   renew(): void {
-    void this.#renew()
+    if (this.#transaction === null) {
+      void this.#renew()
+    } else if (this.#isHeld()) {
+      this.#transaction.keepAlive()
+      keepAlive(this)
+    }
   }
 
   /** The key was deleted on purpose: it is not to be claimed anew. */
@@ -230,13 +267,13 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   /** Asks the store once for a duplicate that waits. */
-  look(): Promise<Acquisition> {
+  look(): Promise<Found> {
     return this.#acquire(false)
   }
 
   /** The claim may have been written, but is not needed. */
   disown(): void {
-    void this.#giveBack(this.#token)
+    void (this.#transaction?.rollback() ?? this.#giveBack(this.#token))
   }
 
   /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
@@ -251,8 +288,7 @@ export class Operation implements Subject, Waiter, Renewable {
       if (this.#gone) return 'gone'
       // To run unprotected is one thing, to run beside another that is known to run is quite another.
       if (!this.policy.bypasses || this.#taken) {
-        const refusal = new StoreUnavailable({ cause: error.cause })
-        throw withRetryAfter(refusal, Math.ceil(this.policy.storeTimeout / 1_000))
+        throw this.#unavailable(error.cause)
       }
       this.phase = 'unprotected'
       publish('bypassed', this, error.cause)
@@ -305,6 +341,7 @@ export class Operation implements Subject, Waiter, Renewable {
     this.attempt = attempt
     this.phase = 'held'
     this.#store.live.set(this.storageKey, this)
+    this.#transaction?.lost.addEventListener('abort', this.#onTransactionLost)
     keepAlive(this)
     publish('acquired', this)
     if (attempt > 1) publish('takeover', this)
@@ -328,18 +365,21 @@ export class Operation implements Subject, Waiter, Renewable {
     return error
   }
 
-  async #acquire(takeover: boolean): Promise<Acquisition> {
+  async #acquire(takeover: boolean): Promise<Found> {
     const other = this.#store.live.get(this.storageKey)
     // The reply is there, only the store does not have it yet.
     if (other !== undefined && other.#unstored !== null) {
       return { state: 'completed', record: other.#unstored, ttlMs: other.policy.ttl }
     }
     const running = other !== undefined && other !== this && !other.#releasing ? other.#asRunning() : null
+    // Nobody else sees what a transaction holds, nor can it be lost to another unnoticed.
+    if (running !== null && other !== undefined && other.#transaction !== null) return running
     const token = this.#token
-    const answer = attempt(() => this.policy.store.acquire(this.storageKey, this.#claimOf(takeover)))
+    const answer = attempt(() => this.#ask(takeover))
     try {
       const found = await within(this.policy.storeTimeout, () => answer)
       if (!isAcquisition(found)) throw new TypeError('The idempotency store gave no valid answer')
+      if ('transaction' in found) this.#transaction = found.transaction
       if (found.state !== 'abandoned' || running === null) return found
       // The owner is alive in this very process, which has stalled for longer than the lease.
       other?.renew()
@@ -347,16 +387,27 @@ export class Operation implements Subject, Waiter, Renewable {
     } catch (error) {
       this.#report(error)
       // The claim may have been written all the same, or be about to be.
-      if (error instanceof StoreTimeout) void this.#giveBack(token)
-      void answer.then(
-        (late) => (late?.state === 'acquired' ? this.#giveBack(token) : undefined),
-        () => this.#giveBack(token)
-      )
+      if (this.policy.transaction) {
+        void answer.then((late) => ('transaction' in late ? late.transaction.rollback() : undefined)).catch(() => {})
+      } else {
+        if (error instanceof StoreTimeout) void this.#giveBack(token)
+        void answer.then(
+          (late) => (late?.state === 'acquired' ? this.#giveBack(token) : undefined),
+          () => this.#giveBack(token)
+        )
+      }
       // Who asks again does so under another name: the old one may be given back at any time.
       this.#token = newToken()
       if (running !== null) return running
       throw new StoreFailure('The key could not be asked for', { cause: error })
     }
+  }
+
+  #ask(takeover: boolean): Promise<Found> {
+    const { store, transaction, waits } = this.policy
+    const claim = this.#claimOf(takeover)
+    if (!transaction) return store.acquire(this.storageKey, claim)
+    return (store as Required<IdempotencyStore>).begin(this.storageKey, { ...claim, wake: waits })
   }
 
   #asRunning(): Acquisition {
@@ -378,15 +429,41 @@ export class Operation implements Subject, Waiter, Renewable {
     return (await this.#reclaim()) && store.complete(this.storageKey, this.#token, record, ttl)
   }
 
+  /**
+   * The last step of a transaction.
+   * @throws the database's error when it refused, as if the handler had met it; 503 when the outcome is not known.
+   */
+  async #commit(transaction: ClaimTransaction, record: StoredRecord): Promise<void> {
+    const { storeTimeout, ttl } = this.policy
+    letGo(this)
+    let outcome: TransactionOutcome
+    try {
+      outcome = await within(storeTimeout, () => transaction.complete(record, ttl))
+    } catch (error) {
+      this.#report(error)
+      throw this.#unavailable(error)
+    } finally {
+      this.#end()
+    }
+    if (outcome.state === 'committed') {
+      this.#stored(record)
+    } else {
+      publish('released', this)
+      this.#log('rolled back')
+      throw outcome.error
+    }
+  }
+
   #completed(stored: boolean | null, record: StoredRecord): void {
     this.#unstored = null
     if (this.phase === 'over') return
     this.#end()
     if (stored === null) return
-    if (!stored) {
-      this.#lost()
-      return
-    }
+    if (stored) this.#stored(record)
+    else this.#lost()
+  }
+
+  #stored(record: StoredRecord): void {
     const event = record.kind === 'reply' ? 'stored' : 'tombstoned'
     publish(event, this)
     this.#log(event)
@@ -419,10 +496,17 @@ export class Operation implements Subject, Waiter, Renewable {
     return state === 'acquired'
   }
 
+  readonly #onTransactionLost = () => {
+    if (!this.#isHeld()) return
+    if (this.phase === 'held') this.#end()
+    this.#lost()
+  }
+
   /** Another has the key now: whatever the handler still does, it does for the second time. */
   #lost(): void {
     publish('lease-lost', this)
-    this.request.log.warn(this.#bindings(), 'idempotency claim lost to another owner')
+    const how = this.#transaction === null ? 'to another owner' : 'with the connection of its transaction'
+    this.request.log.warn(this.#bindings(), `idempotency claim lost ${how}`)
     this.#controller ??= new AbortController()
     this.#controller.abort()
   }
@@ -447,6 +531,10 @@ export class Operation implements Subject, Waiter, Renewable {
   #report(error: unknown): void {
     publish('store-error', this, error)
     this.request.log.error({ ...this.#bindings(), err: error }, 'idempotency store failed')
+  }
+
+  #unavailable(cause: unknown): Error {
+    return withRetryAfter(new StoreUnavailable({ cause }), Math.ceil(this.policy.storeTimeout / 1_000))
   }
 
   #log(event: string): void {

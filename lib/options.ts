@@ -32,6 +32,7 @@ export interface Policy extends KeyRules {
   readonly waitTimeout: number
   readonly lease: number
   readonly reruns: boolean
+  readonly transaction: boolean
   readonly ttl: number | null
   readonly retain: number
   readonly shouldStore: (request: FastifyRequest, reply: FastifyReply) => boolean
@@ -103,6 +104,7 @@ const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
   waitTimeout: DURATION,
   lease: DURATION,
   onAbandoned: oneOf('rerun', 'reject'),
+  transaction: BOOLEAN,
   ttl: {
     takes: 'a positive integer of milliseconds, or null for ever',
     accepts: (value) => value === null || isPositiveInteger(value)
@@ -203,6 +205,8 @@ function complete(
   if (header === false && field === undefined && getKey === undefined) {
     throw new InvalidOption(`option "header"${where} takes false only together with "field" or "getKey"`)
   }
+  const { transaction = false } = options
+  if (transaction) checkTransaction(options, options.store ?? store, where)
   return {
     store: options.store ?? store,
     skip: options.skip ?? null,
@@ -214,11 +218,12 @@ function complete(
     required: options.required ?? false,
     scope: options.scope ?? null,
     fingerprint: options.fingerprint ?? true,
-    hook: options.hook ?? 'onRequest',
+    hook: options.hook ?? (transaction ? 'preHandler' : 'onRequest'),
     waits: options.onConflict === 'wait',
     waitTimeout: options.waitTimeout ?? 60_000,
     lease: options.lease ?? 30_000,
     reruns: options.onAbandoned !== 'reject',
+    transaction,
     ttl,
     retain: ttl ?? RETAIN_WITHOUT_TTL,
     shouldStore: options.shouldStore ?? isFinal,
@@ -229,6 +234,16 @@ function complete(
     storeTimeout: options.storeTimeout ?? 2_000,
     problemDetails: options.problemDetails ?? false,
     documentationUrl: options.documentationUrl ?? null
+  }
+}
+
+function checkTransaction({ onStoreError }: IdempotencyRouteOptions, store: IdempotencyStore, where: string): void {
+  if (store.begin === undefined) {
+    const name = store.constructor?.name ?? 'object'
+    throw new InvalidOption(`option "transaction"${where} takes a store with transactions (PostgresStore), got ${name}`)
+  }
+  if (onStoreError === 'bypass') {
+    throw new InvalidOption(`option "transaction"${where} takes no onStoreError 'bypass': its handler needs the store`)
   }
 }
 
@@ -265,7 +280,9 @@ function isStore(value: unknown): boolean {
   const store = value as Record<string, unknown>
   return (
     ['acquire', 'renew', 'complete', 'release'].every((method) => isFunction(store[method])) &&
-    ['changed', 'get', 'delete', 'close'].every((method) => store[method] === undefined || isFunction(store[method]))
+    ['changed', 'get', 'delete', 'begin', 'close'].every(
+      (method) => store[method] === undefined || isFunction(store[method])
+    )
   )
 }
 

@@ -1,5 +1,4 @@
 import { LONGEST_DELAY } from './deadlines.js'
-import { letGo } from './leases.js'
 import type { Operation } from './operation.js'
 import type { Policy, RegistrationOptions } from './options.js'
 import { StoreInUse } from './store-in-use.js'
@@ -62,7 +61,7 @@ export class Registration {
     await Promise.race([this.#drained(), limit])
     clearTimeout(timer)
     this.closed = true
-    for (const operation of this.operations) letGo(operation)
+    for (const operation of this.operations) operation.abandon()
     const closed = await Promise.allSettled([...this.#stores].map((store) => store.leave()))
     for (const result of closed) if (result.status === 'rejected') throw result.reason
   }

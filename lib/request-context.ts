@@ -1,4 +1,4 @@
-import type { RequestIdempotency } from '../types/index.js'
+import type { RequestIdempotency, TransactionClient } from '../types/index.js'
 import { deriveKey } from './key.js'
 import type { Operation } from './operation.js'
 
@@ -24,6 +24,10 @@ export class RequestContext implements RequestIdempotency {
 
   get signal(): AbortSignal {
     return this.#operation.signal
+  }
+
+  get transaction(): TransactionClient | null {
+    return this.#operation.transaction
   }
 
   discard(): void {

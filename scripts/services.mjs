@@ -13,11 +13,11 @@ import {
   rmSync,
   statSync
 } from 'node:fs'
-import { delimiter, join } from 'node:path'
+import { delimiter, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
-const cache = join(root, '.cache', 'redis')
+const caches = { redis: join(root, '.cache', 'redis'), postgres: join(root, '.cache', 'postgres') }
 
 /**
  * @typedef {object} Redis
@@ -37,8 +37,37 @@ export function findRedis() {
     const server = join(dir || '.', 'redis-server')
     if (isExecutable(server)) return { server, env: {} }
   }
-  const server = join(cache, 'usr', 'bin', 'redis-server')
-  return isExecutable(server) ? { server, env: { LD_LIBRARY_PATH: unpackedLibraries() } } : null
+  const server = join(caches.redis, 'usr', 'bin', 'redis-server')
+  return isExecutable(server) ? { server, env: unpackedLibraries(caches.redis) } : null
+}
+
+/**
+ * @typedef {object} Postgres
+ * @property {string} bin The folder with initdb and postgres.
+ * @property {Record<string, string>} env What its environment needs on top of ours.
+ */
+
+/**
+ * Where PostgreSQL's programs are: in `POSTGRES_BIN` when set, else where Debian puts them, else on the PATH, else
+ * unpacked in .cache.
+ * @returns {Postgres | null}
+ */
+export function findPostgres() {
+  const named = process.env.POSTGRES_BIN
+  if (named) return { bin: named, env: {} }
+  const bins = [...versionsIn('/usr/lib/postgresql'), ...(process.env.PATH ?? '').split(delimiter)]
+  const has = (/** @type {string} */ bin) => isExecutable(join(bin, 'initdb')) && isExecutable(join(bin, 'postgres'))
+  const bin = bins.find(has)
+  if (bin) return { bin, env: {} }
+  const unpacked = versionsIn(join(caches.postgres, 'usr', 'lib', 'postgresql')).find(has)
+  return unpacked ? { bin: unpacked, env: unpackedLibraries(caches.postgres) } : null
+}
+
+/** @param {string} dir Debian's folder of versions; the newest comes first */
+function versionsIn(dir) {
+  if (!existsSync(dir)) return []
+  const versions = readdirSync(dir).sort((a, b) => Number(b) - Number(a))
+  return versions.map((version) => join(dir, version, 'bin'))
 }
 
 /** @param {string} path */
@@ -51,13 +80,14 @@ function isExecutable(path) {
   }
 }
 
-function unpackedLibraries() {
+/** @param {string} cache */
+function unpackedLibraries(cache) {
   const dirs = process.env.LD_LIBRARY_PATH ? [process.env.LD_LIBRARY_PATH] : []
   for (const base of [join(cache, 'usr', 'lib'), join(cache, 'lib')]) {
     if (!existsSync(base)) continue
     for (const name of readdirSync(base)) if (name.includes('-linux-')) dirs.unshift(join(base, name))
   }
-  return dirs.join(':')
+  return { LD_LIBRARY_PATH: dirs.join(':') }
 }
 
 /**
@@ -82,11 +112,12 @@ function run(command, args, { cwd, env } = {}) {
 
 /**
  * Whether the server starts at all: `version` says so, `report` says why not.
- * @param {Redis} redis
+ * @param {string} server
+ * @param {Record<string, string>} env
  */
-function probe({ server, env }) {
+function probe(server, env) {
   const { stdout, report } = run(server, ['--version'], { env })
-  return { version: /\bv=(\S+)/.exec(stdout)?.[1], report }
+  return { version: /(?:\bv=|PostgreSQL\) )(\S+)/.exec(stdout)?.[1], report }
 }
 
 // An update that could not fetch its lists is an error, not the warning that `install` then says nothing of.
@@ -122,9 +153,11 @@ function installWithApt(name, prefix) {
 
 /**
  * Downloads Debian's package, and what it needs that is not installed, and unpacks them into .cache: no rights needed.
+ * @param {string[]} names the package, and others that it consists of
+ * @param {string} cache
  * @returns {string} what went wrong, if anything
  */
-function unpackWithApt() {
+function unpackWithApt(names, cache) {
   const work = `${cache}.${process.pid}`
   const debs = join(work, 'debs')
   const tree = join(work, 'tree')
@@ -134,10 +167,10 @@ function unpackWithApt() {
     // Package lists of our own: the system's may be stale or absent, and are not ours to update.
     const own = [...quiet, '-o', `Dir::State::Lists=${lists}`, '-o', `Dir::Cache=${work}`]
     const update = run('apt-get', [...own, 'update'])
-    const plan = run('apt-get', [...own, '-s', 'install', '--no-install-recommends', 'redis-server'])
+    const plan = run('apt-get', [...own, '-s', 'install', '--no-install-recommends', names[0] ?? ''])
     const wanted = [...plan.stdout.matchAll(/^Inst (\S+)/gm)].map((line) => line[1] ?? '')
     // Nothing to install: the package is there already, yet its server is not on the PATH or does not start.
-    const packages = wanted.length > 0 ? wanted : ['redis-server', 'redis-tools']
+    const packages = wanted.length > 0 ? wanted : names
     const download = plan.ok ? run('apt-get', [...own, 'download', ...packages], { cwd: debs }) : plan
     if (!download.ok) return [update.report, download.report].filter(Boolean).join('\n')
     for (const deb of readdirSync(debs)) {
@@ -152,35 +185,69 @@ function unpackWithApt() {
   }
 }
 
-/** @returns {boolean} whether redis-server can be started */
-function ensureRedis() {
+/**
+ * @typedef {object} Service
+ * @property {string} name
+ * @property {string[]} packages Debian's, the first of which needs the others
+ * @property {string} cache
+ * @property {string} variable The environment variable that says where it is.
+ * @property {string} hint
+ * @property {() => { server: string, env: Record<string, string> } | null} find
+ */
+
+/** @type {Service[]} */
+const services = [
+  {
+    name: 'redis-server',
+    packages: ['redis-server', 'redis-tools'],
+    cache: caches.redis,
+    variable: 'REDIS_SERVER',
+    hint: 'sudo apt-get install redis-server; macOS: brew install redis), or set REDIS_SERVER to the path of one.',
+    find: findRedis
+  },
+  {
+    name: 'PostgreSQL',
+    packages: ['postgresql'],
+    cache: caches.postgres,
+    variable: 'POSTGRES_BIN',
+    hint: 'sudo apt-get install postgresql; macOS: brew install postgresql), or set POSTGRES_BIN to the folder with initdb.',
+    find() {
+      const postgres = findPostgres()
+      return postgres && { server: join(postgres.bin, 'postgres'), env: postgres.env }
+    }
+  }
+]
+
+/**
+ * @param {Service} service
+ * @returns {boolean} whether it can be started
+ */
+function ensure({ name, packages, cache, variable, hint, find }) {
   const ready = () => {
-    const redis = findRedis()
-    if (!redis) return false
-    const { version, report } = probe(redis)
-    if (version) console.log(`redis-server ${version}: ${redis.server}`)
+    const found = find()
+    if (!found) return false
+    const { version, report } = probe(found.server, found.env)
+    if (version) console.log(`${name} ${version}: ${found.server}`)
     else failures.push(report)
     return version !== undefined
   }
   /** @type {string[]} */
   const failures = []
   if (ready()) return true
-  if (!process.env.REDIS_SERVER && run('apt-get', ['--version']).ok) {
+  if (!process.env[variable] && run('apt-get', ['--version']).ok) {
     const prefix = asRoot()
     if (prefix) {
-      console.log('redis-server is not there: installing it with apt-get')
-      failures.push(installWithApt('redis-server', prefix))
+      console.log(`${name} is not there: installing it with apt-get`)
+      failures.push(installWithApt(packages[0] ?? '', prefix))
       if (ready()) return true
     }
-    console.log('redis-server is not there: unpacking it into .cache/redis')
-    failures.push(unpackWithApt())
+    console.log(`${name} is not there: unpacking it into ${relative(root, cache)}`)
+    failures.push(unpackWithApt(packages, cache))
     if (ready()) return true
   }
   console.error(failures.filter(Boolean).join('\n'))
   console.error(
-    'The tests start a redis-server of their own, and none can be had here.\n' +
-      'Install it (Debian, Ubuntu: sudo apt-get install redis-server; macOS: brew install redis),\n' +
-      'or set REDIS_SERVER to the path of one.'
+    `The tests start a ${name} of their own, and none can be had here.\nInstall it (Debian, Ubuntu: ${hint}`
   )
   return false
 }
@@ -197,5 +264,5 @@ function ensureCurl() {
 
 const [, script] = process.argv
 if (script && realpathSync(script) === import.meta.filename) {
-  process.exitCode = ensureCurl() && ensureRedis() ? 0 : 1
+  process.exitCode = ensureCurl() && services.every(ensure) ? 0 : 1
 }

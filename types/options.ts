@@ -57,7 +57,7 @@ export interface IdempotencyRouteOptions {
   /**
    * When the key is claimed: after the instance's and the route's own hooks of that phase. A key in the body
    * is claimed in `preHandler`, whatever this says.
-   * @default 'onRequest'
+   * @default 'onRequest', and 'preHandler' with `transaction`: no transaction is open while a body is being read
    */
   hook?: ClaimHook
   /**
@@ -72,7 +72,8 @@ export interface IdempotencyRouteOptions {
    */
   waitTimeout?: number
   /**
-   * How long a claim outlives its process. Renewed for as long as the request runs.
+   * How long a claim outlives its process. Renewed for as long as the request runs. With `transaction`: how long
+   * one outlives a process whose connection has not ended, because the process or its network has stopped.
    * @default 30_000
    */
   lease?: number
@@ -82,6 +83,13 @@ export interface IdempotencyRouteOptions {
    * @default 'rerun'
    */
   onAbandoned?: 'rerun' | 'reject'
+  /**
+   * Claim the key, run the handler and store the reply in one transaction of the store's own database: exactly
+   * once, for what the handler does on `request.idempotency.transaction`. Needs a store that can, such as
+   * `PostgresStore`.
+   * @default false
+   */
+  transaction?: boolean
   /**
    * How long a stored reply is replayed, from its completion; `null` for ever.
    * @default 86_400_000

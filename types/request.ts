@@ -1,4 +1,4 @@
-import type { Acquisition, IdempotencyStore } from './store.js'
+import type { Acquisition, IdempotencyStore, TransactionClient } from './store.js'
 
 /** `request.idempotency` of a covered request with a key. */
 export interface RequestIdempotency {
@@ -11,9 +11,22 @@ export interface RequestIdempotency {
   readonly attempt: number
   /** `true` when the reply comes from the store. */
   readonly replayed: boolean
-  /** Aborts when the claim was lost to another owner: what this handler still does is done twice. */
+  /**
+   * Aborts when the claim was lost to another owner: what this handler still does is done twice. In a transaction:
+   * when its connection is lost, and with it all that was done.
+   */
   readonly signal: AbortSignal
-  /** Do not store this reply, whatever it is: the key is released, and a retry runs the handler again. */
+  /**
+   * In a route with `transaction: true`: a `pg` client with an open transaction, which is committed together with
+   * the reply, or rolled back. `null` elsewhere.
+   * @throws FST_IDEMPOTENCY_TRANSACTION from its methods, for statements and calls that would end the transaction,
+   * and when it is over.
+   */
+  readonly transaction: TransactionClient | null
+  /**
+   * Do not store this reply, whatever it is: the key is released, a transaction is rolled back, and a retry runs
+   * the handler again.
+   */
   discard(): void
   /**
    * A UUID that is the same on every attempt of this operation, for calls to other services. It has the form

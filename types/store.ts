@@ -92,6 +92,53 @@ export interface IdempotencyStore {
   get?(key: string): Promise<Acquisition | null>
   /** Forgets the key, whatever holds it. `true` when there was something to forget. */
   delete?(key: string): Promise<boolean>
+  /**
+   * Opens a transaction in the database that the store lives in, and takes the key inside it, in one step and
+   * without waiting for another transaction that holds the key. Stores that have it can serve routes with
+   * `transaction: true`.
+   */
+  begin?(key: string, claim: TransactionClaim): Promise<TransactionAcquisition>
   /** Lets go of what the store itself opened: timers, its own connections. Never of a client it was given. */
   close?(): Promise<void>
 }
+
+/** What a caller brings when it asks for a key inside a transaction. */
+export interface TransactionClaim extends Claim {
+  /** Is somebody to be told when the transaction is over? Otherwise nobody waits for it. */
+  wake: boolean
+}
+
+/** What holds a key, or that it is now ours, for as long as the transaction is open. */
+export type TransactionAcquisition =
+  | Exclude<Acquisition, { state: 'acquired' }>
+  | { state: 'acquired'; attempt: number; transaction: ClaimTransaction }
+
+/**
+ * An open transaction that holds a key. It needs no lease: the transaction ends with its connection, and whatever
+ * ends it without a commit has undone the claim together with all that was done on `client`.
+ */
+export interface ClaimTransaction {
+  /** The database client on which the transaction is open. It refuses to end the transaction. */
+  readonly client: TransactionClient
+  /** Aborts when the transaction is gone, because its connection is. */
+  readonly lost: AbortSignal
+  /**
+   * Puts the record in the place of the claim, and commits. Rejects when the store failed, or when it is not
+   * known whether the commit has happened.
+   */
+  complete(record: StoredRecord, ttlMs: number | null): Promise<TransactionOutcome>
+  /** Undoes the claim and all that was done. Resolves in any case: a lost connection has the same effect. */
+  rollback(): Promise<void>
+  /** Tells the database that this process is alive. */
+  keepAlive(): void
+  /** Undoes it all by cutting the connection, whatever is going on there. */
+  abandon(): void
+}
+
+/** What became of a transaction: committed, or undone for an error that lies in what was done in it. */
+export type TransactionOutcome = { state: 'committed' } | { state: 'refused'; error: Error }
+
+/** A client of `pg`, as `@types/pg` describes it, which whoever uses one has; without them it is `any`. */
+// biome-ignore lint/suspicious/noTsIgnore: an error is expected only where there is no pg.
+/** @ts-ignore: pg is not a dependency of this package */
+export type TransactionClient = import('pg').PoolClient

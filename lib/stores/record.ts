@@ -48,9 +48,7 @@ export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
   }
   if (!Array.isArray(head) || typeof head[0] !== 'string' || !Number.isFinite(head[1])) throw undecodable()
   const [fingerprint, createdAt, third, text, headers] = head as [string, number, ...unknown[]]
-  if (head.length === 3 && REASONS.includes(third)) {
-    return { kind: 'tombstone', fingerprint, createdAt, reason: third as TombstoneReason }
-  }
+  if (head.length === 3 && isReason(third)) return { kind: 'tombstone', fingerprint, createdAt, reason: third }
   if (head.length !== 5 || !isStatus(third) || (text !== 0 && text !== 1) || !areHeaders(headers)) throw undecodable()
   return {
     kind: 'reply',
@@ -63,11 +61,15 @@ export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
   }
 }
 
-function isStatus(value: unknown): value is number {
+export function isReason(value: unknown): value is TombstoneReason {
+  return REASONS.includes(value)
+}
+
+export function isStatus(value: unknown): value is number {
   return Number.isInteger(value) && (value as number) >= 100 && (value as number) <= 999
 }
 
-function areHeaders(value: unknown): value is StoredHeader[] {
+export function areHeaders(value: unknown): value is StoredHeader[] {
   return Array.isArray(value) && value.every(isHeader)
 }
 

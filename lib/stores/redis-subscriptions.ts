@@ -1,3 +1,4 @@
+import { listen } from './listening.js'
 import type { RedisClient } from './redis.js'
 
 /** The part of an ioredis connection that listens. */
@@ -109,13 +110,4 @@ function duplicate(client: RedisClient): Subscriber {
   }
   const single = client as unknown as { duplicate(options: object): Subscriber }
   return single.duplicate({ ...overrides, lazyConnect: false })
-}
-
-function listen(signal: AbortSignal): { promise: Promise<void>; listener: () => void } {
-  let listener!: () => void
-  const promise = new Promise<void>((resolve) => {
-    listener = resolve
-  })
-  signal.addEventListener('abort', listener)
-  return { promise, listener }
 }

@@ -253,6 +253,13 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
       [null, 'null']
     ]
   ],
+  transaction: [
+    'true or false',
+    [
+      ['yes', "'yes' (string)"],
+      [null, 'null']
+    ]
+  ],
   ttl: ['a positive integer of milliseconds, or null for ever', NUMBERS],
   shouldStore: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => true, '(function)']]],
   maxReplySize: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],

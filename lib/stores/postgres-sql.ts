@@ -1,0 +1,247 @@
+/*
+ * The statements of a PostgresStore. Each is one atomic step under READ COMMITTED; each takes the time from the
+ * server, by clock_timestamp(), because now() is the start of a transaction or of a wait for a lock.
+ *
+ * A row is in one of three states:
+ *
+ *   running    a claim: token, attempt, lease_end; remembered until expires_at
+ *   completed  a record: either status_code, headers, body and body_is_text, or tombstone; kept until expires_at
+ *   released   nobody's; remembers until expires_at who released it
+ *
+ * A row whose expires_at has passed is as good as none. A claim inside an open transaction is a row that nobody
+ * else sees; an exclusive advisory lock on the key, held by the transaction, says that it is there, and lets others
+ * see so without waiting. Whoever claims without a transaction takes the same lock shared, for one statement.
+ */
+
+/** The channel of all wake-ups. A message is the SHA-256 of a key, in hex. */
+export const CHANNEL = 'fastify-idempotency'
+
+/** How many expired rows go in one statement. */
+export const SWEEP_ROWS = 500
+
+const NOTIFY = `pg_notify('${CHANNEL}', encode(sha256(convert_to(key, 'UTF8')), 'hex'))`
+
+/** What `clock_timestamp()` will be after so many milliseconds. */
+const after = (ms: string) => `clock_timestamp() + ${ms} * interval '1 millisecond'`
+const left = (end: string) => `extract(epoch FROM ${end} - clock_timestamp()) * 1000`
+
+/** The lock of something that one process at a time does; of two numbers, so that it is not that of any key. */
+const chore = (name: string, table: string) => `hashtext('fastify-idempotency ${name}'), hashtext('${table}')`
+
+/** A row as it is read: what is found, and the columns of the record. */
+const FOUND = `
+  CASE WHEN state = 'completed' THEN 'completed' WHEN lease_end > clock_timestamp() THEN 'running' ELSE 'abandoned' END
+    AS found,
+  attempt, fingerprint,
+  CASE WHEN state = 'running' THEN ${left('lease_end')} WHEN expires_at < 'infinity' THEN ${left('expires_at')} END
+    AS left_ms,
+  created_at, status_code, headers::text AS headers, encode(body, 'base64') AS body, body_is_text, tombstone`
+
+/** The same columns where there is no row to read. */
+const NOTHING_MORE = 'NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL'
+
+/** What a claim brings, as parameters or as literals. */
+export interface ClaimValues {
+  key: string
+  token: string
+  fingerprint: string
+  leaseMs: string
+  retainMs: string
+  takeover: string
+}
+
+const PARAMETERS: ClaimValues = {
+  key: '$1::text',
+  token: '$2::text',
+  fingerprint: '$3::text',
+  leaseMs: '$4::float8',
+  retainMs: '$5::float8',
+  takeover: '$6::boolean'
+}
+
+/** The statements for one table, whose name is quoted. */
+export class PostgresSql {
+  /** The table, as a migration would create it. */
+  readonly ddl: string
+  /** Creates the table, once, however many processes call it at the same time. No parameters: one transaction. */
+  readonly createTable: string
+  /** $1 key, $2 token, $3 fingerprint, $4 leaseMs, $5 retainMs, $6 takeover. No row: ask once more. */
+  readonly acquire: string
+  /** $1 key, $2 token, $3 leaseMs. A row: yes. */
+  readonly renew: string
+  /** $1 key, $2 token, $3 fingerprint, $4 to $9 the record, $10 ttlMs or null. A row: yes. */
+  readonly complete: string
+  /** $1 key, $2 token, $3 how long to remember it. A row: yes. */
+  readonly release: string
+  /** $1 key. */
+  readonly get: string
+  /** $1 key. A row with `existed`. */
+  readonly remove: string
+  /** $1 key. Notes that somebody waits; a row: for a claim that runs. */
+  readonly watch: string
+  /** $1 key. Tells those who wait for a transaction that it is over. */
+  readonly wake: string
+  /** Deletes some of the expired rows, a row for each, unless another process is at it. */
+  readonly sweep: string
+  readonly #table: string
+
+  constructor(schema: string | null, name: string) {
+    const table = schema === null ? `"${name}"` : `"${schema}"."${name}"`
+    this.#table = table
+    const mine = 'key = $1::text AND token = $2::text AND expires_at > clock_timestamp()'
+
+    this.ddl = `CREATE TABLE IF NOT EXISTS ${table} (
+  key          text COLLATE "C" PRIMARY KEY,
+  token        text NOT NULL,
+  fingerprint  text NOT NULL,
+  attempt      integer NOT NULL,
+  state        text NOT NULL,
+  waiting      boolean NOT NULL DEFAULT false,
+  lease_end    timestamptz NOT NULL,
+  retain_ms    double precision NOT NULL,
+  expires_at   timestamptz NOT NULL,
+  created_at   double precision,
+  status_code  smallint,
+  headers      jsonb,
+  body         bytea,
+  body_is_text boolean,
+  tombstone    text
+);
+CREATE INDEX IF NOT EXISTS "${name}_expires_at" ON ${table} (expires_at);`
+
+    this.createTable = `SELECT pg_advisory_xact_lock(${chore('create', table)});\n${this.ddl}`
+
+    this.acquire = this.#claim('pg_try_advisory_xact_lock_shared', PARAMETERS)
+
+    this.renew = `
+UPDATE ${table} SET
+  lease_end = ${after('$3::float8')},
+  expires_at = ${after('($3::float8 + retain_ms)')}
+WHERE ${mine} AND state = 'running'
+RETURNING true`
+
+    this.complete = this.#finish(
+      'completed',
+      mine,
+      `fingerprint = $3::text, created_at = $4::float8, status_code = $5::int, headers = $6::jsonb, body = $7::bytea,
+    body_is_text = $8::boolean, tombstone = $9::text,
+    expires_at = coalesce(${after('$10::float8')}, 'infinity')`
+    )
+
+    this.release = this.#finish('released', mine, `expires_at = ${after('$3::float8')}`)
+
+    this.get = `
+WITH held AS MATERIALIZED (
+  SELECT * FROM ${table} WHERE key = $1::text AND state <> 'released' AND expires_at > clock_timestamp()
+)
+SELECT ${FOUND} FROM held
+UNION ALL
+SELECT 'locked', NULL, ${NOTHING_MORE} WHERE NOT EXISTS (SELECT FROM held) AND ${this.#inTransaction()}`
+
+    this.remove = `
+WITH gone AS (
+  DELETE FROM ${table} WHERE key = $1::text AND pg_try_advisory_xact_lock_shared(${this.#lock('$1::text')})
+  RETURNING key, waiting, state <> 'released' AND expires_at > clock_timestamp() AS existed
+)
+SELECT existed, CASE WHEN waiting THEN ${NOTIFY}::text END FROM gone`
+
+    this.watch = `
+WITH running AS (
+  UPDATE ${table} SET waiting = true
+  WHERE key = $1::text AND state = 'running' AND lease_end > clock_timestamp()
+  RETURNING true
+)
+SELECT true FROM running
+UNION ALL
+SELECT true WHERE NOT EXISTS (SELECT FROM running) AND ${this.#inTransaction()}`
+
+    this.wake = `SELECT ${NOTIFY} FROM (SELECT $1::text AS key) AS woken`
+
+    // now() here, because an index cannot be searched by a time that goes on.
+    this.sweep = `
+WITH turn AS MATERIALIZED (
+  SELECT pg_try_advisory_xact_lock(${chore('sweep', table)}) AS mine
+), doomed AS MATERIALIZED (
+  SELECT old.key FROM ${table} AS old
+  WHERE old.expires_at < now() AND (SELECT mine FROM turn)
+  ORDER BY old.expires_at LIMIT ${SWEEP_ROWS} FOR UPDATE SKIP LOCKED
+)
+DELETE FROM ${table} AS old USING doomed WHERE old.key = doomed.key RETURNING true`
+  }
+
+  /** Begins a transaction that claims a key. The values are literals: several statements in one trip take no parameters. */
+  begin(values: ClaimValues, idleMs: number): string {
+    return `
+BEGIN;
+SET LOCAL idle_in_transaction_session_timeout = ${idleMs};
+${this.#claim('pg_try_advisory_xact_lock', values)};
+SAVEPOINT ${SAVEPOINT}`
+  }
+
+  #claim(tryLock: string, { key, token, fingerprint, leaseMs, retainMs, takeover }: ClaimValues): string {
+    const table = this.#table
+    return `
+WITH held AS MATERIALIZED (
+  SELECT * FROM ${table} WHERE key = ${key} AND state <> 'released' AND expires_at > clock_timestamp()
+), chance AS MATERIALIZED (
+  SELECT ${tryLock}(${this.#lock(key)}) AS taken WHERE NOT EXISTS (
+    SELECT FROM held
+    WHERE state = 'completed' OR (token <> ${token} AND (lease_end > clock_timestamp() OR NOT ${takeover}))
+  )
+), taken AS (
+  INSERT INTO ${table} AS old (key, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)
+  SELECT ${key}, ${token}, ${fingerprint}, 1, 'running',
+    ${after(leaseMs)}, ${retainMs}, ${after(`(${leaseMs} + ${retainMs})`)}
+  FROM chance WHERE chance.taken
+  ON CONFLICT (key) DO UPDATE SET
+    token = EXCLUDED.token,
+    fingerprint = CASE WHEN old.state = 'running' AND old.token = EXCLUDED.token AND old.expires_at > clock_timestamp()
+      THEN old.fingerprint ELSE EXCLUDED.fingerprint END,
+    attempt = CASE WHEN old.state <> 'running' OR old.expires_at <= clock_timestamp() THEN 1
+      WHEN old.token = EXCLUDED.token THEN old.attempt ELSE old.attempt + 1 END,
+    state = 'running', waiting = old.waiting AND old.state = 'running',
+    lease_end = EXCLUDED.lease_end, retain_ms = EXCLUDED.retain_ms, expires_at = EXCLUDED.expires_at,
+    created_at = NULL, status_code = NULL, headers = NULL, body = NULL, body_is_text = NULL, tombstone = NULL
+  WHERE old.state = 'released' OR old.expires_at <= clock_timestamp() OR (
+    old.state = 'running'
+    AND (old.token = EXCLUDED.token OR (${takeover} AND old.lease_end <= clock_timestamp()))
+  )
+  RETURNING old.attempt
+)
+SELECT ${FOUND} FROM held WHERE NOT EXISTS (SELECT FROM chance)
+UNION ALL
+SELECT 'acquired', attempt, ${NOTHING_MORE} FROM taken
+UNION ALL
+SELECT 'locked', NULL, ${NOTHING_MORE} FROM chance WHERE NOT chance.taken`
+  }
+
+  /** Ends a claim, and tells those who wait; or sees that this token has ended it before. */
+  #finish(state: string, mine: string, changes: string): string {
+    return `
+WITH done AS (
+  UPDATE ${this.#table} SET state = '${state}', ${changes}
+  WHERE ${mine} AND state = 'running'
+  RETURNING key, waiting
+)
+SELECT CASE WHEN waiting THEN ${NOTIFY}::text END FROM done
+UNION ALL
+SELECT NULL FROM ${this.#table} WHERE ${mine} AND state = '${state}' AND NOT EXISTS (SELECT FROM done)`
+  }
+
+  #lock(key: string): string {
+    return `hashtextextended(${key}, '${this.#table}'::regclass::oid::bigint)`
+  }
+
+  /** Does some transaction hold the key? Without taking the lock for a moment, which would turn others away. */
+  #inTransaction(): string {
+    return `EXISTS (
+  SELECT FROM pg_locks
+  WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND objsubid = 1
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND (classid::bigint << 32) | objid::bigint = ${this.#lock('$1::text')}
+)`
+  }
+}
+
+/** What a transaction goes back to when the handler has broken it, and yet has an answer to give. */
+export const SAVEPOINT = 'fastify_idempotency'

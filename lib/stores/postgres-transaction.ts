@@ -1,0 +1,219 @@
+import type {
+  ClaimTransaction,
+  StoredRecord,
+  TransactionAcquisition,
+  TransactionClaim,
+  TransactionClient,
+  TransactionOutcome
+} from '../../types/index.js'
+import { LONGEST_DELAY } from '../deadlines.js'
+import { TransactionBroken } from '../errors.js'
+import { Guard } from './postgres-guard.js'
+import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './postgres-rows.js'
+import { type PostgresSql, SAVEPOINT } from './postgres-sql.js'
+
+/** How often a key is asked for that others take and give back meanwhile. */
+const MOST_TRIES = 20
+
+/** https://www.postgresql.org/docs/current/errcodes-appendix.html */
+const SERIALIZATION_FAILURE = '40001'
+const DEADLOCK = '40P01'
+const IN_FAILED_TRANSACTION = '25P02'
+
+/** An error that the server has sent. */
+export interface DatabaseError extends Error {
+  code?: string
+  severity?: string
+}
+
+/** Has a statement lost against other transactions, so that it would do no harm to repeat it? */
+export function isContention(error: unknown): boolean {
+  const { code } = error as DatabaseError
+  return code === SERIALIZATION_FAILURE || code === DEADLOCK
+}
+
+type Result = { command: string; rows: FoundRow[]; rowCount: number | null }
+
+/** An open transaction on a client of the pool that holds a key, and gives the client back when it is over. */
+export class PostgresTransaction implements ClaimTransaction {
+  readonly #client: TransactionClient
+  readonly #sql: PostgresSql
+  readonly #key: string
+  readonly #token: string
+  readonly #wake: boolean
+  readonly #guard: Guard
+  readonly #lost = new AbortController()
+  #returned = false
+  #pinging = false
+
+  private constructor(client: TransactionClient, sql: PostgresSql, key: string, claim: TransactionClaim) {
+    this.#client = client
+    this.#sql = sql
+    this.#key = toKey(key)
+    this.#token = toText(claim.token)
+    this.#wake = claim.wake
+    this.#guard = new Guard(client)
+    client.on('error', this.#onLost)
+    client.on('end', this.#onLost)
+  }
+
+  /** Begins a transaction on a client fresh from the pool, and claims the key in it. */
+  static async begin(
+    client: TransactionClient,
+    sql: PostgresSql,
+    key: string,
+    claim: TransactionClaim
+  ): Promise<TransactionAcquisition> {
+    const transaction = new PostgresTransaction(client, sql, key, claim)
+    try {
+      const found = acquisitionOf(await transaction.#claim(claim), claim.leaseMs)
+      if (found.state === 'acquired') return { ...found, transaction }
+      void transaction.rollback()
+      return found
+    } catch (error) {
+      transaction.#return(error)
+      throw error
+    }
+  }
+
+  get client(): TransactionClient {
+    return this.#guard.client
+  }
+
+  get lost(): AbortSignal {
+    return this.#lost.signal
+  }
+
+  async complete(record: StoredRecord, ttlMs: number | null): Promise<TransactionOutcome> {
+    this.#guard.over = true
+    try {
+      const refusal = await this.#write(record, ttlMs)
+      if (refusal !== null) return this.#refuse(refusal)
+    } catch (error) {
+      // Nothing was committed, that is sure: the command has not been sent.
+      if (isContention(error)) return this.#refuse(error as Error)
+      await this.rollback()
+      throw error
+    }
+    let command: string
+    try {
+      command = (await this.#client.query('COMMIT')).command
+    } catch (error) {
+      // A server that refuses has rolled back. From one that falls silent, nobody knows what it has done.
+      if ((error as DatabaseError).severity === 'ERROR') return this.#refuse(error as Error)
+      this.#return(error)
+      throw error
+    }
+    if (command !== 'COMMIT') return this.#refuse(new TransactionBroken('The transaction could not be committed'))
+    void this.#end()
+    return { state: 'committed' }
+  }
+
+  async rollback(): Promise<void> {
+    this.#guard.over = true
+    try {
+      await this.#client.query('ROLLBACK')
+    } catch (error) {
+      this.#return(error)
+      return
+    }
+    void this.#end()
+  }
+
+  keepAlive(): void {
+    if (this.#pinging || this.#returned) return
+    this.#pinging = true
+    const done = () => {
+      this.#pinging = false
+    }
+    this.#client.query('SELECT').then(done, done)
+  }
+
+  abandon(): void {
+    this.#guard.over = true
+    this.#return(new Error('The transaction was abandoned'))
+  }
+
+  async #claim(claim: TransactionClaim): Promise<FoundRow> {
+    const quoted = (text: string) => this.#client.escapeLiteral(text)
+    const begin = this.#sql.begin(
+      {
+        key: quoted(this.#key),
+        token: quoted(this.#token),
+        fingerprint: quoted(toText(claim.fingerprint)),
+        leaseMs: `${claim.leaseMs}::float8`,
+        retainMs: `${claim.retainMs}::float8`,
+        takeover: String(claim.takeover)
+      },
+      Math.min(claim.leaseMs, LONGEST_DELAY)
+    )
+    let prefix = ''
+    for (let tries = 1; tries <= MOST_TRIES; tries++) {
+      try {
+        const results = (await this.#client.query({ text: prefix + begin, types: AS_TEXT })) as unknown as Result[]
+        const row = results.find(({ command }) => command === 'SELECT')?.rows[0]
+        if (row !== undefined) return row
+      } catch (error) {
+        if (!isContention(error)) throw error
+      }
+      prefix = 'ROLLBACK;'
+    }
+    throw new Error('The idempotency key changes hands too fast')
+  }
+
+  /** Writes the record where the claim was; or says why the handler's reply cannot be true. */
+  async #write(record: StoredRecord, ttlMs: number | null): Promise<Error | null> {
+    const write = async () => {
+      const values = [this.#key, this.#token, ...recordValues(record), ttlMs]
+      const { rowCount } = await this.#client.query(this.#sql.complete, values)
+      return rowCount === 1 ? null : new TransactionBroken('The transaction was ended by its handler')
+    }
+    try {
+      return await write()
+    } catch (error) {
+      if ((error as DatabaseError).code !== IN_FAILED_TRANSACTION) throw error
+    }
+    // A statement of the handler has failed, and it has replied all the same. A refusal is true without its writes.
+    if (record.kind !== 'reply' || record.statusCode < 400) {
+      return new TransactionBroken(
+        'The handler has replied as if all was well, but a statement of its transaction has failed, and all is undone: ' +
+          'let the error through, or use SAVEPOINT'
+      )
+    }
+    await this.#client.query(`ROLLBACK TO ${SAVEPOINT}`)
+    return write()
+  }
+
+  async #refuse(error: Error): Promise<TransactionOutcome> {
+    await this.rollback()
+    return { state: 'refused', error }
+  }
+
+  /** The transaction is over: tells those who wait, and gives the client back. */
+  async #end(): Promise<void> {
+    try {
+      if (this.#wake) await this.#client.query(this.#sql.wake, [this.#key])
+      this.#return()
+    } catch (error) {
+      this.#return(error)
+    }
+  }
+
+  readonly #onLost = (error?: unknown) => {
+    this.#return(error ?? new Error('The connection of the transaction has ended'))
+    this.#lost.abort()
+  }
+
+  /** Gives the client back to its pool, which closes its connection when there was an error. */
+  #return(error?: unknown): void {
+    if (this.#returned) return
+    this.#returned = true
+    if (error !== undefined) {
+      this.#client.release(error instanceof Error ? error : true)
+      return
+    }
+    this.#client.off('error', this.#onLost)
+    this.#client.off('end', this.#onLost)
+    this.#client.release()
+  }
+}
