@@ -380,6 +380,11 @@ export class Operation implements Subject, Waiter, Renewable {
       const found = await within(this.policy.storeTimeout, () => answer)
       if (!isAcquisition(found)) throw new TypeError('The idempotency store gave no valid answer')
       if ('transaction' in found) this.#transaction = found.transaction
+      // Others cannot see into a transaction, but this process can, if it is its own.
+      if (found.state === 'running' && found.fingerprint === '') {
+        const owner = this.#store.live.get(this.storageKey)
+        return owner === undefined ? found : owner.#asRunning()
+      }
       if (found.state !== 'abandoned' || running === null) return found
       // The owner is alive in this very process, which has stalled for longer than the lease.
       other?.renew()
