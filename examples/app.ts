@@ -1,15 +1,17 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import formbody from '@fastify/formbody'
+import postgres from '@fastify/postgres'
 import redis from '@fastify/redis'
 import Fastify, { type FastifyInstance, type FastifyServerOptions } from 'fastify'
 // In a project of your own: import idempotency, { … } from 'fastify-idempotency'
-import idempotency, { MemoryStore, RedisStore } from '../index.js'
+import idempotency, { type IdempotencyStore, MemoryStore, PostgresStore, RedisStore } from '../index.js'
+import { type Ledger, memoryLedger, type NewCharge, postgresLedger } from './ledger.js'
 
-interface Charge {
-  amount: number
-  currency: string
-  /** How long the pretended payment provider takes, so that a duplicate can be seen in flight. */
-  processingMs?: number
+/** Where the keys are: in memory, unless there is a URL. */
+export interface Services {
+  redisUrl?: string | undefined
+  /** The charges are in this database as well, and every charge is one transaction with its key. */
+  databaseUrl?: string | undefined
 }
 
 const chargeSchema = {
@@ -24,31 +26,43 @@ const chargeSchema = {
   }
 }
 
-/** A small payments API, and a shop page with a form. In memory, or on Redis when there is a `redisUrl`. */
-export async function buildApp(redisUrl?: string, options: FastifyServerOptions = {}): Promise<FastifyInstance> {
+/** A small payments API, and a shop page with a form. */
+export async function buildApp(services: Services = {}, options: FastifyServerOptions = {}): Promise<FastifyInstance> {
   const app = Fastify(options) as unknown as FastifyInstance
   await app.register(formbody)
-  if (redisUrl !== undefined) await app.register(redis, { url: redisUrl })
-  await app.register(idempotency, {
-    store: redisUrl === undefined ? new MemoryStore() : new RedisStore(app.redis)
-  })
+  const { store, ledger, transaction } = await open(app, services)
+  await app.register(idempotency, { store })
 
-  const charges: object[] = []
-  app.post<{ Body: Charge }>(
+  app.post<{ Body: NewCharge }>(
     '/charges',
-    { schema: chargeSchema, config: { idempotency: { required: true } } },
+    { schema: chargeSchema, config: { idempotency: { required: true, transaction } } },
     async (request, reply) => {
-      const { amount, currency, processingMs = 0 } = request.body
-      await sleep(processingMs)
-      const charge = { id: `ch_${charges.length + 1}`, amount, currency, attempt: request.idempotency?.attempt }
-      charges.push(charge)
-      return reply.code(201).header('location', `/charges/${charge.id}`).send(charge)
+      const { amount, currency } = request.body
+      const { attempt, transaction = null } = request.idempotency ?? {}
+      const id = `ch_${await ledger.charge(request.body, transaction)}`
+      return reply.code(201).header('location', `/charges/${id}`).send({ id, amount, currency, attempt })
     }
   )
-  app.get('/charges', async () => charges)
+  app.get('/balance', () => ledger.balance())
 
   await app.register(shop)
   return app
+}
+
+/** The stores that the services allow, the safest first. */
+async function open(
+  app: FastifyInstance,
+  { redisUrl, databaseUrl }: Services
+): Promise<{ store: IdempotencyStore; ledger: Ledger; transaction: boolean }> {
+  if (databaseUrl !== undefined) {
+    await app.register(postgres, { connectionString: databaseUrl })
+    const store = new PostgresStore({ pool: app.pg.pool, table: 'example_keys' })
+    await store.createTable()
+    return { store, ledger: await postgresLedger(app.pg.pool), transaction: true }
+  }
+  if (redisUrl === undefined) return { store: new MemoryStore(), ledger: memoryLedger(), transaction: false }
+  await app.register(redis, { url: redisUrl })
+  return { store: new RedisStore(app.redis), ledger: memoryLedger(), transaction: false }
 }
 
 /** A page for people: the form carries its own key, so a double click, a reload or the back button orders once. */

@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import { buildApp } from './app.js'
 
-const { REDIS_URL, PORT = '3000', HOST = '127.0.0.1' } = process.env
-const app = await buildApp(REDIS_URL)
+const { REDIS_URL, DATABASE_URL, PORT = '3000', HOST = '127.0.0.1' } = process.env
+const app = await buildApp({ redisUrl: REDIS_URL, databaseUrl: DATABASE_URL })
 const url = await app.listen({ host: HOST, port: Number(PORT) })
 
 const curl = (key: string, body: object) =>
@@ -10,7 +10,9 @@ const curl = (key: string, body: object) =>
 const once = curl(randomUUID(), { amount: 4200, currency: 'EUR' })
 const slow = curl(randomUUID(), { amount: 100, currency: 'EUR', processingMs: 2000 })
 
-console.log(`A payments API, its keys ${REDIS_URL === undefined ? 'in memory' : 'in Redis'}. Paste these into another terminal:
+const place = DATABASE_URL !== undefined ? 'in PostgreSQL' : REDIS_URL !== undefined ? 'in Redis' : 'in memory'
+
+console.log(`A payments API, its keys ${place}. Paste these into another terminal:
 
 # 1. The first request runs: 201
 ${once}
@@ -21,6 +23,9 @@ ${once}
 # 3. A duplicate while the first still runs: 409, with retry-after
 ${slow} -so /dev/null & sleep 0.5; ${slow}
 
+# 4. Two charges were made, however often you paste: 4300 in all, and the sum of all entries is 0
+curl -s ${url}/balance
+${place === 'in PostgreSQL' ? '# Kill this server in the middle of 3, start it again, repeat 3: still one charge for its key\n' : ''}
 And a form that survives a double click: ${url}/`)
 
 for (const signal of ['SIGINT', 'SIGTERM'] as const) {

@@ -1,4 +1,4 @@
-import { execFile, spawn } from 'node:child_process'
+import { type ChildProcess, execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
@@ -6,32 +6,37 @@ import t from 'tap'
 import { buildApp } from '../../examples/app.js'
 import { codeOf, inject } from '../support/app.js'
 import { until } from '../support/latch.js'
+import { startPostgres } from '../support/postgres.js'
 import { startRedis } from '../support/redis.js'
 
-/* What `npm start` runs, and what it prints, on the memory store and on Redis. */
+/* What `npm start` runs, and what it prints, on the memory store, on Redis and on PostgreSQL. */
 
 const server = fileURLToPath(new URL('../../examples/server.js', import.meta.url))
 const shell = promisify(execFile)
 
-async function startExample(
-  t: { teardown(fn: () => unknown): void },
-  env: Record<string, string> = {}
-): Promise<string> {
+interface Owner {
+  teardown(fn: () => unknown): void
+}
+
+async function launchExample(
+  t: Owner,
+  env: Record<string, string>
+): Promise<{ child: ChildProcess; url: string; printed: string }> {
   const child = spawn(process.execPath, [server], { env: { ...process.env, PORT: '0', ...env } })
   t.teardown(async () => {
     child.kill()
-    if (child.exitCode === null) await once(child, 'exit')
+    if (child.exitCode === null && child.signalCode === null) await once(child, 'exit')
   })
   let printed = ''
   child.stdout.on('data', (chunk) => {
     printed += chunk
   })
   child.stderr.pipe(process.stderr)
-  await until(() => /double click: \S+/.test(printed))
-  return printed
+  const url = await until(() => /double click: (\S+)\//.exec(printed)?.[1])
+  return { child, url: url as string, printed }
 }
 
-for (const store of ['memory', 'Redis']) {
+for (const store of ['memory', 'Redis', 'PostgreSQL']) {
   t.test(`the printed lines show a first reply, its replay and a conflict, on ${store}`, async (t) => {
     let env = {}
     if (store === 'Redis') {
@@ -39,12 +44,17 @@ for (const store of ['memory', 'Redis']) {
       t.teardown(() => redis.close())
       env = { REDIS_URL: redis.url }
     }
-    const printed = await startExample(t, env)
+    if (store === 'PostgreSQL') {
+      const postgres = await startPostgres()
+      t.teardown(() => postgres.close())
+      env = { DATABASE_URL: postgres.url }
+    }
+    const { printed } = await launchExample(t, env)
     const lines = printed.split('\n').filter((line) => line.startsWith('curl'))
-    t.equal(lines.length, 3)
+    t.equal(lines.length, 4)
     const replies: string[] = []
     for (const line of lines) replies.push((await shell('bash', ['-c', line])).stdout)
-    const [first, replay, conflict] = replies as [string, string, string]
+    const [first, replay, conflict] = replies as [string, string, string, string]
     t.match(first, /^HTTP\/1.1 201 /)
     t.notMatch(first, /idempotent-replayed/i)
     t.match(replay, /^HTTP\/1.1 201 /)
@@ -52,6 +62,9 @@ for (const store of ['memory', 'Redis']) {
     t.equal(replay.split('\r\n\r\n')[1], first.split('\r\n\r\n')[1])
     t.match(conflict, /^HTTP\/1.1 409 /)
     t.match(conflict, /retry-after: \d/i)
+    const balance = lines[3] as string
+    await until(async () => JSON.parse((await shell('bash', ['-c', balance])).stdout).charges === 2)
+    t.same(JSON.parse((await shell('bash', ['-c', balance])).stdout), { charges: 2, total: 4300, sum: 0 })
   })
 }
 
@@ -88,5 +101,33 @@ t.test('the API wants a key, and one key for one charge', async (t) => {
   t.equal(codeOf(await charge(1)), 'FST_IDEMPOTENCY_KEY_MISSING')
   t.equal((await charge(1, { 'idempotency-key': 'a' })).statusCode, 201)
   t.equal(codeOf(await charge(2, { 'idempotency-key': 'a' })), 'FST_IDEMPOTENCY_KEY_REUSED')
-  t.equal((await app.inject('/charges')).json().length, 1)
+  t.same((await app.inject('/balance')).json(), { charges: 1, total: 1, sum: 0 })
+})
+
+t.test('a server that is killed in the middle of a charge leaves nothing behind in PostgreSQL', async (t) => {
+  const postgres = await startPostgres()
+  t.teardown(() => postgres.close())
+  const env = { DATABASE_URL: postgres.url }
+  const charge = async (url: string, processingMs: number) => {
+    const response = await fetch(`${url}/charges`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json', 'idempotency-key': 'k' },
+      body: JSON.stringify({ amount: 5, currency: 'EUR', processingMs })
+    })
+    return response.status
+  }
+  const pool = postgres.pool()
+  const first = await launchExample(t, env)
+  const lost = charge(first.url, 10_000)
+  lost.catch(() => {})
+  const transactions =
+    "SELECT FROM pg_stat_activity WHERE state = 'idle in transaction' AND query LIKE 'INSERT INTO example%'"
+  await until(async () => (await pool.query(transactions)).rowCount === 1)
+  first.child.kill('SIGKILL')
+  await t.rejects(lost)
+  const second = await launchExample(t, env)
+  // Nothing is left of the first attempt, its payload included.
+  await until(async () => (await charge(second.url, 0)) === 201)
+  t.equal(await charge(second.url, 0), 201, 'a replay')
+  t.same(await (await fetch(`${second.url}/balance`)).json(), { charges: 1, total: 5, sum: 0 })
 })

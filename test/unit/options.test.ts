@@ -70,6 +70,7 @@ t.test('every option has the default that the contract promises', async (t) => {
     waitTimeout: 60_000,
     lease: 30_000,
     reruns: true,
+    transaction: false,
     ttl: 86_400_000,
     retain: 86_400_000,
     maxReplySize: 1_048_576,
