@@ -41,6 +41,7 @@ const use = `
 const classes = `
   assert.equal(typeof MemoryStore, 'function')
   assert.equal(typeof RedisStore, 'function')
+  assert.equal(typeof PostgresStore, 'function')
 `
 const main = (/** @type {string} */ body) =>
   `async function main() {${body}}\nmain().catch((error) => {\n  console.error(error)\n  process.exitCode = 1\n})\n`
@@ -50,7 +51,7 @@ const sources = {
   'esm.mjs': `
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
-import idempotency, { MemoryStore, RedisStore, idempotency as named } from '${name}'
+import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
 assert.equal(idempotency, named)
 ${classes}${use}`,
 
@@ -58,7 +59,7 @@ ${classes}${use}`,
 const assert = require('node:assert/strict')
 const fastify = require('fastify')
 const idempotency = require('${name}')
-const { MemoryStore, RedisStore } = idempotency
+const { MemoryStore, PostgresStore, RedisStore } = idempotency
 assert.equal(typeof idempotency, 'function')
 assert.equal(idempotency, idempotency.default)
 assert.equal(idempotency, idempotency.idempotency)
@@ -67,7 +68,7 @@ ${classes}${main(use)}`,
   'typescript-esm.ts': `
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
-import idempotency, { MemoryStore, RedisStore, idempotency as named } from '${name}'
+import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
 assert.equal(idempotency, named)
 ${classes}${use}`,
 
@@ -75,14 +76,14 @@ ${classes}${use}`,
 import assert = require('node:assert/strict')
 import fastify = require('fastify')
 import idempotency = require('${name}')
-const { MemoryStore, RedisStore } = idempotency
+const { MemoryStore, PostgresStore, RedisStore } = idempotency
 assert.equal(typeof idempotency, 'function')
 ${classes}${main(use)}`,
 
   'typescript-commonjs-import.cts': `
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
-import idempotency, { MemoryStore, RedisStore, idempotency as named } from '${name}'
+import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
 assert.equal(idempotency, named)
 ${classes}${main(use)}`
 }

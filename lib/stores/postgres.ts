@@ -1,3 +1,4 @@
+import type { EventEmitter } from 'node:events'
 import { inspect } from 'node:util'
 import type {
   Acquisition,
@@ -82,6 +83,7 @@ export class PostgresStore implements IdempotencyStore {
       const what = 'a positive integer of milliseconds, or null for never'
       throw new InvalidOption(`PostgresStore option "sweepInterval" takes ${what}, got ${describe(sweepInterval)}`)
     }
+    survive(pool)
     this.#pool = pool as never
     this.#sql = new PostgresSql(schema ?? null, name)
     this.#notifications = new PostgresNotifications(pool)
@@ -180,6 +182,15 @@ export class PostgresStore implements IdempotencyStore {
     }
     return Object.assign(new Error(message), { name }, code && { code })
   }
+}
+
+const survivors = new WeakSet<PostgresPool>()
+
+/** A server that restarts breaks idle connections, of which the pool tells by an event that ends a process without a listener. */
+function survive(pool: PostgresPool): void {
+  if (survivors.has(pool)) return
+  survivors.add(pool)
+  ;(pool as unknown as EventEmitter).on('error', () => {})
 }
 
 function limited(ms: number): number {

@@ -4,9 +4,11 @@ import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import Fastify, { type FastifyInstance } from 'fastify'
 import t from 'tap'
-import idempotency, { type IdempotencyStore } from '../../index.js'
+import idempotency, { type IdempotencyStore, PostgresStore } from '../../index.js'
 import { REGISTRATION_RULES } from '../../lib/options.js'
+import { PostgresSql } from '../../lib/stores/postgres-sql.js'
 import { codeOf, inject, REPLAYED } from '../support/app.js'
+import { startPostgres } from '../support/postgres.js'
 import { startRedis } from '../support/redis.js'
 import type { Given } from './given.js'
 
@@ -69,6 +71,52 @@ t.test('redis: the keys are in Redis', async (t) => {
   t.equal(codeOf(await app.inject({ method: 'POST', url: '/refunds' })), 'FST_IDEMPOTENCY_KEY_MISSING')
   const client = await redis.client()
   t.match(await client.keys('*'), [/^idempotency:/])
+})
+
+t.test('transaction, drizzle, kysely: the handler writes once, in the transaction of its key', async (t) => {
+  const server = await startPostgres()
+  t.teardown(() => server.close())
+  const pool = server.pool()
+  await pool.query('CREATE TABLE accounts (name text PRIMARY KEY, balance integer NOT NULL)')
+  await pool.query("INSERT INTO accounts VALUES ('alice', 100), ('bob', 0)")
+  const balances = async () =>
+    (await pool.query('SELECT balance FROM accounts ORDER BY name')).rows.map(({ balance }) => balance)
+
+  process.env.DATABASE_URL = server.url
+  const { app } = (await snippet('transaction')) as { app: FastifyInstance }
+  const transfer = {
+    method: 'POST' as const,
+    url: '/transfers',
+    headers: { 'idempotency-key': 'k' },
+    payload: { from: 'alice', to: 'bob', amount: 30 }
+  }
+  const replies = [await app.inject(transfer), await app.inject(transfer)]
+  t.same(
+    replies.map(({ statusCode, headers }) => [statusCode, headers[REPLAYED]]),
+    [
+      [201, undefined],
+      [201, 'true']
+    ]
+  )
+  t.same(await balances(), [70, 30])
+  await app.close()
+
+  for (const [n, name] of ['drizzle', 'kysely'].entries()) {
+    const app = await bare(t)
+    await app.register(idempotency, { store: new PostgresStore({ pool }) })
+    await snippet(name, { app })
+    const deposit = { method: 'POST' as const, url: '/deposits', headers: { 'idempotency-key': name } }
+    const [first, second] = [await app.inject(deposit), await app.inject(deposit)]
+    t.same(first.json(), { name: 'alice', balance: 80 + n * 10 }, name)
+    t.same([second.body, second.headers[REPLAYED]], [first.body, 'true'])
+    t.same(await balances(), [80 + n * 10, 30])
+  }
+})
+
+t.test('ddl: it is the one of createTable', async (t) => {
+  const readme = readFileSync(join(here, '../../../README.md'), 'utf8')
+  const [, ddl] = /<!-- ddl -->\n```sql\n([\s\S]*?)\n```/.exec(readme) ?? []
+  t.equal(ddl, new PostgresSql(null, 'idempotency_keys').ddl)
 })
 
 t.test('scope and jwt: the caller is the one in the token', async (t) => {

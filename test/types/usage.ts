@@ -1,12 +1,15 @@
+import '@fastify/postgres'
 import redis from '@fastify/redis'
 import Fastify, { type FastifyInstance } from 'fastify'
 import { Cluster, Redis } from 'ioredis'
+import { Pool, type PoolClient } from 'pg'
 import idempotency, {
   type Acquisition,
   type IdempotencyOptions,
   type IdempotencyStore,
   MemoryStore,
   idempotency as named,
+  PostgresStore,
   RedisStore,
   type RequestIdempotency,
   type StoredRecord
@@ -54,6 +57,20 @@ export async function usage(): Promise<void> {
   if (found?.state === 'running') found.record
   const gone: boolean = await app.idempotency.delete(key)
   app.log.info({ gone })
+
+  // @ts-expect-error: a pool is needed
+  new PostgresStore({})
+  const postgres = new PostgresStore({ pool: new Pool(), table: 'billing.keys', sweepInterval: null })
+  await app.register(idempotency, { store: postgres, transaction: true })
+  await app.register(idempotency, { store: new PostgresStore({ pool: app.pg.pool }) })
+  app.post('/transfers', { config: { idempotency: { transaction: true } } }, async (request) => {
+    const client: PoolClient | null | undefined = request.idempotency?.transaction
+    const result = await request.idempotency?.transaction?.query<{ id: number }>('SELECT 1 AS id')
+    const id: number | undefined = result?.rows[0]?.id
+    // @ts-expect-error: null where there is no transaction
+    request.idempotency?.transaction.query('SELECT')
+    return { id, client }
+  })
 
   // @ts-expect-error: a client is needed
   new RedisStore()
