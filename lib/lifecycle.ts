@@ -434,7 +434,7 @@ async function finish(exchange: Exchange, payload: Payload, record: StoredRecord
   } catch (error) {
     // A transaction that was not committed: nothing of this reply is true, and the error is another reply.
     restoreAll(reply, exchange.headersBefore)
-    reply.code(200)
+    reply.code(statusOf(error, 500))
     throw error
   } finally {
     exchange.sending = 'passed'

@@ -446,6 +446,8 @@ export class Operation implements Subject, Waiter, Renewable {
       outcome = await within(storeTimeout, () => transaction.complete(record, ttl))
     } catch (error) {
       this.#report(error)
+      // One that does not answer must not keep its connection for ever.
+      transaction.abandon()
       throw this.#unavailable(error)
     } finally {
       this.#end()

@@ -127,8 +127,11 @@ export interface ClaimTransaction {
    * known whether the commit has happened.
    */
   complete(record: StoredRecord, ttlMs: number | null): Promise<TransactionOutcome>
-  /** Undoes the claim and all that was done. Resolves in any case: a lost connection has the same effect. */
-  rollback(): Promise<void>
+  /**
+   * Undoes the claim and all that was done. Does not reject: a lost connection, which gives `false`, has the same
+   * effect.
+   */
+  rollback(): Promise<boolean>
   /** Tells the database that this process is alive. */
   keepAlive(): void
   /** Undoes it all by cutting the connection, whatever is going on there. */

@@ -23,7 +23,6 @@ const IN_FAILED_TRANSACTION = '25P02'
 /** An error that the server has sent. */
 export interface DatabaseError extends Error {
   code?: string
-  severity?: string
 }
 
 /** Has a statement lost against other transactions, so that it would do no harm to repeat it? */
@@ -40,7 +39,8 @@ export class PostgresTransaction implements ClaimTransaction {
   readonly #sql: PostgresSql
   readonly #key: string
   readonly #token: string
-  readonly #wake: boolean
+  /** Does somebody perhaps wait for the end of this transaction? */
+  #wake = false
   readonly #guard: Guard
   readonly #lost = new AbortController()
   #returned = false
@@ -51,7 +51,6 @@ export class PostgresTransaction implements ClaimTransaction {
     this.#sql = sql
     this.#key = toKey(key)
     this.#token = toText(claim.token)
-    this.#wake = claim.wake
     this.#guard = new Guard(client)
     client.on('error', this.#onLost)
     client.on('end', this.#onLost)
@@ -67,7 +66,10 @@ export class PostgresTransaction implements ClaimTransaction {
     const transaction = new PostgresTransaction(client, sql, key, claim)
     try {
       const found = acquisitionOf(await transaction.#claim(claim), claim.leaseMs)
-      if (found.state === 'acquired') return { ...found, transaction }
+      if (found.state === 'acquired') {
+        transaction.#wake = claim.wake
+        return { ...found, transaction }
+      }
       void transaction.rollback()
       return found
     } catch (error) {
@@ -99,9 +101,8 @@ export class PostgresTransaction implements ClaimTransaction {
     try {
       command = (await this.#client.query('COMMIT')).command
     } catch (error) {
-      // A server that refuses has rolled back. From one that falls silent, nobody knows what it has done.
-      if ((error as DatabaseError).severity === 'ERROR') return this.#refuse(error as Error)
-      this.#return(error)
+      // A server that refuses has rolled back, and goes on talking. From one that falls silent, nobody knows what it has done.
+      if (await this.rollback()) return { state: 'refused', error: error as Error }
       throw error
     }
     if (command !== 'COMMIT') return this.#refuse(new TransactionBroken('The transaction could not be committed'))
@@ -109,15 +110,17 @@ export class PostgresTransaction implements ClaimTransaction {
     return { state: 'committed' }
   }
 
-  async rollback(): Promise<void> {
+  /** `false` when the connection is lost, and the transaction with it. */
+  async rollback(): Promise<boolean> {
     this.#guard.over = true
     try {
       await this.#client.query('ROLLBACK')
     } catch (error) {
       this.#return(error)
-      return
+      return false
     }
     void this.#end()
+    return true
   }
 
   keepAlive(): void {
