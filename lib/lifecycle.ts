@@ -430,7 +430,7 @@ async function finish(exchange: Exchange, payload: Payload, record: StoredRecord
   const headers = reply.getHeaders()
   exchange.sending = 'storing'
   try {
-    await (record === null ? operation.release() : operation.complete(record))
+    await (record === null ? operation.release() : operation.complete(record, exchange.failed))
   } catch (error) {
     // A transaction that was not committed: nothing of this reply is true, and the error is another reply.
     restoreAll(reply, exchange.headersBefore)
@@ -448,7 +448,7 @@ async function finish(exchange: Exchange, payload: Payload, record: StoredRecord
 }
 
 function sendStream(exchange: Exchange, payload: Payload, final: boolean): Payload {
-  const { operation, reply, headersBefore } = exchange
+  const { operation, reply, headersBefore, failed } = exchange
   const { policy } = operation
   const source = asStream(payload)
   // Neither a stream nor anything else that can be sent: Fastify will say so.
@@ -468,7 +468,7 @@ function sendStream(exchange: Exchange, payload: Payload, final: boolean): Paylo
       ended: (body) => {
         if (!final) return operation.release()
         if (body === null) return bury(operation, 'too-large')
-        return operation.complete(replyRecord(operation.fingerprint, statusCode, headers, body))
+        return operation.complete(replyRecord(operation.fingerprint, statusCode, headers, body), failed)
       },
       failed: (beforeFirstByte) => (final && !beforeFirstByte ? bury(operation, 'stream-failed') : operation.release())
     }

@@ -178,13 +178,15 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /**
    * Ends the claim with a record. Resolves when it is stored; or when the store fails, and goes on in the
-   * background, while the claim is kept. Rejects for a transaction only, when it is not known to be committed.
+   * background, while the claim is kept. Rejects for a transaction only: when it was refused, or its outcome is
+   * not known.
+   * @param failed The reply is that of an error: of a transaction nothing but the record is committed.
    */
-  async complete(record: StoredRecord): Promise<void> {
+  async complete(record: StoredRecord, failed = false): Promise<void> {
     if (this.phase === 'over' || this.phase === 'ending') return
     if (this.discarded) return this.release()
     this.phase = 'ending'
-    if (this.#transaction !== null) return this.#commit(this.#transaction, record)
+    if (this.#transaction !== null) return this.#commit(this.#transaction, record, failed)
     const { storeTimeout, lease } = this.policy
     const step = () => this.#complete(record)
     let stored: boolean | null
@@ -273,7 +275,12 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** The claim may have been written, but is not needed. */
   disown(): void {
-    void (this.#transaction?.rollback() ?? this.#giveBack(this.#token))
+    if (this.#transaction === null) {
+      void this.#giveBack(this.#token)
+    } else {
+      void this.#transaction.rollback()
+      this.#store.live.delete(this.storageKey)
+    }
   }
 
   /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
@@ -338,6 +345,7 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   async #hold(attempt: number): Promise<Verdict> {
+    if (this.#transaction?.lost.aborted) throw new StoreFailure('The key was lost again', { cause: undefined })
     this.attempt = attempt
     this.phase = 'held'
     this.#store.live.set(this.storageKey, this)
@@ -365,7 +373,29 @@ export class Operation implements Subject, Waiter, Renewable {
     return error
   }
 
+  /**
+   * Asks the store. Of those in this process who want the same key in a transaction one at a time does: it takes a
+   * connection to ask, and the owner may have the last one.
+   */
   async #acquire(takeover: boolean): Promise<Found> {
+    if (!this.policy.transaction) return this.#askStore(takeover)
+    const { asking } = this.#store
+    for (let asked = asking.get(this.storageKey); asked !== undefined; asked = asking.get(this.storageKey)) {
+      const found = await asked
+      if (found !== null) return found
+    }
+    const answer = this.#askStore(takeover)
+    const forOthers = answer.then((found) => (found.state === 'acquired' ? null : found))
+    forOthers.catch(() => {})
+    asking.set(this.storageKey, forOthers)
+    try {
+      return await answer
+    } finally {
+      asking.delete(this.storageKey)
+    }
+  }
+
+  async #askStore(takeover: boolean): Promise<Found> {
     const other = this.#store.live.get(this.storageKey)
     // The reply is there, only the store does not have it yet.
     if (other !== undefined && other.#unstored !== null) {
@@ -379,7 +409,10 @@ export class Operation implements Subject, Waiter, Renewable {
     try {
       const found = await within(this.policy.storeTimeout, () => answer)
       if (!isAcquisition(found)) throw new TypeError('The idempotency store gave no valid answer')
-      if ('transaction' in found) this.#transaction = found.transaction
+      if ('transaction' in found) {
+        this.#transaction = found.transaction
+        this.#store.live.set(this.storageKey, this)
+      }
       // Others cannot see into a transaction, but this process can, if it is its own.
       if (found.state === 'running' && found.fingerprint === '') {
         const owner = this.#store.live.get(this.storageKey)
@@ -409,10 +442,10 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   #ask(takeover: boolean): Promise<Found> {
-    const { store, transaction, waits } = this.policy
+    const { store, transaction, waits, storeTimeout: timeoutMs } = this.policy
     const claim = this.#claimOf(takeover)
     if (!transaction) return store.acquire(this.storageKey, claim)
-    return (store as Required<IdempotencyStore>).begin(this.storageKey, { ...claim, wake: waits })
+    return (store as Required<IdempotencyStore>).begin(this.storageKey, { ...claim, wake: waits, timeoutMs })
   }
 
   #asRunning(): Acquisition {
@@ -438,12 +471,12 @@ export class Operation implements Subject, Waiter, Renewable {
    * The last step of a transaction.
    * @throws the database's error when it refused, as if the handler had met it; 503 when the outcome is not known.
    */
-  async #commit(transaction: ClaimTransaction, record: StoredRecord): Promise<void> {
+  async #commit(transaction: ClaimTransaction, record: StoredRecord, undo: boolean): Promise<void> {
     const { storeTimeout, ttl } = this.policy
     letGo(this)
     let outcome: TransactionOutcome
     try {
-      outcome = await within(storeTimeout, () => transaction.complete(record, ttl))
+      outcome = await within(storeTimeout, () => transaction.complete(record, ttl, undo))
     } catch (error) {
       this.#report(error)
       // One that does not answer must not keep its connection for ever.
@@ -456,7 +489,8 @@ export class Operation implements Subject, Waiter, Renewable {
       this.#stored(record)
     } else {
       publish('released', this)
-      this.#log('rolled back')
+      const bindings = { ...this.#bindings(), err: outcome.error }
+      this.request.log.warn(bindings, 'idempotency transaction rolled back at its end')
       throw outcome.error
     }
   }

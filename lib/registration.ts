@@ -2,6 +2,7 @@ import { LONGEST_DELAY } from './deadlines.js'
 import type { Operation } from './operation.js'
 import type { Policy, RegistrationOptions } from './options.js'
 import { StoreInUse } from './store-in-use.js'
+import { noLongerThan } from './within.js'
 
 /** One `app.register(idempotency)`: what it covers, and what is going on in it. */
 export class Registration {
@@ -54,12 +55,7 @@ export class Registration {
    */
   async close(): Promise<void> {
     this.startClosing()
-    let timer: NodeJS.Timeout | undefined
-    const limit = new Promise<void>((resolve) => {
-      timer = setTimeout(resolve, Math.min(this.#longestLease, LONGEST_DELAY))
-    })
-    await Promise.race([this.#drained(), limit])
-    clearTimeout(timer)
+    await noLongerThan(Math.min(this.#longestLease, LONGEST_DELAY), this.#drained())
     this.closed = true
     for (const operation of this.operations) operation.abandon()
     const closed = await Promise.allSettled([...this.#stores].map((store) => store.leave()))

@@ -1,4 +1,4 @@
-import type { IdempotencyStore } from '../types/index.js'
+import type { Acquisition, IdempotencyStore } from '../types/index.js'
 import type { Operation } from './operation.js'
 import { WaitingRoom } from './waiting.js'
 import { within } from './within.js'
@@ -23,6 +23,8 @@ const inUse = new WeakMap<IdempotencyStore, StoreInUse>()
 export class StoreInUse {
   /** The operations of this process that hold a claim, by storage key. */
   readonly live = new Map<string, Operation>()
+  /** What is being asked about keys that are wanted in a transaction: the answer, `null` when it was the key itself. */
+  readonly asking = new Map<string, Promise<Acquisition | null>>()
   readonly waiting: WaitingRoom
   readonly #store: IdempotencyStore
   readonly #disowned = new Set<Disowned>()

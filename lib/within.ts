@@ -49,6 +49,15 @@ export function within<T>(ms: number, ask: () => Promise<T>): Promise<T> {
   return call.promise
 }
 
+/** Resolves when the work is done, or when it has taken so long that nobody should wait for it any more. */
+export async function noLongerThan(ms: number, work: Promise<unknown>): Promise<void> {
+  let timer: NodeJS.Timeout | undefined
+  const limit = new Promise<void>((resolve) => {
+    timer = setTimeout(resolve, ms)
+  })
+  await Promise.race([work, limit]).finally(() => clearTimeout(timer))
+}
+
 /** A promise, whatever the call does: a store of somebody else may throw, or give its answer as it is. */
 export function attempt<T>(ask: () => Promise<T>): Promise<T> {
   try {

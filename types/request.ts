@@ -59,7 +59,7 @@ export interface InstanceIdempotency {
    */
   get(key: string, selector?: OperationSelector): Promise<Acquisition | null>
   /**
-   * Forgets a client's key: the next request with it runs. `true` when there was something to forget. A handler
+   * Forgets a client's key, unless an open transaction holds it: the next request with it runs. `true` when there was something to forget. A handler
    * that still runs in another process claims its key anew with its next renewal, if nobody else was faster.
    * @throws when the store has no `delete`.
    */

@@ -90,7 +90,7 @@ export interface IdempotencyStore {
   changed?(key: string, signal: AbortSignal): Promise<void>
   /** What holds the key, without touching it; `null` when nothing does. */
   get?(key: string): Promise<Acquisition | null>
-  /** Forgets the key, whatever holds it. `true` when there was something to forget. */
+  /** Forgets the key, whatever holds it but an open transaction. `true` when there was something to forget. */
   delete?(key: string): Promise<boolean>
   /**
    * Opens a transaction in the database that the store lives in, and takes the key inside it, in one step and
@@ -106,6 +106,8 @@ export interface IdempotencyStore {
 export interface TransactionClaim extends Claim {
   /** Is somebody to be told when the transaction is over? Otherwise nobody waits for it. */
   wake: boolean
+  /** Milliseconds after which a database that does not answer has failed, and its connection is cut. */
+  timeoutMs: number
 }
 
 /** What holds a key, or that it is now ours, for as long as the transaction is open. */
@@ -125,8 +127,9 @@ export interface ClaimTransaction {
   /**
    * Puts the record in the place of the claim, and commits. Rejects when the store failed, or when it is not
    * known whether the commit has happened.
+   * @param undo Commits the record alone, without what was done on `client`.
    */
-  complete(record: StoredRecord, ttlMs: number | null): Promise<TransactionOutcome>
+  complete(record: StoredRecord, ttlMs: number | null, undo?: boolean): Promise<TransactionOutcome>
   /**
    * Undoes the claim and all that was done. Does not reject: a lost connection, which gives `false`, has the same
    * effect.

@@ -4,11 +4,11 @@ import { TransactionBroken } from '../errors.js'
 /** Statements that would begin or end a transaction; most have none of these words, and are not looked at closely. */
 const SUSPECT = /\b(?:begin|start|commit|end|abort|rollback|prepare)\b/i
 /**
- * The tokens that matter: names first, because they may hold dollars; then what may hold such a word without
- * meaning it, whole but for a block comment.
+ * The tokens that matter: names, because they may hold dollars; and what may hold such a word without meaning it. Of
+ * dollar quotes and block comments it is the beginning only.
  */
 const TOKEN =
-  /[eE]'(?:[^'\\]|\\[\s\S]|'')*'|([A-Za-z_\x80-\uffff][\w$\x80-\uffff]*)|'(?:[^']|'')*'|"(?:[^"]|"")*"|\$((?:[A-Za-z_\x80-\uffff][\w\x80-\uffff]*)?)\$[\s\S]*?\$\2\$|--[^\n\r]*|\/\*/g
+  /[eE]'[^'\\]*(?:(?:\\[\s\S]|'')[^'\\]*)*'|([A-Za-z_\x80-\uffff][\w$\x80-\uffff]*)|'[^']*(?:''[^']*)*'|"[^"]*(?:""[^"]*)*"|\$(?:[A-Za-z_\x80-\uffff][\w\x80-\uffff]*)?\$|--[^\n\r]*|\/\*/g
 const COMMENT_EDGE = /\/\*|\*\//g
 const ENDS_TRANSACTION =
   /^(?:begin|start\s+transaction|commit|end|abort|rollback(?!(?:\s+(?:work|transaction))?\s+to\b)|prepare\s+transaction)\b/i
@@ -32,8 +32,15 @@ function bare(sql: string): string {
     if (found === null) return text + sql.slice(at)
     const [token, name = ' '] = found
     text += sql.slice(at, found.index) + name
-    at = token === '/*' ? endOfComment(sql, found.index) : TOKEN.lastIndex
+    at = TOKEN.lastIndex
+    if (token === '/*') at = endOfComment(sql, found.index)
+    else if (token.startsWith('$')) at = endOfQuote(sql, token, at)
   }
+}
+
+function endOfQuote(sql: string, tag: string, start: number): number {
+  const end = sql.indexOf(tag, start)
+  return end === -1 ? sql.length : end + tag.length
 }
 
 /** Block comments nest. */
@@ -47,36 +54,77 @@ function endOfComment(sql: string, start: number): number {
   }
 }
 
+type Callback = (error: Error) => void
+
 /** A client that a handler can do everything with but end its transaction. */
 export class Guard {
   readonly client: TransactionClient
   /** Is the transaction over? Then the client belongs to somebody else. */
   over = false
+  #pending = 0
+  /** Settles with the handler's last query; those before it have settled then. */
+  #last: Promise<unknown> = Promise.resolve()
 
   constructor(client: TransactionClient) {
-    const query = (...args: unknown[]) => {
-      this.#check(args[0])
-      return client.query(...(args as [string]))
-    }
+    const query = (...args: unknown[]) => this.#query(client, args)
     this.client = new Proxy(client, {
-      get: (target, name) => {
+      get: (target, name, proxy) => {
         if (name === 'query') return query
         if (name === 'release' || name === 'end' || name === 'connect') return refuseToLetGo
         const value: unknown = Reflect.get(target, name, target)
-        return typeof value === 'function' && name !== 'constructor' ? value.bind(target) : value
+        if (typeof value !== 'function' || name === 'constructor') return value
+        return (...args: unknown[]) => {
+          const result: unknown = value.apply(target, args)
+          return result === target ? proxy : result
+        }
       }
     })
   }
 
-  #check(query: unknown): void {
-    if (this.over) throw new TransactionBroken('The transaction is over: its handler has replied')
+  /** Is a query of the handler's under way? */
+  get busy(): boolean {
+    return this.#pending > 0
+  }
+
+  /** Resolves when no query of the handler's is under way any more. */
+  get idle(): Promise<unknown> {
+    return this.#last
+  }
+
+  #query(client: TransactionClient, args: unknown[]): unknown {
+    const refusal = this.#refusal(args[0])
+    if (refusal !== null) return refuse(refusal, args)
+    const result: unknown = client.query(...(args as [string]))
+    if (result instanceof Promise) {
+      this.#pending++
+      const done = () => {
+        this.#pending--
+      }
+      this.#last = result.then(done, done)
+    }
+    return result
+  }
+
+  #refusal(query: unknown): Error | null {
+    if (this.over) return new TransactionBroken('The transaction is over: its handler has replied')
     const text = typeof query === 'string' ? query : (query as { text?: unknown } | null)?.text
     const control = typeof text === 'string' ? transactionControl(text) : null
-    if (control === null) return
-    throw new TransactionBroken(
+    if (control === null) return null
+    return new TransactionBroken(
       `The transaction ends with the reply, and by itself: ${control} is not for its handler, which may use SAVEPOINT`
     )
   }
+}
+
+/** Fails a query in the way in which its caller listens. */
+function refuse(error: Error, args: unknown[]): unknown {
+  const query = args[0] as { callback?: unknown; submit?: unknown; handleError?: unknown } | null
+  const callback = [args.at(-1), query?.callback].find((last) => typeof last === 'function') as Callback | undefined
+  if (callback !== undefined) process.nextTick(callback, error)
+  else if (typeof query?.submit === 'function' && typeof query.handleError === 'function') {
+    process.nextTick(() => (query as unknown as { handleError: Callback }).handleError(error))
+    return query
+  } else return Promise.reject(error)
 }
 
 function refuseToLetGo(): never {

@@ -1,3 +1,4 @@
+import { noLongerThan } from '../within.js'
 import { listen } from './listening.js'
 import type { PostgresPool } from './postgres.js'
 import { messageOf } from './postgres-rows.js'
@@ -9,8 +10,11 @@ interface Listener {
   connect(): Promise<unknown>
   query(text: string): Promise<unknown>
   end(): Promise<void>
+  readonly connection?: { readonly stream?: { destroy(): void } }
 }
 
+/** How long the connection may take to end. */
+const PATIENCE_MS = 1_000
 /** After a connection that failed, how long none is tried. */
 const RETRY_AFTER_MS = 1_000
 
@@ -54,7 +58,13 @@ export class PostgresNotifications {
   async close(): Promise<void> {
     const client = this.#client
     this.#forget()
-    await client?.end().catch(() => {})
+    if (client === null) return
+    await noLongerThan(
+      PATIENCE_MS,
+      client.end().catch(() => {})
+    )
+    // A connection that does not even end properly.
+    client.connection?.stream?.destroy()
   }
 
   /** Resolves when the connection listens. */

@@ -23,15 +23,20 @@ const NOTIFY = `pg_notify('${CHANNEL}', encode(sha256(convert_to(key, 'UTF8')), 
 
 /** What `clock_timestamp()` will be after so many milliseconds. */
 const after = (ms: string) => `clock_timestamp() + ${ms} * interval '1 millisecond'`
-const left = (end: string) => `extract(epoch FROM ${end} - clock_timestamp()) * 1000`
+const left = (end: string) => `extract(epoch FROM ${end} - moment) * 1000`
 
 /** The lock of something that one process at a time does; of two numbers, so that it is not that of any key. */
-const chore = (name: string, table: string) => `hashtext('fastify-idempotency ${name}'), hashtext('${table}')`
+const chore = (name: string, table = '0') => `hashtext('fastify-idempotency ${name}'), ${table}`
+
+const qualified = (schema: string | null, name: string) => {
+  const identifier = (text: string) => `"${text.replaceAll('"', '""')}"`
+  return schema === null ? identifier(name) : `${identifier(schema)}.${identifier(name)}`
+}
+const quoted = (text: string) => `'${text.replaceAll("'", "''")}'`
 
 /** A row as it is read: what is found, and the columns of the record. */
 const FOUND = `
-  CASE WHEN state = 'completed' THEN 'completed' WHEN lease_end > clock_timestamp() THEN 'running' ELSE 'abandoned' END
-    AS found,
+  CASE WHEN state = 'completed' THEN 'completed' WHEN lease_end > moment THEN 'running' ELSE 'abandoned' END AS found,
   attempt, fingerprint,
   CASE WHEN state = 'running' THEN ${left('lease_end')} WHEN expires_at < 'infinity' THEN ${left('expires_at')} END
     AS left_ms,
@@ -63,7 +68,10 @@ const PARAMETERS: ClaimValues = {
 export class PostgresSql {
   /** The table, as a migration would create it. */
   readonly ddl: string
-  /** Creates the table, once, however many processes call it at the same time. No parameters: one transaction. */
+  /**
+   * Creates what is missing, once, however many processes call it at the same time. What is there is left in peace:
+   * CREATE … IF NOT EXISTS takes a lock before it looks, behind which everything would have to wait.
+   */
   readonly createTable: string
   /** $1 key, $2 token, $3 fingerprint, $4 leaseMs, $5 retainMs, $6 takeover. No row: ask once more. */
   readonly acquire: string
@@ -71,6 +79,8 @@ export class PostgresSql {
   readonly renew: string
   /** $1 key, $2 token, $3 fingerprint, $4 to $9 the record, $10 ttlMs or null. A row: yes. */
   readonly complete: string
+  /** The same for a claim of the very transaction that it runs in, which cannot have expired. */
+  readonly completeInTransaction: string
   /** $1 key, $2 token, $3 how long to remember it. A row: yes. */
   readonly release: string
   /** $1 key. */
@@ -84,10 +94,22 @@ export class PostgresSql {
   /** Deletes some of the expired rows, a row for each, unless another process is at it. */
   readonly sweep: string
   readonly #table: string
+  /** The table's name as a literal. */
+  readonly #literal: string
+  readonly #schema: string | null
+  readonly #name: string
+  readonly #elsewhere = new Map<string, PostgresSql>()
 
+  /** @param schema `null`: wherever the search path finds the table */
   constructor(schema: string | null, name: string) {
-    const table = schema === null ? `"${name}"` : `"${schema}"."${name}"`
+    const [table, index] = [name, `${name}_expires_at`].map((relation) => qualified(schema, relation)) as [
+      string,
+      string
+    ]
+    this.#schema = schema
+    this.#name = name
     this.#table = table
+    this.#literal = quoted(table)
     const mine = 'key = $1::text AND token = $2::text AND expires_at > clock_timestamp()'
 
     this.ddl = `CREATE TABLE IF NOT EXISTS ${table} (
@@ -109,7 +131,14 @@ export class PostgresSql {
 );
 CREATE INDEX IF NOT EXISTS "${name}_expires_at" ON ${table} (expires_at);`
 
-    this.createTable = `SELECT pg_advisory_xact_lock(${chore('create', table)});\n${this.ddl}`
+    const [createTable, createIndex] = this.ddl.split(/(?<=;)\n/)
+    this.createTable = `
+DO $do$ BEGIN
+  IF to_regclass(${quoted(table)}) IS NOT NULL AND to_regclass(${quoted(index)}) IS NOT NULL THEN RETURN; END IF;
+  PERFORM pg_advisory_xact_lock(${chore('create')});
+  IF to_regclass(${quoted(table)}) IS NULL THEN ${createTable} END IF;
+  IF to_regclass(${quoted(index)}) IS NULL THEN ${createIndex} END IF;
+END $do$`
 
     this.acquire = this.#claim('pg_try_advisory_xact_lock_shared', PARAMETERS)
 
@@ -120,19 +149,19 @@ UPDATE ${table} SET
 WHERE ${mine} AND state = 'running'
 RETURNING true`
 
-    this.complete = this.#finish(
-      'completed',
-      mine,
-      `fingerprint = $3::text, created_at = $4::float8, status_code = $5::int, headers = $6::jsonb, body = $7::bytea,
+    const record = `fingerprint = $3::text, created_at = $4::float8, status_code = $5::int, headers = $6::jsonb, body = $7::bytea,
     body_is_text = $8::boolean, tombstone = $9::text,
     expires_at = coalesce(${after('$10::float8')}, 'infinity')`
-    )
+    this.complete = this.#finish('completed', mine, record)
+    // A row's xmin is the transaction that has written it, in 32 bits.
+    const written = "key = $1::text AND token = $2::text AND xmin::text = (txid_current() & x'ffffffff'::bigint)::text"
+    this.completeInTransaction = this.#finish('completed', written, record)
 
     this.release = this.#finish('released', mine, `expires_at = ${after('$3::float8')}`)
 
     this.get = `
 WITH held AS MATERIALIZED (
-  SELECT * FROM ${table} WHERE key = $1::text AND state <> 'released' AND expires_at > clock_timestamp()
+  ${this.#held('$1::text')}
 )
 SELECT ${FOUND} FROM held
 UNION ALL
@@ -160,7 +189,7 @@ SELECT true WHERE NOT EXISTS (SELECT FROM running) AND ${this.#inTransaction()}`
     // now() here, because an index cannot be searched by a time that goes on.
     this.sweep = `
 WITH turn AS MATERIALIZED (
-  SELECT pg_try_advisory_xact_lock(${chore('sweep', table)}) AS mine
+  SELECT pg_try_advisory_xact_lock(${chore('sweep', `(${this.#literal}::regclass::oid::bigint & 2147483647)::int`)}) AS mine
 ), doomed AS MATERIALIZED (
   SELECT old.key FROM ${table} AS old
   WHERE old.expires_at < now() AND (SELECT mine FROM turn)
@@ -169,24 +198,37 @@ WITH turn AS MATERIALIZED (
 DELETE FROM ${table} AS old USING doomed WHERE old.key = doomed.key RETURNING true`
   }
 
+  /** The statements for the table in a schema, whose name comes quoted where that is necessary. */
+  in(schema: string): PostgresSql {
+    if (this.#schema !== null) return this
+    const name = schema.startsWith('"') ? schema.slice(1, -1).replaceAll('""', '"') : schema
+    let there = this.#elsewhere.get(name)
+    if (there === undefined) {
+      there = new PostgresSql(name, this.#name)
+      this.#elsewhere.set(name, there)
+    }
+    return there
+  }
+
   /** Begins a transaction that claims a key. The values are literals: several statements in one trip take no parameters. */
   begin(values: ClaimValues, idleMs: number): string {
     return `
 BEGIN;
 SET LOCAL idle_in_transaction_session_timeout = ${idleMs};
 ${this.#claim('pg_try_advisory_xact_lock', values)};
-SAVEPOINT ${SAVEPOINT}`
+SAVEPOINT ${SAVEPOINT};
+SELECT relnamespace::regnamespace::text AS schema FROM pg_class WHERE oid = ${this.#literal}::regclass`
   }
 
   #claim(tryLock: string, { key, token, fingerprint, leaseMs, retainMs, takeover }: ClaimValues): string {
     const table = this.#table
     return `
 WITH held AS MATERIALIZED (
-  SELECT * FROM ${table} WHERE key = ${key} AND state <> 'released' AND expires_at > clock_timestamp()
+  ${this.#held(key)}
 ), chance AS MATERIALIZED (
   SELECT ${tryLock}(${this.#lock(key)}) AS taken WHERE NOT EXISTS (
     SELECT FROM held
-    WHERE state = 'completed' OR (token <> ${token} AND (lease_end > clock_timestamp() OR NOT ${takeover}))
+    WHERE state = 'completed' OR (token <> ${token} AND (lease_end > moment OR NOT ${takeover}))
   )
 ), taken AS (
   INSERT INTO ${table} AS old (key, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)
@@ -228,8 +270,14 @@ UNION ALL
 SELECT NULL FROM ${this.#table} WHERE ${mine} AND state = '${state}' AND NOT EXISTS (SELECT FROM done)`
   }
 
+  /** The row of a key, if it counts, and the one moment at which it is judged. */
+  #held(key: string): string {
+    return `SELECT *, clock_timestamp() AS moment FROM ${this.#table}
+  WHERE key = ${key} AND state <> 'released' AND expires_at > clock_timestamp()`
+  }
+
   #lock(key: string): string {
-    return `hashtextextended(${key}, '${this.#table}'::regclass::oid::bigint)`
+    return `hashtextextended(${key}, ${this.#literal}::regclass::oid::bigint)`
   }
 
   /** Does some transaction hold the key? Without taking the lock for a moment, which would turn others away. */

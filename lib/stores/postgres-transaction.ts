@@ -8,6 +8,8 @@ import type {
 } from '../../types/index.js'
 import { LONGEST_DELAY } from '../deadlines.js'
 import { TransactionBroken } from '../errors.js'
+import { within } from '../within.js'
+import { type DatabaseError, explain, isContention, isRefusal } from './postgres-errors.js'
 import { Guard } from './postgres-guard.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './postgres-rows.js'
 import { type PostgresSql, SAVEPOINT } from './postgres-sql.js'
@@ -15,28 +17,15 @@ import { type PostgresSql, SAVEPOINT } from './postgres-sql.js'
 /** How often a key is asked for that others take and give back meanwhile. */
 const MOST_TRIES = 20
 
-/** https://www.postgresql.org/docs/current/errcodes-appendix.html */
-const SERIALIZATION_FAILURE = '40001'
-const DEADLOCK = '40P01'
 const IN_FAILED_TRANSACTION = '25P02'
 
-/** An error that the server has sent. */
-export interface DatabaseError extends Error {
-  code?: string
-}
-
-/** Has a statement lost against other transactions, so that it would do no harm to repeat it? */
-export function isContention(error: unknown): boolean {
-  const { code } = error as DatabaseError
-  return code === SERIALIZATION_FAILURE || code === DEADLOCK
-}
-
-type Result = { command: string; rows: FoundRow[]; rowCount: number | null }
+type Result = { command: string; rows: object[] }
 
 /** An open transaction on a client of the pool that holds a key, and gives the client back when it is over. */
 export class PostgresTransaction implements ClaimTransaction {
   readonly #client: TransactionClient
-  readonly #sql: PostgresSql
+  /** For the table in the schema where the claim has found it, whatever the handler does to the search path. */
+  #sql: PostgresSql
   readonly #key: string
   readonly #token: string
   /** Does somebody perhaps wait for the end of this transaction? */
@@ -46,35 +35,30 @@ export class PostgresTransaction implements ClaimTransaction {
   #returned = false
   #pinging = false
 
-  private constructor(client: TransactionClient, sql: PostgresSql, key: string, claim: TransactionClaim) {
+  /** Takes a client fresh from the pool, in the very moment: nobody else hears when its connection is lost. */
+  constructor(client: TransactionClient, sql: PostgresSql, key: string, { token }: TransactionClaim) {
     this.#client = client
     this.#sql = sql
     this.#key = toKey(key)
-    this.#token = toText(claim.token)
+    this.#token = toText(token)
     this.#guard = new Guard(client)
     client.on('error', this.#onLost)
     client.on('end', this.#onLost)
   }
 
-  /** Begins a transaction on a client fresh from the pool, and claims the key in it. */
-  static async begin(
-    client: TransactionClient,
-    sql: PostgresSql,
-    key: string,
-    claim: TransactionClaim
-  ): Promise<TransactionAcquisition> {
-    const transaction = new PostgresTransaction(client, sql, key, claim)
+  /** Begins the transaction and claims the key in it. Without the key it is over at once. */
+  async begin(claim: TransactionClaim): Promise<TransactionAcquisition> {
     try {
-      const found = acquisitionOf(await transaction.#claim(claim), claim.leaseMs)
+      const found = acquisitionOf(await this.#claim(claim), claim.leaseMs)
       if (found.state === 'acquired') {
-        transaction.#wake = claim.wake
-        return { ...found, transaction }
+        this.#wake = claim.wake
+        return { ...found, transaction: this }
       }
-      void transaction.rollback()
+      void this.rollback()
       return found
     } catch (error) {
-      transaction.#return(error)
-      throw error
+      this.#return(error)
+      throw explain(error)
     }
   }
 
@@ -86,16 +70,19 @@ export class PostgresTransaction implements ClaimTransaction {
     return this.#lost.signal
   }
 
-  async complete(record: StoredRecord, ttlMs: number | null): Promise<TransactionOutcome> {
+  async complete(record: StoredRecord, ttlMs: number | null, undo = false): Promise<TransactionOutcome> {
     this.#guard.over = true
+    await this.#guard.idle
     try {
-      const refusal = await this.#write(record, ttlMs)
+      const refusal = await this.#write(record, ttlMs, undo)
       if (refusal !== null) return this.#refuse(refusal)
     } catch (error) {
       // Nothing was committed, that is sure: the command has not been sent.
-      if (isContention(error)) return this.#refuse(error as Error)
-      await this.rollback()
-      throw error
+      const isAlive = await this.rollback()
+      if (isAlive && isContention(error)) return { state: 'refused', error: error as Error }
+      if (!isAlive || !isRefusal(error)) throw explain(error)
+      const why = `What its handler has done keeps the reply from being stored in the transaction: ${explain(error).message}`
+      return { state: 'refused', error: new TransactionBroken(why, { cause: error }) }
     }
     let command: string
     try {
@@ -103,16 +90,16 @@ export class PostgresTransaction implements ClaimTransaction {
     } catch (error) {
       // A server that refuses has rolled back, and goes on talking. From one that falls silent, nobody knows what it has done.
       if (await this.rollback()) return { state: 'refused', error: error as Error }
-      throw error
+      throw explain(error)
     }
     if (command !== 'COMMIT') return this.#refuse(new TransactionBroken('The transaction could not be committed'))
     void this.#end()
     return { state: 'committed' }
   }
 
-  /** `false` when the connection is lost, and the transaction with it. */
   async rollback(): Promise<boolean> {
     this.#guard.over = true
+    await this.#guard.idle
     try {
       await this.#client.query('ROLLBACK')
     } catch (error) {
@@ -124,7 +111,8 @@ export class PostgresTransaction implements ClaimTransaction {
   }
 
   keepAlive(): void {
-    if (this.#pinging || this.#returned) return
+    // While a query is under way, nobody takes the connection for idle.
+    if (this.#pinging || this.#returned || this.#guard.busy) return
     this.#pinging = true
     const done = () => {
       this.#pinging = false
@@ -153,9 +141,13 @@ export class PostgresTransaction implements ClaimTransaction {
     let prefix = ''
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
       try {
-        const results = (await this.#client.query({ text: prefix + begin, types: AS_TEXT })) as unknown as Result[]
-        const row = results.find(({ command }) => command === 'SELECT')?.rows[0]
-        if (row !== undefined) return row
+        const query = { text: prefix + begin, types: AS_TEXT, binary: false }
+        const results = (await within(claim.timeoutMs, () => this.#client.query(query))) as unknown as Result[]
+        const [found, table] = results.filter(({ command }) => command === 'SELECT').map(({ rows }) => rows[0])
+        if (found !== undefined) {
+          this.#sql = this.#sql.in((table as { schema: string }).schema)
+          return found as FoundRow
+        }
       } catch (error) {
         if (!isContention(error)) throw error
       }
@@ -165,23 +157,25 @@ export class PostgresTransaction implements ClaimTransaction {
   }
 
   /** Writes the record where the claim was; or says why the handler's reply cannot be true. */
-  async #write(record: StoredRecord, ttlMs: number | null): Promise<Error | null> {
+  async #write(record: StoredRecord, ttlMs: number | null, undo: boolean): Promise<Error | null> {
     const write = async () => {
       const values = [this.#key, this.#token, ...recordValues(record), ttlMs]
-      const { rowCount } = await this.#client.query(this.#sql.complete, values)
+      const { rowCount } = await this.#client.query(this.#sql.completeInTransaction, values)
       return rowCount === 1 ? null : new TransactionBroken('The transaction was ended by its handler')
     }
-    try {
-      return await write()
-    } catch (error) {
-      if ((error as DatabaseError).code !== IN_FAILED_TRANSACTION) throw error
-    }
-    // A statement of the handler has failed, and it has replied all the same. A refusal is true without its writes.
-    if (record.kind !== 'reply' || record.statusCode < 400) {
-      return new TransactionBroken(
-        'The handler has replied as if all was well, but a statement of its transaction has failed, and all is undone: ' +
-          'let the error through, or use SAVEPOINT'
-      )
+    if (!undo) {
+      try {
+        return await write()
+      } catch (error) {
+        if ((error as DatabaseError).code !== IN_FAILED_TRANSACTION) throw error
+      }
+      // A statement of the handler has failed, and it has replied all the same. A refusal is true without its writes.
+      if (record.kind !== 'reply' || record.statusCode < 400) {
+        return new TransactionBroken(
+          'The handler has replied as if all was well, but a statement of its transaction has failed, and all is undone: ' +
+            'let the error through, or use SAVEPOINT'
+        )
+      }
     }
     await this.#client.query(`ROLLBACK TO ${SAVEPOINT}`)
     return write()

@@ -10,10 +10,11 @@ import type {
   TransactionClient
 } from '../../types/index.js'
 import { InvalidOption } from '../errors.js'
+import { explain, isContention } from './postgres-errors.js'
 import { PostgresNotifications } from './postgres-notifications.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './postgres-rows.js'
 import { PostgresSql, SWEEP_ROWS } from './postgres-sql.js'
-import { type DatabaseError, isContention, PostgresTransaction } from './postgres-transaction.js'
+import { PostgresTransaction } from './postgres-transaction.js'
 import { RELEASE_MEMORY_MS } from './released.js'
 import { Sweeper } from './sweeper.js'
 
@@ -41,7 +42,12 @@ export interface PostgresStoreOptions {
   sweepInterval?: number | null
 }
 
-type Query = (config: { text: string; values?: unknown[]; types?: typeof AS_TEXT }) => Promise<{ rows: FoundRow[] }>
+type Query = (config: {
+  text: string
+  values?: unknown[]
+  types: typeof AS_TEXT
+  binary: false
+}) => Promise<{ rows: FoundRow[] }>
 
 /** `schema.table` or `table`; what is derived from the table's name must not exceed PostgreSQL's 63 bytes. */
 const TABLE = /^(?:([A-Za-z_][A-Za-z0-9_]{0,62})\.)?([A-Za-z_][A-Za-z0-9_]{0,51})$/
@@ -52,15 +58,13 @@ const MOST_TRIES = 20
 /** The longest lease, and the longest memory of a claim: their sum still has a date, in the year 280,000 or so. */
 const LONGEST_MS = 4e15
 
-const UNDEFINED_TABLE = '42P01'
-
 /**
  * Claims and replies in a table of PostgreSQL (12 and newer). One statement to acquire and one to complete; the
  * lease is decided by the server's clock. With `transaction: true` on a route, the claim, the handler's writes and
  * the stored reply are one transaction.
  */
 export class PostgresStore implements IdempotencyStore {
-  readonly #pool: { query: Query; connect(): Promise<TransactionClient> }
+  readonly #pool: { query: Query; connect(done: (error: unknown, client?: TransactionClient) => void): void }
   readonly #sql: PostgresSql
   readonly #notifications: PostgresNotifications
   readonly #sweeper: Sweeper | null
@@ -137,18 +141,24 @@ export class PostgresStore implements IdempotencyStore {
   async begin(key: string, claim: TransactionClaim): Promise<TransactionAcquisition> {
     this.#sweeper?.start()
     const { leaseMs, retainMs } = claim
-    try {
-      const client = await this.#pool.connect()
-      const within = { ...claim, leaseMs: limited(leaseMs), retainMs: limited(retainMs) }
-      return await PostgresTransaction.begin(client, this.#sql, key, within)
-    } catch (error) {
-      throw this.#explain(error)
-    }
+    const within = { ...claim, leaseMs: limited(leaseMs), retainMs: limited(retainMs) }
+    const transaction = await this.#connect((client) => new PostgresTransaction(client, this.#sql, key, within))
+    return transaction.begin(within)
   }
 
   /** Closes the connection that listens for changes, and stops deleting, until the store is used again. */
   async close(): Promise<void> {
     await Promise.all([this.#notifications.close(), this.#sweeper?.stop()])
+  }
+
+  /** By a callback: between a client's coming and a promise's resolution its loss would be heard by nobody. */
+  #connect<T>(use: (client: TransactionClient) => T): Promise<T> {
+    return new Promise((resolve, reject) => {
+      this.#pool.connect((error, client) => {
+        if (client === undefined) reject(explain(error))
+        else resolve(use(client))
+      })
+    })
   }
 
   readonly #sweep = async (): Promise<boolean> => {
@@ -165,22 +175,12 @@ export class PostgresStore implements IdempotencyStore {
   async #query(text: string, values?: unknown[]): Promise<FoundRow[]> {
     for (let tries = 1; ; tries++) {
       try {
-        const { rows } = await this.#pool.query({ text, ...(values && { values }), types: AS_TEXT })
+        const { rows } = await this.#pool.query({ text, ...(values && { values }), types: AS_TEXT, binary: false })
         return rows
       } catch (error) {
-        if (tries === MOST_TRIES || !isContention(error)) throw this.#explain(error)
+        if (tries === MOST_TRIES || !isContention(error)) throw explain(error)
       }
     }
-  }
-
-  /** The error without the values that it may carry, which are somebody's reply. */
-  #explain(error: unknown): Error {
-    if (!(error instanceof Error)) return new Error(String(error))
-    const { name, message, code } = error as DatabaseError
-    if (code === UNDEFINED_TABLE) {
-      return new Error(`${message}: create it by a migration, or by "await store.createTable()"`)
-    }
-    return Object.assign(new Error(message), { name }, code && { code })
   }
 }
 

@@ -1,10 +1,22 @@
-/** Deletes what has expired, from time to time, while there is something to delete and never twice at once. */
+import { LONGEST_DELAY } from '../deadlines.js'
+import { noLongerThan } from '../within.js'
+
+/** How long a stop waits for a batch: one that a broken connection holds up would never end. */
+const PATIENCE_MS = 1_000
+
+/** The rounds from a start to the next stop. */
+interface Rounds {
+  stopped: boolean
+  timer: NodeJS.Timeout | null
+}
+
+/** Deletes what has expired, from time to time, and never twice at once. */
 export class Sweeper {
   readonly #interval: number
   readonly #sweep: () => Promise<boolean>
-  #timer: NodeJS.Timeout | null = null
-  #running: Promise<void> | null = null
-  #stopped = true
+  #rounds: Rounds | null = null
+  /** Settles with the last round that has begun. */
+  #work: Promise<void> = Promise.resolve()
 
   /**
    * @param interval Milliseconds between two rounds, on average.
@@ -17,33 +29,36 @@ export class Sweeper {
 
   /** Starts the rounds, if they are not going on. They do not keep the process alive. */
   start(): void {
-    if (!this.#stopped) return
-    this.#stopped = false
-    this.#schedule()
+    if (this.#rounds !== null) return
+    this.#rounds = { stopped: false, timer: null }
+    this.#schedule(this.#rounds)
   }
 
-  /** Resolves when nothing is being deleted any more. */
+  /** Resolves when nothing is being deleted any more, or after a second. */
   async stop(): Promise<void> {
-    this.#stopped = true
-    if (this.#timer !== null) clearTimeout(this.#timer)
-    this.#timer = null
-    await this.#running
+    const rounds = this.#rounds
+    this.#rounds = null
+    if (rounds !== null) {
+      rounds.stopped = true
+      if (rounds.timer !== null) clearTimeout(rounds.timer)
+    }
+    await noLongerThan(PATIENCE_MS, this.#work)
   }
 
-  #schedule(): void {
+  #schedule(rounds: Rounds): void {
     // Not all processes at the same moment.
-    const pause = Math.min(this.#interval * (0.5 + Math.random()), 2 ** 31 - 1)
-    this.#timer = setTimeout(() => {
-      this.#running = this.#round()
+    const pause = Math.min(this.#interval * (0.5 + Math.random()), LONGEST_DELAY)
+    rounds.timer = setTimeout(() => {
+      this.#work = this.#work.then(() => this.#round(rounds))
     }, pause).unref()
   }
 
-  async #round(): Promise<void> {
+  async #round(rounds: Rounds): Promise<void> {
     try {
-      while (!this.#stopped && (await this.#sweep())) {}
+      while (!rounds.stopped && (await this.#sweep())) {}
     } catch {
       // What could not be deleted now, because the server is away, will be later.
     }
-    if (!this.#stopped) this.#schedule()
+    if (!rounds.stopped) this.#schedule(rounds)
   }
 }

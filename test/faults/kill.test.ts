@@ -134,9 +134,9 @@ class Fleet {
     const child = await launch(process.execPath, [script, JSON.stringify(options)], { env, log })
     this.#living.add(child)
     if (this.#closed) child.signal('SIGKILL')
-    const started = until(() => !child.running || /^http:\S+/m.exec(child.output()), { timeout: 60_000 })
-    const [url] = (await started) as RegExpExecArray
-    const worker = { name, process: child, url }
+    const url = () => /^http:\S+/m.exec(child.output())?.[0]
+    await until(() => !child.running || url(), { timeout: 60_000, message: 'a worker to listen' })
+    const worker = { name, process: child, url: url() ?? '' }
     if (child.running) this.#workers.add(worker)
     await child.exited
     this.#workers.delete(worker)
@@ -437,7 +437,7 @@ t.test(
       const answer = await soon(own, `the answer to what was held ${hold}`)
       t.comment(`held ${hold}: ${answer.status} ${answer.code}`)
       if (hold === 'after COMMIT') t.equal(answer.bytes, wanted.bytes, 'what was committed before is the reply')
-      else t.ok(answer.status >= 500, `held ${hold}, the late reply is no success: ${answer.status}`)
+      else t.ok(answer.status >= 400, `held ${hold}, the late reply is no success: ${answer.status}`)
       const replay = await send(stopped, plan)
       t.strictSame([replay.replayed, replay.bytes], [true, wanted.bytes], 'and its client gets the reply of the other')
       t.equal(faultIn(await ledger(plan.key), replay.transfer), null, 'and there is still one effect')

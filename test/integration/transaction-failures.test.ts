@@ -375,7 +375,8 @@ test('a process that has stopped loses its transaction after one lease, and the 
     leaseMs: 200,
     retainMs: 60_000,
     takeover: true,
-    wake: false
+    wake: false,
+    timeoutMs: 2_000
   })
   t.same(told(await scene.send()), IN_PROGRESS)
   await until(() => isFree(scene))

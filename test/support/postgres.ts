@@ -146,7 +146,7 @@ export class PostgresServer {
     const result = await fn()
     const last = await mark()
     const log = readFileSync(this.#log, 'utf8')
-    const between = log.slice(log.indexOf(first), log.indexOf(last))
+    const between = log.slice(log.indexOf(first), log.lastIndexOf('\n', log.indexOf(last)))
     // A statement of several lines goes on behind a tab.
     const lines = between.replaceAll('\n\t', '\n ').split(/\n(?=\d+ )/)
     const sent = lines.flatMap(

@@ -1,0 +1,33 @@
+/** An error that the server has sent. */
+export interface DatabaseError extends Error {
+  /** https://www.postgresql.org/docs/current/errcodes-appendix.html */
+  code?: string
+}
+
+const SERIALIZATION_FAILURE = '40001'
+const DEADLOCK = '40P01'
+const UNDEFINED_TABLE = '42P01'
+
+/** Classes of errors in which the server, or somebody who operates it, is to blame: resources, intervention, system. */
+const SERVERS_OWN = /^(?:08|53|57|58|XX)/
+
+/** Has a statement lost against other transactions, so that it would do no harm to repeat it? */
+export function isContention(error: unknown): boolean {
+  const { code } = error as DatabaseError
+  return code === SERIALIZATION_FAILURE || code === DEADLOCK
+}
+
+/** Has the server refused a statement because of what was done before in the same transaction? */
+export function isRefusal(error: unknown): boolean {
+  const { code } = error as DatabaseError
+  return typeof code === 'string' && /^[0-9A-Z]{5}$/.test(code) && !SERVERS_OWN.test(code)
+}
+
+/** The error without the values that it may carry, which are somebody's reply. */
+export function explain(error: unknown): Error {
+  if (!(error instanceof Error)) return new Error(String(error))
+  const { name, message, code } = error as DatabaseError
+  if (code === UNDEFINED_TABLE)
+    return new Error(`${message}: create it by a migration, or by "await store.createTable()"`)
+  return Object.assign(new Error(message), { name }, code && { code })
+}
