@@ -283,14 +283,17 @@ test('a connection that is lost during the commit of a stream: the reply has no 
 })
 
 /** What a client does instead when the next transaction is to be committed, once. */
-function instead({ pool }: { pool: Pool }, act: (commit: () => Promise<unknown>, socket: Duplex) => Promise<unknown>) {
+function instead(
+  { pool }: { pool: Pool },
+  act: (commit: () => Promise<unknown>, socket: Duplex, query: (sql: string) => Promise<unknown>) => Promise<unknown>
+) {
   pool.once('acquire', (client) => {
     const { stream } = (client as unknown as { connection: { stream: Duplex } }).connection
     const query = client.query.bind(client) as (...args: unknown[]) => Promise<unknown>
     const watched = (...args: unknown[]) => {
       if (args[0] !== 'COMMIT') return query(...args)
       Object.assign(client, { query })
-      return act(() => query(...args), stream)
+      return act(() => query(...args), stream, query)
     }
     Object.assign(client, { query: watched })
   })
@@ -515,23 +518,27 @@ test("an error at the commit comes to the application's error handler, whose rep
 })
 
 test('a handler that has thrown a refusal which cannot be committed is answered with a failure as well', async (t) => {
-  const refuse: Work = () => Promise.reject(Object.assign(new Error('sold out'), { statusCode: 409, code: 'SOLD_OUT' }))
-  const cutAndRefuse: Work = async (request, reply, run) => {
+  const refuse = () => Promise.reject(Object.assign(new Error('sold out'), { statusCode: 409, code: 'SOLD_OUT' }))
+  const cutAndRefuse: Work = async (request) => {
     await cut(request)
-    return refuse(request, reply, run)
+    return refuse()
   }
   for (const handled of ['by default', 'by an error handler']) {
-    const scenes = { '23505': await once(t, { first: refuse }), unavailable: await open(t, { first: cutAndRefuse }) }
-    for (const [code, scene] of Object.entries(scenes)) {
+    const broken = await open(t, { first: refuse })
+    instead(broken, (_commit, _socket, query) => query('SELECT 1 / 0'))
+    const lost = await open(t, { first: cutAndRefuse })
+    for (const { scene, failure } of [
+      { scene: broken, failure: [500, '22012', 'fresh'] },
+      { scene: lost, failure: UNAVAILABLE }
+    ]) {
       if (handled !== 'by default') {
         scene.app.setErrorHandler((error: FastifyError, _request, reply) =>
           reply.code(error.statusCode ?? 500).send({ code: error.code })
         )
       }
-      const reply = await scene.send()
-      t.same(told(reply), code === '23505' ? [500, '23505', 'fresh'] : UNAVAILABLE, `${code}, ${handled}`)
-      t.same(await scene.ledger(), [])
+      t.same(told(await scene.send()), failure, handled)
       t.same(told(await scene.send()), RAN_2)
+      t.same(await scene.ledger(), ['run 2'])
     }
   }
 })
@@ -653,6 +660,32 @@ test('a handler that goes back to a savepoint of its own has lost nothing else',
   t.same(await scene.ledger(), ['more', 'run 1'])
 })
 
+test('a handler may go to another schema, and the reply is stored all the same', async (t) => {
+  const first: Work = async (request, reply, run) => {
+    await transactionOf(request).query('SET LOCAL search_path TO pg_catalog')
+    return created(request, reply, run)
+  }
+  const { send, ledger } = await open(t, { first })
+  t.same(told(await send()), RAN_1)
+  t.same(told(await send()), REPLAYED_1)
+  t.same(await ledger(), ['run 1'])
+})
+
+test('a handler that keeps the reply from being stored is an error that says why, and all is undone', async (t) => {
+  for (const sql of ['SET LOCAL ROLE pg_monitor', 'SET TRANSACTION READ ONLY']) {
+    const first: Work = async (request, reply, run) => {
+      await transactionOf(request).query(sql)
+      return created(request, reply, run)
+    }
+    const { send, ledger } = await open(t, { first })
+    const reply = await send()
+    t.same([told(reply), reply.headers.location], [BROKEN, undefined], sql)
+    t.match(reply.json().message, /permission denied|read-only/)
+    t.same(await ledger(), [])
+    t.same(told(await send()), RAN_2)
+  }
+})
+
 test('a statement that the handler did not wait for is part of the transaction as well', async (t) => {
   const first: Work = (request, reply, run) => {
     void scene.write(request, 'later')
@@ -704,6 +737,9 @@ test('a handler cannot begin or end its transaction, however it says so', async 
   const outcomes: unknown[] = []
   const first: Work = async (request, reply, run) => {
     const client = transactionOf(request)
+    const calledBack = (statement: string) =>
+      new Promise((_, reject) => client.query(statement, (error: Error) => reject(error)))
+    outcomes.push(await calledBack('COMMIT').catch((error) => error))
     for (const statement of forbidden) {
       // Like an async function or not: to whoever awaits it, it is the same.
       const attempt = async () => client.query(statement as string)
@@ -720,7 +756,7 @@ test('a handler cannot begin or end its transaction, however it says so', async 
   const scene = await open(t, { first })
   const reply = scene.send()
   const result = told(await reply)
-  for (const [i, statement] of forbidden.entries()) {
+  for (const [i, statement] of ['with a callback', ...forbidden].entries()) {
     const says = { code: 'FST_IDEMPOTENCY_TRANSACTION', message: /ends with the reply[\s\S]*SAVEPOINT/ }
     t.match(outcomes[i], says, JSON.stringify(statement))
   }

@@ -268,15 +268,23 @@ test('no byte of a buffered reply leaves before the commit is done', async (t) =
   response.resume()
 })
 
-test('a refusal is a reply as any other: it is stored, and what was written with it stays', async (t) => {
-  for (const refuse of [
-    (reply: FastifyReply) => reply.code(409).send({ code: 'SOLD_OUT' }),
-    () => Promise.reject(Object.assign(new Error('sold out'), { statusCode: 409, code: 'SOLD_OUT' }))
-  ]) {
-    const { send, ledger, runs } = await open(t, { first: (_request, reply) => refuse(reply) })
+test('a refusal that is sent is a reply as any other: it is stored, and what was written with it stays', async (t) => {
+  const { send, ledger, runs } = await open(t, {
+    first: (_request, reply) => reply.code(409).send({ code: 'SOLD_OUT' })
+  })
+  t.same(told(await send()), [409, 'SOLD_OUT', 'fresh'])
+  t.same(told(await send()), [409, 'SOLD_OUT', 'replay'])
+  t.same([await ledger(), runs()], [['run 1'], 1])
+})
+
+test('a refusal that is thrown is stored as well, and what was written is undone', async (t) => {
+  const soldOut = () => Object.assign(new Error('sold out'), { statusCode: 409, code: 'SOLD_OUT' })
+  const ways: Work[] = [() => Promise.reject(soldOut()), (_request, reply) => reply.send(soldOut())]
+  for (const first of ways) {
+    const { send, ledger, runs } = await open(t, { first })
     t.same(told(await send()), [409, 'SOLD_OUT', 'fresh'])
     t.same(told(await send()), [409, 'SOLD_OUT', 'replay'])
-    t.same([await ledger(), runs()], [['run 1'], 1])
+    t.same([await ledger(), runs()], [[], 1])
   }
 })
 
@@ -333,14 +341,17 @@ for (const [what, { first, status }] of Object.entries(undone)) {
   })
 }
 
-test('with shouldStore: () => true a failure is stored, and what was written stays', async (t) => {
-  const { send, ledger } = await open(t, {
-    first: () => Promise.reject(Object.assign(new Error('oops'), { code: 'OOPS' })),
-    options: { shouldStore: () => true }
-  })
-  t.same(told(await send()), [500, 'OOPS', 'fresh'])
-  t.same(told(await send()), [500, 'OOPS', 'replay'])
-  t.same(await ledger(), ['run 1'])
+test('with shouldStore: () => true every failure is stored, and what was written stays if it was sent, not thrown', async (t) => {
+  const ways: [first: Work, effects: string[]][] = [
+    [(_request, reply) => reply.code(500).send({ code: 'OOPS' }), ['run 1']],
+    [() => Promise.reject(Object.assign(new Error('oops'), { code: 'OOPS' })), []]
+  ]
+  for (const [first, effects] of ways) {
+    const { send, ledger, runs } = await open(t, { first, options: { shouldStore: () => true } })
+    t.same(told(await send()), [500, 'OOPS', 'fresh'])
+    t.same(told(await send()), [500, 'OOPS', 'replay'])
+    t.same([await ledger(), runs()], [effects, 1])
+  }
 })
 
 test('a reply that is too large to keep is committed with its effects, and leaves a tombstone', async (t) => {
@@ -698,6 +709,18 @@ test('in a pool of one client duplicates get their answers while it is away, and
   }
 })
 
+test('of two requests at the very same time one runs, and the other is told so, be the only client of the pool away', async (t) => {
+  const { first, entered, leave } = held()
+  const scene = await open(t, { first, options: { storeTimeout: 60_000 }, pool: { max: 1 } })
+  const both = [scene.send(), scene.send()]
+  await entered
+  t.same(told(await Promise.race(both)), IN_PROGRESS)
+  leave()
+  const replies = (await Promise.all(both)).map(told)
+  t.same(replies.sort(), [RAN_1, IN_PROGRESS])
+  t.same([await scene.ledger(), scene.runs()], [['run 1'], 1])
+})
+
 test('who comes without a transaction sees a key that one holds as running, without waiting, and cannot delete it', async (t) => {
   const { first, entered, leave } = held()
   const scene = await open(t, { first })
@@ -766,7 +789,7 @@ test("a request of a 'reject' route is one message to claim and two to complete,
   })
   t.same(duplicates, [])
   t.equal(run.sent.length, 4, run.sent.join('\n\n'))
-  t.match(run.sent, [/^BEGIN;[\s\S]+;\s*SAVEPOINT \w+$/, /^INSERT INTO ledger_/, /\bUPDATE "keys_\d+"/, /^COMMIT$/])
+  t.match(run.sent, [/^BEGIN;[\s\S]+SAVEPOINT/, /^INSERT INTO ledger_/, /\bUPDATE [."a-z]*keys_\d+"/, /^COMMIT$/])
   const replay = await statements(async () => {
     t.same(told(await scene.send()), REPLAYED_1)
     await away()

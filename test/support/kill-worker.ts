@@ -132,7 +132,7 @@ function watch(client: PoolClient): void {
   client.query = send as never
 }
 
-const TRANSACTION = /^(?<before>[\s\S]*BEGIN;\s*SET LOCAL [^;]*;)(?<claim>[\s\S]*);\s*(?<after>SAVEPOINT \w+)$/
+const TRANSACTION = /^(?<before>[\s\S]*BEGIN;\s*SET LOCAL [^;]*;)(?<claim>[\s\S]*);\s*(?<after>SAVEPOINT \w+;[\s\S]*)$/
 
 async function sendClaim(original: Send, query: { text: string }): Promise<unknown> {
   if (sabotage === 'no-owner-check') {
@@ -147,8 +147,8 @@ async function sendClaim(original: Send, query: { text: string }): Promise<unkno
     const { before = '', claim = '', after = '' } = TRANSACTION.exec(query.text)?.groups ?? {}
     insist(/INSERT INTO/.test(claim), `There is no claim in: ${query.text}`)
     const result = await plain.query({ ...query, text: claim })
-    await original(`${before}${after}`)
-    return [result]
+    const rest = await original({ ...query, text: `${before}${after}` })
+    return [result, ...(rest as unknown[])]
   }
   return original(query)
 }
