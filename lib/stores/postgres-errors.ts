@@ -1,5 +1,7 @@
-/** An error that the server has sent. */
+/** An error that the server has sent; others have no severity. */
 export interface DatabaseError extends Error {
+  /** In the server's language. */
+  severity?: string
   /** https://www.postgresql.org/docs/current/errcodes-appendix.html */
   code?: string
 }
@@ -17,10 +19,14 @@ export function isContention(error: unknown): boolean {
   return code === SERIALIZATION_FAILURE || code === DEADLOCK
 }
 
+/** Has the server answered, if only by an error? */
+export function isAnswer(error: unknown): error is DatabaseError {
+  return (error as DatabaseError).severity !== undefined
+}
+
 /** Has the server refused a statement because of what was done before in the same transaction? */
 export function isRefusal(error: unknown): boolean {
-  const { code } = error as DatabaseError
-  return typeof code === 'string' && /^[0-9A-Z]{5}$/.test(code) && !SERVERS_OWN.test(code)
+  return isAnswer(error) && !SERVERS_OWN.test(error.code ?? '')
 }
 
 /** The error without the values that it may carry, which are somebody's reply. */

@@ -9,7 +9,7 @@ import type {
 import { LONGEST_DELAY } from '../deadlines.js'
 import { TransactionBroken } from '../errors.js'
 import { within } from '../within.js'
-import { type DatabaseError, explain, isContention, isRefusal } from './postgres-errors.js'
+import { type DatabaseError, explain, isAnswer, isContention, isRefusal } from './postgres-errors.js'
 import { Guard } from './postgres-guard.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './postgres-rows.js'
 import { type PostgresSql, SAVEPOINT } from './postgres-sql.js'
@@ -28,6 +28,7 @@ export class PostgresTransaction implements ClaimTransaction {
   #sql: PostgresSql
   readonly #key: string
   readonly #token: string
+  readonly #timeoutMs: number
   /** Does somebody perhaps wait for the end of this transaction? */
   #wake = false
   readonly #guard: Guard
@@ -36,11 +37,12 @@ export class PostgresTransaction implements ClaimTransaction {
   #pinging = false
 
   /** Takes a client fresh from the pool, in the very moment: nobody else hears when its connection is lost. */
-  constructor(client: TransactionClient, sql: PostgresSql, key: string, { token }: TransactionClaim) {
+  constructor(client: TransactionClient, sql: PostgresSql, key: string, { token, timeoutMs }: TransactionClaim) {
     this.#client = client
     this.#sql = sql
     this.#key = toKey(key)
     this.#token = toText(token)
+    this.#timeoutMs = timeoutMs
     this.#guard = new Guard(client)
     client.on('error', this.#onLost)
     client.on('end', this.#onLost)
@@ -89,7 +91,8 @@ export class PostgresTransaction implements ClaimTransaction {
       command = (await this.#client.query('COMMIT')).command
     } catch (error) {
       // A server that refuses has rolled back, and goes on talking. From one that falls silent, nobody knows what it has done.
-      if (await this.rollback()) return { state: 'refused', error: error as Error }
+      if (isAnswer(error) && (await this.rollback())) return { state: 'refused', error }
+      this.#return(error)
       throw explain(error)
     }
     if (command !== 'COMMIT') return this.#refuse(new TransactionBroken('The transaction could not be committed'))
@@ -101,7 +104,7 @@ export class PostgresTransaction implements ClaimTransaction {
     this.#guard.over = true
     await this.#guard.idle
     try {
-      await this.#client.query('ROLLBACK')
+      await within(this.#timeoutMs, () => this.#client.query('ROLLBACK'))
     } catch (error) {
       this.#return(error)
       return false
@@ -142,7 +145,7 @@ export class PostgresTransaction implements ClaimTransaction {
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
       try {
         const query = { text: prefix + begin, types: AS_TEXT, binary: false }
-        const results = (await within(claim.timeoutMs, () => this.#client.query(query))) as unknown as Result[]
+        const results = (await within(this.#timeoutMs, () => this.#client.query(query))) as unknown as Result[]
         const [found, table] = results.filter(({ command }) => command === 'SELECT').map(({ rows }) => rows[0])
         if (found !== undefined) {
           this.#sql = this.#sql.in((table as { schema: string }).schema)
@@ -189,7 +192,7 @@ export class PostgresTransaction implements ClaimTransaction {
   /** The transaction is over: tells those who wait, and gives the client back. */
   async #end(): Promise<void> {
     try {
-      if (this.#wake) await this.#client.query(this.#sql.wake, [this.#key])
+      if (this.#wake) await within(this.#timeoutMs, () => this.#client.query(this.#sql.wake, [this.#key]))
       this.#return()
     } catch (error) {
       this.#return(error)
