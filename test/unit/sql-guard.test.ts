@@ -348,7 +348,7 @@ t.test('query works without its client, as libraries call it that take it apart'
   t.equal(query('SELECT 1'), fake.answer)
   t.equal(query.call(undefined, 'SELECT 2'), fake.answer)
   t.strictSame(fake.queries, [['SELECT 1'], ['SELECT 2']])
-  t.throws(() => query('COMMIT'), REFUSED)
+  await t.rejects(query('COMMIT') as Promise<unknown>, REFUSED)
 })
 
 t.test('what would end the transaction is refused, however it is given, and never reaches the client', async (t) => {
@@ -358,21 +358,72 @@ t.test('what would end the transaction is refused, however it is given, and neve
     ['COMMIT'],
     ['SELECT 1; commit'],
     ['COMMIT', []],
-    ['COMMIT', () => {}],
     [{ text: 'COMMIT' }],
     [{ text: '/* now */ COMMIT;', values: [] }],
-    [{ name: 'end', text: 'COMMIT' }],
-    [{ text: 'COMMIT', submit() {} }]
+    [{ name: 'end', text: 'COMMIT' }]
   ]) {
-    t.throws(() => client.query(...args), { ...REFUSED, message })
+    await t.rejects(client.query(...args) as Promise<unknown>, { ...REFUSED, message })
   }
-  t.throws(() => client.query('ROLLBACK'), { ...REFUSED, message: /ROLLBACK/ })
+  await t.rejects(client.query('ROLLBACK') as Promise<unknown>, { ...REFUSED, message: /ROLLBACK/ })
   t.strictSame(fake.queries, [])
+})
+
+t.test('whoever listens by a callback, or by an object that takes the answer, hears of a refusal there', async (t) => {
+  const { fake, client, guard } = guarded()
+  const refusal = (ask: (heard: (error: Error) => void) => unknown) =>
+    new Promise<Error>((resolve) => {
+      let returned = false
+      ask((error) => {
+        t.ok(returned, 'later, as everything that is asked for')
+        resolve(error)
+      })
+      returned = true
+    })
+  for (const over of [false, true]) {
+    guard.over = over
+    t.match(await refusal((heard) => client.query('COMMIT', heard)), REFUSED)
+    t.match(await refusal((heard) => client.query('COMMIT', [], heard)), REFUSED)
+    t.match(await refusal((callback) => client.query({ text: 'COMMIT', callback })), REFUSED)
+    t.match(await refusal((handleError) => client.query({ text: 'COMMIT', submit() {}, handleError })), REFUSED)
+  }
+  t.strictSame(fake.queries, [])
+})
+
+t.test('a method that gives the client itself gives the guarded one', async (t) => {
+  const { fake, client } = guarded()
+  t.equal(
+    client.on('notice', () => {}),
+    client
+  )
+  await t.rejects(client.on('notice', () => {}).query('COMMIT') as Promise<unknown>, REFUSED)
+  t.strictSame(fake.queries, [])
+})
+
+t.test("the guard knows whether queries of the handler's are under way, and when they are not any more", async (t) => {
+  const { client, guard, fake } = guarded()
+  t.equal(guard.busy, false)
+  await guard.idle
+  let answer!: () => void
+  const slow = new Promise<void>((resolve) => {
+    answer = resolve
+  })
+  Object.assign(fake, { answer: slow })
+  client.query('SELECT pg_sleep(1)')
+  t.equal(guard.busy, true)
+  let idle = false
+  const waited = guard.idle.then(() => {
+    idle = true
+  })
+  await new Promise(setImmediate)
+  t.equal(idle, false)
+  answer()
+  await waited
+  t.equal(guard.busy, false)
 })
 
 t.test('a refused statement does not end what follows', async (t) => {
   const { fake, client } = guarded()
-  t.throws(() => client.query('COMMIT'), REFUSED)
+  await t.rejects(client.query('COMMIT') as Promise<unknown>, REFUSED)
   t.equal(client.query('SELECT 1'), fake.answer)
 })
 
@@ -418,14 +469,14 @@ t.test('the client cannot be let go: release, end and connect throw', async (t) 
   t.equal(fake.let, 'go')
 })
 
-t.test('when the transaction is over, every query throws, whatever it is', async (t) => {
+t.test('when the transaction is over, every query is refused, whatever it is', async (t) => {
   const { fake, client, guard } = guarded()
   const { query } = client
   client.query('SELECT 1')
   guard.over = true
-  for (const args of [['SELECT 1'], ['COMMIT'], [{ text: 'SELECT 1' }], ['SAVEPOINT a'], [{ submit() {} }], []]) {
-    t.throws(() => client.query(...args), { ...REFUSED, message: /^The transaction is over/ })
-    t.throws(() => query(...args), { ...REFUSED, message: /^The transaction is over/ })
+  for (const args of [['SELECT 1'], ['COMMIT'], [{ text: 'SELECT 1' }], ['SAVEPOINT a'], []]) {
+    await t.rejects(client.query(...args) as Promise<unknown>, { ...REFUSED, message: /^The transaction is over/ })
+    await t.rejects(query(...args) as Promise<unknown>, { ...REFUSED, message: /^The transaction is over/ })
   }
   t.strictSame(fake.queries, [['SELECT 1']])
 })

@@ -96,6 +96,7 @@ t.test('nothing is swept before the start, and nothing by the start itself', asy
   await settled()
   t.equal(sweeps, 0)
   timers.next().fire()
+  await settled()
   t.equal(sweeps, 1)
   await sweeper.stop()
 })
@@ -147,8 +148,8 @@ t.test('the pauses are of different lengths, around the interval', async (t) => 
     timers.next().fire()
     await settled()
   }
-  await sweeper.stop()
   const pauses = timers.all.map(({ ms }) => ms)
+  await sweeper.stop()
   t.ok(
     pauses.every((ms) => ms >= MINUTE / 2 && ms <= (MINUTE * 3) / 2),
     'none is far off'
