@@ -84,8 +84,9 @@ export class PostgresNotifications {
   }
 
   async #listen(client: Listener): Promise<void> {
+    let listening = false
     const lost = () => {
-      if (this.#client === client) this.#forget()
+      if (listening && this.#client === client) this.#forget()
     }
     client.on('notification', ({ payload = '' }) => this.#wake(payload))
     client.on('error', lost)
@@ -93,9 +94,13 @@ export class PostgresNotifications {
     try {
       await client.connect()
       await client.query(`LISTEN "${CHANNEL}"`)
+      listening = true
     } catch (error) {
       this.#failedAt = performance.now()
-      lost()
+      if (this.#client === client) {
+        this.#client = null
+        this.#connection = null
+      }
       client.end().catch(() => {})
       throw error
     }

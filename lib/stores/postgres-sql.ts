@@ -122,7 +122,7 @@ export class PostgresSql {
   lease_end    timestamptz NOT NULL,
   retain_ms    double precision NOT NULL,
   expires_at   timestamptz NOT NULL,
-  created_at   double precision,
+  created_at   numeric,
   status_code  smallint,
   headers      jsonb,
   body         bytea,
@@ -149,7 +149,7 @@ UPDATE ${table} SET
 WHERE ${mine} AND state = 'running'
 RETURNING true`
 
-    const record = `fingerprint = $3::text, created_at = $4::float8, status_code = $5::int, headers = $6::jsonb, body = $7::bytea,
+    const record = `fingerprint = $3::text, created_at = $4::numeric, status_code = $5::int, headers = $6::jsonb, body = $7::bytea,
     body_is_text = $8::boolean, tombstone = $9::text,
     expires_at = coalesce(${after('$10::float8')}, 'infinity')`
     this.complete = this.#finish('completed', mine, record)

@@ -84,7 +84,7 @@ export class PostgresTransaction implements ClaimTransaction {
       if (isAlive && isContention(error)) return { state: 'refused', error: error as Error }
       if (!isAlive || !isRefusal(error)) throw explain(error)
       const why = `What its handler has done keeps the reply from being stored in the transaction: ${explain(error).message}`
-      return { state: 'refused', error: new TransactionBroken(why, { cause: error }) }
+      return { state: 'refused', error: new TransactionBroken(why, { cause: explain(error) }) }
     }
     let command: string
     try {

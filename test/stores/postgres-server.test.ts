@@ -32,12 +32,6 @@ async function ownServer(t: Test, options?: StartOptions): Promise<PostgresServe
   return server
 }
 
-/** Every message that the server received while `fn` ran, but for the beginning of the mark that ends the log. */
-async function statements<T>(fn: () => T | Promise<T>, server = shared): Promise<{ result: T; sent: string[] }> {
-  const { result, sent } = await server.statements(fn)
-  return { result, sent: sent.filter((statement) => statement !== "SELECT '") }
-}
-
 const newTable = () => `keys_${randomUUID().replaceAll('-', '')}`
 
 /** A pool that is ended with the test. */
@@ -68,7 +62,12 @@ async function open(t: Test, { server = shared, pool: poolOptions, table = newTa
 
 type Rows = Awaited<ReturnType<typeof open>>['rows']
 
-const wish = (changes: Partial<TransactionClaim> = {}): TransactionClaim => ({ ...claim(), wake: false, ...changes })
+const wish = (changes: Partial<TransactionClaim> = {}): TransactionClaim => ({
+  ...claim(),
+  wake: false,
+  timeoutMs: 10_000,
+  ...changes
+})
 
 /** The transaction of a key that is free. */
 function held(found: TransactionAcquisition): ClaimTransaction {
@@ -158,7 +157,7 @@ const outcome = (promise: Promise<unknown>): Promise<string> =>
 
 t.test('constructing a store sends nothing, opens nothing and starts nothing', async (t) => {
   const pool = ownPool(t)
-  const { sent } = await statements(async () => {
+  const { sent } = await shared.statements(async () => {
     for (const sweepInterval of [1, null]) new PostgresStore({ pool, table: newTable(), sweepInterval })
     new PostgresStore({ pool })
     await sleep(30)
@@ -296,9 +295,21 @@ t.test('20 processes can create the table at once', async (t) => {
   }
 })
 
+t.test('the table can be created at once by two spellings of its name', async (t) => {
+  for (let round = 0; round < 5; round++) {
+    const table = newTable()
+    const stores = Array.from({ length: 10 }, (_, n) => {
+      const spelled = n % 2 === 0 ? table : `public.${table}`
+      return new PostgresStore({ pool: ownPool(t, { max: 1 }), table: spelled })
+    })
+    await Promise.all(stores.map((store) => store.createTable()))
+    t.strictSame(await stores[0]?.acquire('a', claim()), { state: 'acquired', attempt: 1 })
+  }
+})
+
 t.test('creating the table is one message, and so one transaction', async (t) => {
   const store = new PostgresStore({ pool: ownPool(t), table: newTable() })
-  const { sent } = await statements(() => store.createTable())
+  const { sent } = await shared.statements(() => store.createTable())
   t.equal(sent.length, 1)
 })
 
@@ -429,7 +440,7 @@ for (const [name, prepare] of Object.entries(STATES)) {
       const { store, second } = await open(t)
       const key = newKey()
       await prepare(second, key)
-      const { result, sent } = await statements(() => store.acquire(key, claim({ takeover })))
+      const { result, sent } = await shared.statements(() => store.acquire(key, claim({ takeover })))
       t.equal(sent.length, 1, sent.join('\n\n'))
       const free = ['free', 'released', 'expired'].includes(name)
       const expected = { state: free || (takeover && name === 'abandoned') ? 'acquired' : name }
@@ -442,10 +453,10 @@ for (const [name, prepare] of Object.entries(STATES)) {
     const key = newKey()
     await prepare(second, key)
     const nothing = ['free', 'released', 'expired'].includes(name)
-    const looked = await statements(() => store.get(key))
+    const looked = await shared.statements(() => store.get(key))
     t.equal(looked.sent.length, 1)
     t.equal(looked.result?.state ?? null, nothing ? null : name)
-    const forgotten = await statements(() => store.delete(key))
+    const forgotten = await shared.statements(() => store.delete(key))
     t.equal(forgotten.sent.length, 1)
     t.equal(forgotten.result, !nothing)
   })
@@ -463,7 +474,7 @@ for (const [name, step] of [
     for (const prepare of [take, lapsed]) {
       const key = newKey()
       const token = await prepare(store, key)
-      const { result, sent } = await statements(() => step(store, key, token))
+      const { result, sent } = await shared.statements(() => step(store, key, token))
       t.equal(result, true)
       t.equal(sent.length, 1, sent.join('\n\n'))
     }
@@ -475,7 +486,7 @@ for (const [name, step] of [
     const key = newKey()
     const token = await take(store, key)
     await step(store, key, token)
-    const { result, sent } = await statements(() => step(store, key, token))
+    const { result, sent } = await shared.statements(() => step(store, key, token))
     t.equal(result, true)
     t.equal(sent.length, 1, sent.join('\n\n'))
   })
@@ -484,7 +495,7 @@ for (const [name, step] of [
 t.test('a transaction is one message to begin, one to complete, and COMMIT; telling is one more', async (t) => {
   const { store, pool } = await open(t)
   for (const wake of [false, true]) {
-    const { sent } = await statements(async () => {
+    const { sent } = await shared.statements(async () => {
       const transaction = await hold(store, newKey(), { wake })
       t.strictSame(await transaction.complete(reply(), LONG), { state: 'committed' })
       await until(() => pool.idleCount === pool.totalCount)
@@ -501,7 +512,7 @@ t.test('a transaction that finds its key taken is one message to begin, and ROLL
     if (['free', 'released', 'expired'].includes(name)) continue
     const key = newKey()
     await prepare(second, key)
-    const { result, sent } = await statements(async () => {
+    const { result, sent } = await shared.statements(async () => {
       const found = await store.begin(key, wish())
       await until(() => pool.idleCount === pool.totalCount)
       return found
@@ -677,11 +688,11 @@ t.test('however many keys are waited for, there is one more connection, which is
   const tokens: string[] = []
   for (const key of keys) tokens.push(await take(second, key))
   t.equal(await listeners(rows), 0, 'none when nobody has waited')
-  const { result: waiters, sent } = await statements(async () => {
+  const { result: waiters, sent } = await server.statements(async () => {
     const waiters = [...keys, ...keys].map((key) => store.changed(key, never()))
     for (const key of keys) await awaited(rows, table, key)
     return waiters
-  }, server)
+  })
   t.equal(sent.filter((statement) => /^LISTEN/i.test(statement)).length, 1)
   t.equal(await listeners(rows), 1)
   t.equal(pool.totalCount, 1)
@@ -820,7 +831,7 @@ t.test('waiting ends when the signal aborts, also before the connection listens'
 
 t.test('waiting with a signal that has aborted sends nothing', async (t) => {
   const { store } = await open(t)
-  const { sent } = await statements(() => store.changed(newKey(), AbortSignal.abort()))
+  const { sent } = await shared.statements(() => store.changed(newKey(), AbortSignal.abort()))
   t.strictSame(sent, [])
 })
 
@@ -1075,7 +1086,7 @@ t.test('an expired row that a transaction is taking over is not deleted', async 
 t.test('without an interval nothing is ever deleted', async (t) => {
   const { store, table, rows } = await open(t, { sweepInterval: null })
   await fill(rows, table, 3)
-  const { sent } = await statements(async () => {
+  const { sent } = await shared.statements(async () => {
     const key = newKey()
     await finish(store, key)
     await (await hold(store, newKey())).rollback()
@@ -1238,7 +1249,6 @@ for (const [what, changes] of [
   ['a tombstone for an empty reason', "tombstone = ''"],
   ['no date', 'created_at = NULL'],
   ['a date that is none', "created_at = 'NaN'"],
-  ['a date that never comes', "created_at = 'Infinity'"],
   ['nothing', 'status_code = NULL, headers = NULL, body = NULL, body_is_text = NULL']
 ] as const) {
   t.test(`a record with ${what} is an error, never a wrong record`, async (t) => {
@@ -1321,7 +1331,7 @@ t.test('an error of a transaction that could not be completed does not carry the
   await rows(`ALTER TABLE "${table}" ADD CONSTRAINT full_up CHECK (state <> 'completed')`)
   const transaction = await hold(store, newKey(), secretClaim)
   const error = await transaction.complete(secretReply, LONG).then(
-    () => t.fail('it should fail'),
+    (outcome) => (outcome.state === 'refused' ? outcome.error : t.fail('it should fail')),
     (error) => error
   )
   t.match(error, { message: /violates check constraint "full_up"/ })
@@ -1500,6 +1510,7 @@ t.test('a key that a transaction is taking over from the dead is running for all
   const transaction = await hold(store, key, { takeover: true })
   t.match(await soon(second.acquire(key, claim({ takeover: true }))), { state: 'running' })
   t.match(await soon(second.begin(key, wish({ takeover: true }))), { state: 'running' })
+  t.equal(await soon(second.delete(key)), false, 'nor can it be deleted')
   await transaction.rollback()
   t.match(
     await second.begin(key, wish({ takeover: true })).then((found) => {
@@ -1552,9 +1563,9 @@ t.test('the client of a transaction that is over is refused, and back in its poo
     const transaction = await hold(store, newKey())
     const { client } = transaction
     await client.query('SELECT 1')
-    t.throws(() => client.query('COMMIT'), { code: TRANSACTION })
+    await t.rejects(client.query('COMMIT'), { code: TRANSACTION })
     await end(transaction)
-    t.throws(() => client.query('SELECT 1'), { code: TRANSACTION })
+    await t.rejects(client.query('SELECT 1'), { code: TRANSACTION })
     t.throws(() => client.release(), { code: TRANSACTION })
     await until(() => pool.idleCount === 1)
   }
@@ -1642,13 +1653,13 @@ t.test(
   async (t) => {
     const { store } = await open(t)
     const transaction = await hold(store, newKey())
-    const pinged = await statements(async () => {
+    const pinged = await shared.statements(async () => {
       for (let n = 0; n < 100; n++) transaction.keepAlive()
       await transaction.client.query('SELECT 1')
     })
     t.equal(pinged.sent.length, 2)
     await transaction.rollback()
-    const over = await statements(async () => {
+    const over = await shared.statements(async () => {
       for (let n = 0; n < 100; n++) transaction.keepAlive()
       await store.get(newKey())
     })
