@@ -32,7 +32,7 @@ import { soon } from '../support/store-spec.js'
 const script = fileURLToPath(new URL('../support/kill-worker.js', import.meta.url))
 const folder = makeFolder('kills')
 
-t.setTimeout(240_000)
+t.setTimeout(480_000)
 
 const random = new Random(newSeed())
 t.comment(`SEED=${random.seed}`)

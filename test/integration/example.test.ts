@@ -32,7 +32,7 @@ async function launchExample(
     printed += chunk
   })
   child.stderr.pipe(process.stderr)
-  const url = await until(() => /double click: (\S+)\//.exec(printed)?.[1])
+  const url = await until(() => /double click: (\S+)\//.exec(printed)?.[1], { timeout: 60_000 })
   return { child, url: url as string, printed }
 }
 
@@ -122,12 +122,12 @@ t.test('a server that is killed in the middle of a charge leaves nothing behind 
   lost.catch(() => {})
   const transactions =
     "SELECT FROM pg_stat_activity WHERE state = 'idle in transaction' AND query LIKE 'INSERT INTO example%'"
-  await until(async () => (await pool.query(transactions)).rowCount === 1)
+  await until(async () => (await pool.query(transactions)).rowCount === 1, { timeout: 60_000 })
   first.child.kill('SIGKILL')
   await t.rejects(lost)
   const second = await launchExample(t, env)
   // Nothing is left of the first attempt, its payload included.
-  await until(async () => (await charge(second.url, 0)) === 201)
+  await until(async () => (await charge(second.url, 0)) === 201, { timeout: 60_000 })
   t.equal(await charge(second.url, 0), 201, 'a replay')
   t.same(await (await fetch(`${second.url}/balance`)).json(), { charges: 1, total: 5, sum: 0 })
 })
