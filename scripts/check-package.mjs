@@ -11,7 +11,8 @@ const root = fileURLToPath(new URL('..', import.meta.url))
 const { name } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
 const npmQuiet = ['--no-audit', '--no-fund', '--loglevel=error']
 
-const required = ['package.json', 'README.md', 'CHANGELOG.md', 'LICENSE', 'dist/index.js', 'dist/index.d.ts']
+const entries = ['dist/index', 'dist/lib/testkit'].flatMap((entry) => [`${entry}.js`, `${entry}.d.ts`])
+const required = ['package.json', 'README.md', 'CHANGELOG.md', 'LICENSE', ...entries]
 const allowed =
   /^(package\.json|README\.md|CHANGELOG\.md|LICENSE|dist\/(?!test\/|examples\/).*\.(js|d\.ts|js\.map|d\.ts\.map))$/
 
@@ -43,6 +44,13 @@ const classes = `
   assert.equal(typeof RedisStore, 'function')
   assert.equal(typeof PostgresStore, 'function')
 `
+/** All cases of the conformance kit, without a test runner. */
+const conformance = `
+  const cases = storeConformance(() => new MemoryStore())
+  assert.ok(cases.length > 100, 'the kit has its cases')
+  const outcomes = await Promise.allSettled(cases.map(({ run }) => run()))
+  for (const outcome of outcomes) if (outcome.status === 'rejected') throw outcome.reason
+`
 const main = (/** @type {string} */ body) =>
   `async function main() {${body}}\nmain().catch((error) => {\n  console.error(error)\n  process.exitCode = 1\n})\n`
 
@@ -52,40 +60,52 @@ const sources = {
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
 import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
+import { storeConformance } from '${name}/testkit'
 assert.equal(idempotency, named)
-${classes}${use}`,
+${classes}${use}${conformance}`,
 
   'commonjs.cjs': `
 const assert = require('node:assert/strict')
 const fastify = require('fastify')
 const idempotency = require('${name}')
+const { storeConformance } = require('${name}/testkit')
 const { MemoryStore, PostgresStore, RedisStore } = idempotency
 assert.equal(typeof idempotency, 'function')
 assert.equal(idempotency, idempotency.default)
 assert.equal(idempotency, idempotency.idempotency)
-${classes}${main(use)}`,
+${classes}${main(use + conformance)}`,
+
+  'node-test.test.mjs': `
+import test from 'node:test'
+import { MemoryStore } from '${name}'
+import { storeConformance } from '${name}/testkit'
+for (const { name, run } of storeConformance(() => new MemoryStore())) test(name, run)
+`,
 
   'typescript-esm.ts': `
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
 import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
+import { storeConformance } from '${name}/testkit'
 assert.equal(idempotency, named)
-${classes}${use}`,
+${classes}${use}${conformance}`,
 
   'typescript-commonjs-require.cts': `
 import assert = require('node:assert/strict')
 import fastify = require('fastify')
 import idempotency = require('${name}')
+import { storeConformance } from '${name}/testkit'
 const { MemoryStore, PostgresStore, RedisStore } = idempotency
 assert.equal(typeof idempotency, 'function')
-${classes}${main(use)}`,
+${classes}${main(use + conformance)}`,
 
   'typescript-commonjs-import.cts': `
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
 import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
+import { storeConformance } from '${name}/testkit'
 assert.equal(idempotency, named)
-${classes}${main(use)}`
+${classes}${main(use + conformance)}`
 }
 
 const work = mkdtempSync(join(tmpdir(), 'check-package-'))

@@ -27,7 +27,7 @@ function moduleOf(code) {
   const body = lines.filter((line) => !line.startsWith('import ') && !line.includes('app.listen(')).join('\n')
   const declared = [...body.matchAll(/^(?:const|let|class|function|async function) (\w+)/gm)].map(([, name]) => name)
   const known = new Set([...declared, ...imports.flatMap((line) => line.match(/\w+/g) ?? [])])
-  const needed = ['app', 'idempotency', 'handler', 'verifySession', 'chargeCard'].filter(
+  const needed = ['app', 'idempotency', 'handler', 'verifySession', 'chargeCard', 'MapStore'].filter(
     (name) => !known.has(name) && new RegExp(`(?<!\\.)\\b${name}\\b(?!:)`).test(body)
   )
   return `${[...imports, "import type { Given } from '../given.js'"].join('\n')}
@@ -47,5 +47,7 @@ function commonJsOf(code) {
 
 /** @param {string} line */
 function toSource(line) {
-  return line.replace("'fastify-idempotency'", "'../../../index.js'")
+  return line
+    .replace("'fastify-idempotency'", "'../../../index.js'")
+    .replace("'fastify-idempotency/testkit'", "'../../../lib/testkit.js'")
 }

@@ -1,6 +1,9 @@
 /** What a caller brings when it asks for a key. */
 export interface Claim {
-  /** Names the owner. Made by the caller, never by the store: a repeated call with the same token is the same claim. */
+  /**
+   * Names the owner. Made by the caller, never by the store: a repeated call with the same token is the same claim. At
+   * most 255 bytes.
+   */
   token: string
   /** What the request looks like, as far as it is known at this point. Opaque to the store. */
   fingerprint: string
@@ -62,7 +65,13 @@ export type StoredRecord = StoredReply | Tombstone
  * lease and an expired record are dealt with inside `acquire`.
  *
  * `false` from `renew`, `complete` or `release` means that the token does not own the key, and that
- * nothing was changed. A rejected promise means that the outcome is not known.
+ * nothing was changed. A rejected promise means that the outcome is not known; so it is with a record that cannot be
+ * decoded. No method throws.
+ *
+ * Keys, tokens and fingerprints are any text, and are the same only when they are so to the letter. Claims and records
+ * are the caller's: what becomes of them once the call was made, or the answer given, does not change what is stored.
+ *
+ * `storeConformance` of `fastify-idempotency/testkit` tries all of this.
  */
 export interface IdempotencyStore {
   /**
@@ -98,7 +107,10 @@ export interface IdempotencyStore {
    * `transaction: true`.
    */
   begin?(key: string, claim: TransactionClaim): Promise<TransactionAcquisition>
-  /** Lets go of what the store itself opened: timers, its own connections. Never of a client it was given. */
+  /**
+   * Lets go of what the store itself opened: timers, its own connections. Never of a client it was given, nor of what is
+   * stored. May be called again.
+   */
   close?(): Promise<void>
 }
 

@@ -7,7 +7,7 @@ import type { IdempotencyOptions } from '../../index.js'
 import { until } from '../support/latch.js'
 import { launch, makeFolder, type ServerProcess } from '../support/process.js'
 import { startRedis } from '../support/redis.js'
-import { soon } from '../support/store-spec.js'
+import { soon } from '../support/store-fixtures.js'
 import type { Done, Job } from '../support/worker.js'
 
 // Several server processes on one Redis, some of which are killed or paused.

@@ -6,7 +6,7 @@ import { type IdempotencyOptions, RedisStore } from '../../index.js'
 import { build } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 import { type RedisServer, startRedis } from '../support/redis.js'
-import { soon } from '../support/store-spec.js'
+import { soon } from '../support/store-fixtures.js'
 
 // Redis stops, hangs, or loses its data, at every point of a request's life.
 

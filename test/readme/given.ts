@@ -1,5 +1,6 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import type idempotency from '../../index.js'
+import type { IdempotencyStore } from '../../index.js'
 
 /** What the snippets of the README use without declaring it. */
 export interface Given {
@@ -7,5 +8,6 @@ export interface Given {
   idempotency: typeof idempotency
   handler: (request: FastifyRequest, reply: FastifyReply) => Promise<unknown>
   verifySession: (request: FastifyRequest) => Promise<void>
+  MapStore: new () => IdempotencyStore
   chargeCard: (order: { idempotencyKey: string; signal: AbortSignal }) => Promise<object>
 }

@@ -4,10 +4,12 @@ import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import Fastify, { type FastifyInstance } from 'fastify'
 import t from 'tap'
-import idempotency, { type IdempotencyStore, PostgresStore } from '../../index.js'
+import idempotency, { type IdempotencyStore, MemoryStore, PostgresStore } from '../../index.js'
 import { REGISTRATION_RULES } from '../../lib/options.js'
 import { PostgresSql } from '../../lib/stores/postgres-sql.js'
+import { storeConformance } from '../../lib/testkit.js'
 import { codeOf, inject, REPLAYED } from '../support/app.js'
+import { nodeTest } from '../support/node-test.js'
 import { startPostgres } from '../support/postgres.js'
 import { startRedis } from '../support/redis.js'
 import type { Given } from './given.js'
@@ -30,6 +32,7 @@ async function snippet(name: string, given: Partial<Given> = {}): Promise<Record
     verifySession: async () => {},
     chargeCard: async () => ({ run: ++runs }),
     app: undefined as never,
+    MapStore: undefined as never,
     ...given
   })
 }
@@ -165,7 +168,7 @@ t.test('instance: a key can be looked up and forgotten', async (t) => {
   t.equal((await app.inject(request)).headers[REPLAYED], undefined)
 })
 
-t.test('own-store: it keeps its four rules', async (t) => {
+t.test('own-store: it keeps its rules', async (t) => {
   const app = await bare(t)
   const { MapStore } = (await snippet('own-store', { app })) as { MapStore: new () => IdempotencyStore }
   app.post('/', { config: { idempotency: true } }, async () => 'x')
@@ -187,6 +190,20 @@ t.test('own-store: it keeps its four rules', async (t) => {
   t.same(await store.acquire('k', { ...claim, token: 'c' }), { state: 'acquired', attempt: 1 })
   t.same([await store.complete('k', 'c', record, 1000), await store.complete('k', 'c', record, 1000)], [true, true])
   t.match(await store.acquire('k', { ...claim, token: 'd' }), { state: 'completed', record })
+})
+
+t.test('testkit: the store of the README keeps every promise', async (t) => {
+  tried.add('testkit')
+  const { code, output } = await nodeTest(`
+    import Fastify from ${JSON.stringify(import.meta.resolve('fastify'))}
+    import idempotency from ${JSON.stringify(new URL('../../index.js', import.meta.url).href)}
+    import * as ownStore from ${JSON.stringify(new URL('snippets/own-store.js', import.meta.url).href)}
+    import * as testkit from ${JSON.stringify(new URL('snippets/testkit.js', import.meta.url).href)}
+    const { MapStore } = await ownStore.run({ app: Fastify(), idempotency })
+    await testkit.run({ MapStore })
+  `)
+  t.equal(code, 0, code === 0 ? 'it ends well' : output)
+  t.match(output, new RegExp(`^# pass ${storeConformance(() => new MemoryStore()).length}$`, 'm'))
 })
 
 t.test('auth: a replay leaves only when the session is verified', async (t) => {

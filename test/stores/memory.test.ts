@@ -8,21 +8,19 @@ import { MemoryStore } from '../../index.js'
 import { FlakyStore, persistent } from '../support/flaky-store.js'
 import { until } from '../support/latch.js'
 import { newSeed, Random } from '../support/random.js'
+import { claim, conforms, lapsed, REPEATABLE, reply, same, take } from '../support/store-fixtures.js'
 import { exclusiveHistory, takeoverHistory } from '../support/store-histories.js'
-import { claim, lapsed, ownershipSpec, reply, same, storeSpec, take } from '../support/store-spec.js'
 
-storeSpec(t, 'a MemoryStore keeps every promise of a store', () => {
-  const store = new MemoryStore()
-  return { store, dispose: () => store.close() }
-})
+conforms(t, 'a MemoryStore keeps every promise of a store', () => new MemoryStore())
 
 t.test('a MemoryStore behind a bad network', async (t) => {
   const random = new Random(newSeed())
   t.comment(`SEED=${random.seed}`)
-  await ownershipSpec(t, 'belongs to its tokens for a caller who repeats what got lost', () => {
+  const factory = () => {
     const store = new MemoryStore()
     return { store: persistent(new FlakyStore(store, { random })), dispose: () => store.close() }
-  })
+  }
+  await conforms(t, 'belongs to its tokens for a caller who repeats what got lost', factory, REPEATABLE)
   const store = new MemoryStore()
   t.teardown(() => store.close())
   const clients = [new FlakyStore(store, { random }), new FlakyStore(store, { random })]

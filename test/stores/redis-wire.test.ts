@@ -6,7 +6,18 @@ import { type RedisClient, RedisStore } from '../../index.js'
 import { build } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 import { type RedisServer, startRedis } from '../support/redis.js'
-import { claim, lapsed, newKey, reply, same, soon, storeSpec, take, tombstone } from '../support/store-spec.js'
+import {
+  claim,
+  conforms,
+  finish,
+  lapsed,
+  newKey,
+  reply,
+  same,
+  soon,
+  take,
+  tombstone
+} from '../support/store-fixtures.js'
 
 const LONG = 60_000
 
@@ -221,14 +232,10 @@ function before70(client: Redis): Redis {
 }
 
 t.test('a RedisStore on a server that does not take NX and GET together (Redis 6.2)', async (t) => {
-  await storeSpec(t, 'keeps every promise of a store', async () => {
+  const clients = [before70(await shared.client()), before70(await shared.client())] as const
+  await conforms(t, 'keeps every promise of a store', () => {
     const options = { keyPrefix: `${randomUUID()}:` }
-    const [store, second] = [
-      new RedisStore(before70(await shared.client()), options),
-      new RedisStore(before70(await shared.client()), options)
-    ]
-    const dispose = () => Promise.all([store.close(), second.close()])
-    return { store, second, dispose }
+    return { store: new RedisStore(clients[0], options), second: new RedisStore(clients[1], options) }
   })
 
   await t.test('claims by one script call, once it knows', async (t) => {
@@ -613,10 +620,6 @@ function ends(store: RedisStore) {
     (key: string, token: string) => store.complete(key, token, reply(), LONG),
     (key: string, token: string) => store.release(key, token)
   ]
-}
-
-async function finish(store: RedisStore, key: string): Promise<void> {
-  await store.complete(key, await take(store, key), reply(), LONG)
 }
 
 /** Resolves when the claim is marked as one that somebody waits for: the subscription stands by then. */

@@ -4,34 +4,44 @@ import { RedisStore } from '../../index.js'
 import { FlakyStore, persistent } from '../support/flaky-store.js'
 import { newSeed, Random } from '../support/random.js'
 import { startRedis } from '../support/redis.js'
+import { conforms, REPEATABLE } from '../support/store-fixtures.js'
 import { exclusiveHistory, takeoverHistory } from '../support/store-histories.js'
-import { ownershipSpec, storeSpec } from '../support/store-spec.js'
+
+/** Where the length of a record's head is: after the kind, the version, and a token of 36 bytes. */
+const AFTER_TOKEN = 3 + 36
 
 const server = await startRedis()
 t.teardown(() => server.close())
+const admin = await server.client()
 
 /** Two stores with clients of their own, on keys of their own. */
-async function stores() {
-  const options = { keyPrefix: `${randomUUID()}:` }
-  const clients = [await server.client(), await server.client()] as const
-  const [store, second] = [new RedisStore(clients[0], options), new RedisStore(clients[1], options)]
+async function stores(...options: Parameters<typeof server.client>) {
+  const keyPrefix = `${randomUUID()}:`
+  const clients = [await server.client(...options), await server.client(...options)] as const
+  const [store, second] = [new RedisStore(clients[0], { keyPrefix }), new RedisStore(clients[1], { keyPrefix })]
   const dispose = async () => {
     await Promise.all([store.close(), second.close()])
     for (const client of clients) client.disconnect()
   }
-  return { store, second, dispose }
+  const interrupt = async () => {
+    await admin.call('CLIENT', 'KILL', 'TYPE', 'pubsub')
+    await admin.call('CLIENT', 'KILL', 'TYPE', 'normal')
+  }
+  const spoil = (key: string) => admin.setrange(keyPrefix + key, AFTER_TOKEN, '\x7f')
+  return { store, second, dispose, interrupt, spoil }
 }
 
-storeSpec(t, 'a RedisStore keeps every promise of a store', stores)
+conforms(t, 'a RedisStore keeps every promise of a store', stores)
 
 t.test('a RedisStore behind a bad network', async (t) => {
   const random = new Random(newSeed())
   t.comment(`SEED=${random.seed}`)
-  await ownershipSpec(t, 'belongs to its tokens for a caller who repeats what got lost', async () => {
+  const factory = async () => {
     const { store, second, dispose } = await stores()
     const flaky = (store: RedisStore) => persistent(new FlakyStore(store, { random }))
     return { store: flaky(store), second: flaky(second), dispose }
-  })
+  }
+  await conforms(t, 'belongs to its tokens for a caller who repeats what got lost', factory, REPEATABLE)
   const { store, second, dispose } = await stores()
   t.teardown(dispose)
   const clients = [new FlakyStore(store, { random }), new FlakyStore(second, { random })]
@@ -39,21 +49,10 @@ t.test('a RedisStore behind a bad network', async (t) => {
   await takeoverHistory(t, clients, random)
 })
 
-t.test('a RedisStore with a client that pipelines by itself', async (t) => {
-  await storeSpec(t, 'keeps every promise of a store', async () => {
-    const options = { keyPrefix: `${randomUUID()}:` }
-    const client = await server.client({ enableAutoPipelining: true })
-    const store = new RedisStore(client, options)
-    return { store, dispose: () => store.close() }
-  })
-})
+conforms(t, 'a RedisStore keeps every promise with a client that pipelines by itself', () =>
+  stores({ enableAutoPipelining: true })
+)
 
 for (const protocol of [2, 3] as const) {
-  t.test(`a RedisStore with a client that speaks RESP${protocol}`, async (t) => {
-    await storeSpec(t, 'keeps every promise of a store', async () => {
-      const options = { keyPrefix: `${randomUUID()}:` }
-      const store = new RedisStore(await server.client({ protocol }), options)
-      return { store, dispose: () => store.close() }
-    })
-  })
+  conforms(t, `a RedisStore keeps every promise with a client that speaks RESP${protocol}`, () => stores({ protocol }))
 }

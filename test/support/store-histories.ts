@@ -4,7 +4,7 @@ import type { Test } from 'tap'
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
 import { insist } from './flaky-store.js'
 import type { Random } from './random.js'
-import { claim, newKey, reply } from './store-spec.js'
+import { claim, newKey, reply } from './store-fixtures.js'
 
 // Random histories of a store whose calls take their time, overtake each other, and get lost. What a worker knows for
 // certain is what had been answered before it asked, and what must hold is checked against that and no more.

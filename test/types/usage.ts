@@ -14,6 +14,12 @@ import idempotency, {
   type RequestIdempotency,
   type StoredRecord
 } from '../../index.js'
+import {
+  type ConformanceCase,
+  type ConformanceOptions,
+  type StoreFactory,
+  storeConformance
+} from '../../lib/testkit.js'
 
 /* Compiled, never run: what the types promise. */
 
@@ -76,6 +82,26 @@ export async function usage(): Promise<void> {
   new RedisStore()
   // @ts-expect-error: not a Redis client
   new RedisStore({})
+}
+
+/** The conformance kit goes with any test runner. */
+export function conformance(test: (name: string, run: () => Promise<void>) => void): void {
+  for (const { name, run } of storeConformance(() => new OwnStore())) test(name, run)
+  const options: ConformanceOptions = { timeout: 5_000 }
+  const factory: StoreFactory = async () => ({
+    store: new MemoryStore(),
+    second: new MemoryStore(),
+    dispose: async () => {},
+    interrupt() {},
+    spoil: (key) => key.length
+  })
+  const cases: ConformanceCase[] = storeConformance(factory, options).filter(({ about }) => about !== 'interruptions')
+  // @ts-expect-error: nothing is about that
+  cases.filter(({ about }) => about === 'interrupts')
+  // @ts-expect-error: a store is needed
+  storeConformance(() => ({ second: new MemoryStore() }))
+  // @ts-expect-error: not an option
+  storeConformance(factory, { limit: 1 })
 }
 
 /** A store of one's own needs four methods. */

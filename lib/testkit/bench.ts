@@ -1,0 +1,228 @@
+import { AssertionError } from 'node:assert'
+import { setMaxListeners } from 'node:events'
+import { inspect } from 'node:util'
+import type { Acquisition, IdempotencyStore } from '../../types/index.js'
+import type { StoreFactory, StoreUnderTest } from '../testkit.js'
+
+/** Where a promise is put to the test. */
+export interface Bench {
+  readonly store: IdempotencyStore
+  /** Another client on the same data, where there is one. */
+  readonly second: IdempotencyStore
+  /** Aborts when the case is over: what still listens may go. */
+  readonly signal: AbortSignal
+  /** Breaks the connections, where the factory knows how. */
+  readonly interrupt: (() => Promise<void>) | undefined
+  /** Spoils a record, where the factory knows how. */
+  readonly spoil: ((key: string) => Promise<void>) | undefined
+}
+
+/** A promise of every store, and how it is tried. */
+export interface Promised {
+  readonly name: string
+  /** Rejects when the promise is broken. */
+  readonly keep: (bench: Bench) => Promise<void>
+}
+
+export function promised(name: string, keep: Promised['keep']): Promised {
+  return { name, keep }
+}
+
+type OptionalMethod = 'changed' | 'get' | 'delete' | 'close'
+
+/** The same on clients that have one of the methods that a store need not have. */
+export type BenchWith<M extends OptionalMethod> = Bench & {
+  readonly [client in 'store' | 'second']: IdempotencyStore & Required<Pick<IdempotencyStore, M>>
+}
+
+/** A promise that is made with a method which a store need not have. */
+export function promisedWith<M extends OptionalMethod>(
+  method: M,
+  name: string,
+  keep: (bench: BenchWith<M>) => Promise<void>
+): Promised {
+  return promised(name, async (bench) => {
+    if (bench.store[method] !== undefined) await keep(bench as BenchWith<M>)
+  })
+}
+
+/** The store has rejected where it should have answered. */
+export class Rejection extends AssertionError {}
+
+/** Makes a store, tries the promise on it, and disposes of it: all within the limit. */
+export async function keepsPromise({ name, keep }: Promised, factory: StoreFactory, limit: number): Promise<void> {
+  const over = new AbortController()
+  setMaxListeners(0, over.signal)
+  const unanswered: string[] = []
+  let made: StoreUnderTest | undefined
+  const making = open(factory, over.signal).then((subject) => {
+    made = subject
+    return subject
+  })
+  const kept = making.then((subject) => keep(benchOf(subject, unanswered, over.signal)))
+  const what = () => (made ? pending(unanswered) : 'the factory to give a store')
+  const failure = await outcome(within(limit, kept, what))
+  over.abort()
+  const untidy = made && (await outcome(within(limit, disposed(made), () => 'dispose to end')))
+  if (failure) throw named(name, failure.error)
+  if (untidy) throw untidy.error
+}
+
+async function open(factory: StoreFactory, over: AbortSignal): Promise<StoreUnderTest> {
+  const made = (await factory()) as Partial<IdempotencyStore & StoreUnderTest> | undefined | null
+  const subject = (typeof made?.acquire === 'function' ? { store: made } : made) as StoreUnderTest | undefined | null
+  if (typeof subject?.store?.acquire !== 'function') {
+    throw new TypeError(`The factory has to give a store, or { store }, and gave ${shown(made)}`)
+  }
+  // Made too late for its case, and yet somebody has to tidy it away.
+  if (over.aborted) await disposed(subject)
+  return subject
+}
+
+async function disposed(subject: StoreUnderTest): Promise<void> {
+  if (subject.dispose) await subject.dispose()
+  else for (const client of new Set([subject.store, subject.second])) await client?.close?.()
+}
+
+function benchOf(subject: StoreUnderTest, unanswered: string[], signal: AbortSignal): Bench {
+  const { store, second = store, interrupt, spoil } = subject
+  const first = watched(store, unanswered, signal)
+  return {
+    store: first,
+    second: second === store ? first : watched(second, unanswered, signal),
+    signal,
+    interrupt: interrupt && (async () => void (await interrupt.call(subject))),
+    spoil: spoil && (async (key) => void (await spoil.call(subject, key)))
+  }
+}
+
+/** The store, with a look at each of its answers. What is given goes to it as it is, and so does what it answers. */
+function watched(store: IdempotencyStore, unanswered: string[], over: AbortSignal): IdempotencyStore {
+  const ask = <T>(method: string, call: () => Promise<T>, fault: (answer: T) => string | null): Promise<T> => {
+    // What a case that was given up still wants to know, nobody wants to hear.
+    if (over.aborted) return new Promise(() => {})
+    const answer = (async () => {
+      const promise = given(method, call)
+      unanswered.push(method)
+      try {
+        const answer = await promise
+        const wrong = fault(answer)
+        if (wrong !== null) throw new AssertionError({ message: `${method} answered ${shown(answer)}: ${wrong}` })
+        return answer
+      } catch (error) {
+        if (error instanceof AssertionError) throw error
+        const message = `${method} rejected with ${error instanceof Error ? error : shown(error)}`
+        throw Object.assign(new Rejection({ message }), { cause: error })
+      } finally {
+        unanswered.splice(unanswered.indexOf(method), 1)
+      }
+    })()
+    // Several calls may be on their way when the first of them fails.
+    answer.catch(() => {})
+    return answer
+  }
+  const watched: IdempotencyStore = {
+    acquire: (key, claim) => ask('acquire', () => store.acquire(key, claim), faultOf),
+    renew: (key, token, leaseMs) => ask('renew', () => store.renew(key, token, leaseMs), notBoolean),
+    complete: (...args) => ask('complete', () => store.complete(...args), notBoolean),
+    release: (key, token) => ask('release', () => store.release(key, token), notBoolean)
+  }
+  const { changed, get, delete: forget, close } = store
+  if (changed) watched.changed = (key, signal) => ask('changed', () => changed.call(store, key, signal), anything)
+  if (get) watched.get = (key) => ask('get', () => get.call(store, key), faultOfLook)
+  if (forget) watched.delete = (key) => ask('delete', () => forget.call(store, key), notBoolean)
+  if (close) watched.close = () => ask('close', () => close.call(store), anything)
+  return watched
+}
+
+function given<T>(method: string, call: () => Promise<T>): Promise<T> {
+  let promise: Promise<T>
+  try {
+    promise = call()
+  } catch (error) {
+    throw new AssertionError({ message: `${method} threw ${error}, where it has to give a promise` })
+  }
+  if (typeof promise?.then === 'function') return promise
+  throw new AssertionError({ message: `${method} gave ${shown(promise)}, where it has to give a promise` })
+}
+
+const isText = (value: unknown) => typeof value === 'string'
+const isCount = (value: unknown) => Number.isSafeInteger(value) && (value as number) > 0
+const isDuration = (value: unknown) => Number.isFinite(value) && (value as number) >= 0
+const isRecord = (value: unknown) => typeof value === 'object' && value !== null
+
+const shapes: Record<Acquisition['state'], Record<string, (value: unknown) => boolean>> = {
+  acquired: { attempt: isCount },
+  running: { fingerprint: isText, leaseMs: isDuration },
+  abandoned: { fingerprint: isText, attempt: isCount },
+  completed: { record: isRecord, ttlMs: (value) => value === null || isDuration(value) }
+}
+
+/** What is wrong with an answer. What it says is for the case to judge. */
+function faultOf(found: Acquisition): string | null {
+  const shape = shapes[found?.state]
+  if (shape === undefined) return 'that is none of the states of a key'
+  const wrong = Object.entries(shape).find(([name, isRight]) => !isRight((found as Record<string, unknown>)[name]))
+  return wrong === undefined ? null : `its ${wrong[0]} is missing, of the wrong type, or out of range`
+}
+
+function faultOfLook(found: Acquisition | null): string | null {
+  return found === null ? null : faultOf(found)
+}
+
+function notBoolean(answer: unknown): string | null {
+  return typeof answer === 'boolean' ? null : 'it has to be true or false'
+}
+
+function anything(): null {
+  return null
+}
+
+/** What a case waits for that does not end. */
+function pending(unanswered: string[]): string {
+  if (unanswered.length === 0) return 'the case to end'
+  return [...new Set(unanswered)].map((method) => `${method} to answer`).join(', ')
+}
+
+/** Rejects when the promise takes longer. */
+export async function within<T>(limit: number, promise: Promise<T>, what: () => string): Promise<T> {
+  let timer: NodeJS.Timeout | undefined
+  // It keeps the process alive: nothing else may, with a store that never answers.
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => {
+      reject(new AssertionError({ message: `Waited ${limit} ms in vain for ${what()}` }))
+    }, limit)
+  })
+  try {
+    return await Promise.race([promise, late])
+  } finally {
+    clearTimeout(timer)
+  }
+}
+
+/** The error, if there is one. */
+function outcome(promise: Promise<unknown>): Promise<{ error: unknown } | null> {
+  return promise.then(
+    () => null,
+    (error: unknown) => ({ error })
+  )
+}
+
+/** The error, with the promise that was broken in front. */
+function named(name: string, error: unknown): unknown {
+  if (!(error instanceof AssertionError)) return error
+  const { message, stack } = error
+  error.message = `${name}: ${message}`
+  error.stack = stack?.replace(message, () => error.message) ?? error.message
+  return error
+}
+
+export function shown(value: unknown): string {
+  return inspect(value, {
+    breakLength: Number.POSITIVE_INFINITY,
+    compact: true,
+    maxStringLength: 200,
+    maxArrayLength: 20,
+    depth: 4
+  })
+}

@@ -1,0 +1,127 @@
+import type { IdempotencyStore } from '../../types/index.js'
+import { type Bench, promised } from './bench.js'
+import { answers, claim, equal, FRESH, LONG, lapsed, newKey, ok, parallel, replays, reply, take } from './fixtures.js'
+
+// Two steps on one key at the same moment. One of them comes first, and what they answer has to agree on which.
+
+type AtOnce = <A, B>(first: () => Promise<A>, second: () => Promise<B>) => Promise<[A, B]>
+
+/** Some rounds, by one client or by two, with the one step or the other sent first. */
+async function rounds(
+  { store, second }: Bench,
+  race: (one: IdempotencyStore, other: IdempotencyStore, atOnce: AtOnce) => Promise<void>
+): Promise<void> {
+  const asTold: AtOnce = (first, second) => Promise.all([first(), second()])
+  const theOtherWay: AtOnce = async (first, second) => {
+    const [b, a] = await Promise.all([second(), first()])
+    return [a, b]
+  }
+  await parallel(12, [store, second], (one, n) => {
+    const other = n % 3 === 0 ? one : one === store ? second : store
+    return race(one, other, n % 4 < 2 ? asTold : theOtherWay)
+  })
+}
+
+const heir = () => claim({ fingerprint: 'the heir', takeover: true })
+
+export const races = [
+  promised('of a renewal and a takeover at the same moment exactly one succeeds', (bench) =>
+    rounds(bench, async (one, other, atOnce) => {
+      const key = newKey()
+      const token = await lapsed(one, key)
+      const [renewed, found] = await atOnce(
+        () => one.renew(key, token, LONG),
+        () => other.acquire(key, heir())
+      )
+      answers(found, renewed ? { state: 'running' } : { state: 'acquired', attempt: 2 }, `after renew was ${renewed}`)
+      equal(await other.renew(key, token, LONG), renewed, 'renew by the former owner')
+    })
+  ),
+
+  promised('of a completion and a takeover at the same moment exactly one succeeds', (bench) =>
+    rounds(bench, async (one, other, atOnce) => {
+      const key = newKey()
+      const token = await lapsed(one, key)
+      const [done, found] = await atOnce(
+        () => one.complete(key, token, reply(), LONG),
+        () => other.acquire(key, heir())
+      )
+      if (done) replays(found, reply(), 'the key that was completed')
+      else answers(found, { state: 'acquired', attempt: 2 }, 'the key that could not be completed')
+      const later = await other.acquire(key, heir())
+      if (done) replays(later, reply(), 'the key that was completed')
+      else answers(later, { state: 'running', fingerprint: 'the heir' }, 'the key that was taken over')
+    })
+  ),
+
+  promised('of a release and a takeover at the same moment the later one finds what the earlier one left', (bench) =>
+    rounds(bench, async (one, other, atOnce) => {
+      const key = newKey()
+      const token = await lapsed(one, key)
+      const [released, found] = await atOnce(
+        () => one.release(key, token),
+        () => other.acquire(key, heir())
+      )
+      answers(found, { state: 'acquired', attempt: released ? 1 : 2 }, `after release was ${released}`)
+      answers(await one.acquire(key, heir()), { state: 'running', fingerprint: 'the heir' })
+    })
+  ),
+
+  promised('of a completion and a release at the same moment exactly one succeeds', (bench) =>
+    rounds(bench, async (one, other, atOnce) => {
+      const key = newKey()
+      const token = await take(one, key)
+      const [done, released] = await atOnce(
+        () => one.complete(key, token, reply(), LONG),
+        () => other.release(key, token)
+      )
+      ok(done !== released, `complete was ${done}, and release was ${released}`)
+      const found = await other.acquire(key, claim())
+      if (done) replays(found, reply(), 'the key that was completed')
+      else answers(found, FRESH, 'the key that was released')
+    })
+  ),
+
+  promised('of several completions with the same token at the same moment one record stays', (bench) =>
+    rounds(bench, async (one, other, atOnce) => {
+      const key = newKey()
+      const token = await take(one, key)
+      const complete = (client: IdempotencyStore, fingerprint: string) => () =>
+        client.complete(key, token, reply({ fingerprint, body: Buffer.from(fingerprint) }), LONG)
+      const done = await atOnce(complete(one, 'first'), complete(other, 'second'))
+      ok(done[0] && done[1], `complete was ${done[0]} and ${done[1]}`)
+      const found = await one.acquire(key, claim())
+      answers(found, { state: 'completed' })
+      const { fingerprint } = (found as { record: { fingerprint: string } }).record
+      const kept = reply({ fingerprint, body: Buffer.from(fingerprint) })
+      replays(found, kept)
+      replays(await other.acquire(key, claim()), kept, 'the key, asked again,')
+    })
+  ),
+
+  promised('a renewal or a repeated claim at the same moment does not undo a completion', (bench) =>
+    rounds(bench, async (one, other, atOnce) => {
+      const [key, again] = [newKey(), claim()]
+      answers(await one.acquire(key, again), FRESH)
+      const [done] = await atOnce(
+        () => one.complete(key, again.token, reply(), LONG),
+        () => Promise.all([other.renew(key, again.token, LONG), other.acquire(key, again)])
+      )
+      equal(done, true, 'complete by the owner')
+      replays(await other.acquire(key, claim()), reply())
+    })
+  ),
+
+  promised('a renewal at the same moment does not undo a release', (bench) =>
+    rounds(bench, async (one, other, atOnce) => {
+      const key = newKey()
+      const token = await take(one, key)
+      const [released] = await atOnce(
+        () => one.release(key, token),
+        () => other.renew(key, token, LONG)
+      )
+      equal(released, true, 'release by the owner')
+      answers(await other.acquire(key, claim()), FRESH)
+    })
+  )
+]

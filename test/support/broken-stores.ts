@@ -1,0 +1,795 @@
+import { EventEmitter } from 'node:events'
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { StoreUnderTest } from '../../lib/testkit.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
+import { ModelData, ModelStore, type Row } from './model-store.js'
+
+// Stores that are wrong in one thing each, as people have got it wrong.
+
+type Step = 'renew' | 'complete' | 'release'
+type How = 'completed' | 'released' | 'deleted'
+
+/** Two clients on the same data, of a class of stores. */
+function clients(Store: new (data: ModelData) => ModelStore): () => StoreUnderTest {
+  return () => {
+    const data = new ModelData()
+    const store = new Store(data)
+    return { store, second: new Store(data), spoil: (key) => store.spoil(key) }
+  }
+}
+
+/** The model, with some of its answers changed. */
+function answering(change: (answer: Acquisition) => object): () => StoreUnderTest {
+  return clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        return change(await super.acquire(key, claim)) as Acquisition
+      }
+      override async get(key: string) {
+        const found = await super.get(key)
+        return found && (change(found) as Acquisition)
+      }
+    }
+  )
+}
+
+/** The model, with the members of a reply changed on their way into the table or out of it. */
+function keeping(change: (reply: StoredReply) => object, on: 'in' | 'out' = 'out'): () => StoreUnderTest {
+  const changed = (record: StoredRecord) =>
+    (record.kind === 'reply' ? { ...record, ...change(record) } : record) as StoredRecord
+  return clients(
+    class extends ModelStore {
+      protected override encode(record: StoredRecord) {
+        return super.encode(on === 'in' ? changed(record) : record)
+      }
+      protected override decode(text: string) {
+        const record = super.decode(text)
+        return on === 'out' ? changed(record) : record
+      }
+    }
+  )
+}
+
+/** The model, with records that are kept as objects. */
+function referring(keep: (record: StoredRecord) => StoredRecord, give: (record: StoredRecord) => StoredRecord) {
+  const records = new Map<string, StoredRecord>()
+  return clients(
+    class extends ModelStore {
+      protected override encode(record: StoredRecord) {
+        const name = `record ${records.size}!`
+        records.set(name, keep(record))
+        return name
+      }
+      protected override decode(name: string) {
+        const record = records.get(name)
+        if (record === undefined) throw new Error('No such record')
+        return give(record)
+      }
+    }
+  )
+}
+
+function copy(record: StoredRecord): StoredRecord {
+  return record.kind === 'reply'
+    ? { ...record, headers: structuredClone(record.headers), body: Buffer.from(record.body) }
+    : { ...record }
+}
+
+/** The model, with another name for a key in the table. */
+function naming(rowKey: (key: string) => string): () => StoreUnderTest {
+  return clients(
+    class extends ModelStore {
+      protected override rowKey(key: string) {
+        return rowKey(key)
+      }
+    }
+  )
+}
+
+/** The model, with what a step decides made before the step itself, and not in one. */
+function hesitating(...steps: ('acquire' | Step)[]): () => StoreUnderTest {
+  return clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        if (!steps.includes('acquire')) return super.acquire(key, claim)
+        const now = this.now()
+        const row = this.known(key, now)
+        await sleep(1)
+        if (row === undefined || row.state === 'released') return this.take(key, claim, 1, now)
+        if (row.state === 'running' && row.token !== claim.token && row.leaseEnd <= now && claim.takeover) {
+          return this.take(key, claim, row.attempt + 1, now)
+        }
+        return super.acquire(key, claim)
+      }
+      override renew(key: string, token: string, leaseMs: number) {
+        return this.#late('renew', key, token, () => super.renew(key, token, leaseMs), { state: 'running' })
+      }
+      override complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+        return this.#late('complete', key, token, () => super.complete(key, token, record, ttlMs), { state: 'running' })
+      }
+      override release(key: string, token: string) {
+        return this.#late('release', key, token, () => super.release(key, token), { state: 'running' })
+      }
+      async #late(step: Step, key: string, token: string, go: () => Promise<boolean>, assumed: Partial<Row>) {
+        const row = this.known(key, this.now())
+        if (!steps.includes(step) || row?.state !== 'running' || row.token !== token) return go()
+        await sleep(1)
+        // As it was when it was looked at.
+        this.data.rows.set(this.rowKey(key), { ...row, ...assumed, token })
+        return go()
+      }
+    }
+  )
+}
+
+const never = new Promise<never>(() => {})
+
+export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStore> = {
+  'looks first and claims later': hesitating('acquire'),
+  'looks first and renews later': hesitating('renew'),
+  'looks first and completes later': hesitating('complete'),
+  'looks first and releases later': hesitating('release'),
+
+  ...Object.fromEntries(
+    (['renew', 'complete', 'release'] as const).map((wrong) => [
+      `asks nobody for a token to ${wrong}`,
+      clients(
+        class extends ModelStore {
+          protected override owns(step: Step, row: Row, token: string, now: number) {
+            return step === wrong || super.owns(step, row, token, now)
+          }
+        }
+      )
+    ])
+  ),
+
+  'takes a lapsed claim from its owner': clients(
+    class extends ModelStore {
+      protected override owns(step: Step, row: Row, token: string, now: number) {
+        return super.owns(step, row, token, now) && (row.state !== 'running' || row.leaseEnd > now)
+      }
+    }
+  ),
+
+  'forgets who has completed': clients(
+    class extends ModelStore {
+      protected override again(step: Step) {
+        return step !== 'complete'
+      }
+    }
+  ),
+
+  'forgets who has released': clients(
+    class extends ModelStore {
+      protected override again(step: Step) {
+        return step !== 'release'
+      }
+    }
+  ),
+
+  'overwrites a record with a later one': clients(
+    class extends ModelStore {
+      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+        const row = this.known(key, this.now())
+        if (row?.state === 'completed' && row.token === token) row.state = 'running'
+        return super.complete(key, token, record, ttlMs)
+      }
+    }
+  ),
+
+  'releases what is completed': clients(
+    class extends ModelStore {
+      override async release(key: string, token: string) {
+        const row = this.known(key, this.now())
+        if (row?.state === 'completed' && row.token === token) row.state = 'running'
+        return super.release(key, token)
+      }
+    }
+  ),
+
+  'expires for those who read, and not for those who claim': clients(
+    class extends ModelStore {
+      #claiming = false
+      override acquire(key: string, claim: Claim) {
+        this.#claiming = true
+        const found = super.acquire(key, claim)
+        this.#claiming = false
+        return found
+      }
+      protected override known(key: string, now: number) {
+        return this.#claiming ? this.data.rows.get(key) : super.known(key, now)
+      }
+      protected override completed(row: Row, now: number) {
+        return super.completed({ ...row, expires: Math.max(row.expires, now) }, now)
+      }
+    }
+  ),
+
+  'never expires': clients(
+    class extends ModelStore {
+      protected override known(key: string) {
+        return this.data.rows.get(key)
+      }
+      protected override completed(row: Row, now: number) {
+        return super.completed({ ...row, expires: Math.max(row.expires, now) }, now)
+      }
+    }
+  ),
+
+  'forgets a claim with its lease': clients(
+    class extends ModelStore {
+      protected override prolong(row: Row, leaseMs: number, now: number) {
+        super.prolong(row, leaseMs, now)
+        row.expires = row.leaseEnd
+      }
+    }
+  ),
+
+  'remembers an abandoned claim for ever': clients(
+    class extends ModelStore {
+      protected override prolong(row: Row, leaseMs: number, now: number) {
+        super.prolong(row, leaseMs, now)
+        row.expires = Number.POSITIVE_INFINITY
+      }
+    }
+  ),
+
+  'remembers a renewed claim for no longer than before': clients(
+    class extends ModelStore {
+      protected override prolong(row: Row, leaseMs: number, now: number) {
+        const { expires } = row
+        super.prolong(row, leaseMs, now)
+        if (expires > 0) row.expires = expires
+      }
+    }
+  ),
+
+  'lets a lease lapse early': clients(
+    class extends ModelStore {
+      protected override prolong(row: Row, leaseMs: number, now: number) {
+        super.prolong(row, leaseMs, now)
+        row.leaseEnd = now + leaseMs / 2
+      }
+    }
+  ),
+
+  'lets a lease of 40 days overflow': clients(
+    class extends ModelStore {
+      protected override prolong(row: Row, leaseMs: number, now: number) {
+        super.prolong(row, leaseMs < 2 ** 31 ? leaseMs : 1, now)
+      }
+    }
+  ),
+
+  'renews for as long as it was claimed': clients(
+    class extends ModelStore {
+      readonly #first = new WeakMap<Row, number>()
+      protected override prolong(row: Row, leaseMs: number, now: number) {
+        const first = this.#first.get(row) ?? leaseMs
+        this.#first.set(row, first)
+        super.prolong(row, first, now)
+      }
+    }
+  ),
+
+  'does not count attempts': clients(
+    class extends ModelStore {
+      protected override nextAttempt(row: Row) {
+        return row.attempt
+      }
+    }
+  ),
+
+  'counts attempts over a release and an expiry': clients(
+    class extends ModelStore {
+      protected override take(key: string, claim: Claim, _: number, now: number) {
+        return super.take(key, claim, (this.data.rows.get(key)?.attempt ?? 0) + 1, now)
+      }
+    }
+  ),
+
+  'counts the repeated claim as another attempt': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        const row = this.known(key, this.now())
+        if (row?.state === 'running' && row.token === claim.token) row.attempt++
+        return super.acquire(key, claim)
+      }
+    }
+  ),
+
+  'does not know its owner again': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        const now = this.now()
+        const row = this.known(key, now)
+        return row?.state === 'running' && row.token === claim.token ? this.held(row, now) : super.acquire(key, claim)
+      }
+    }
+  ),
+
+  'gives a completed key to its owner': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim): Promise<Acquisition> {
+        const row = this.known(key, this.now())
+        if (row?.state === 'completed' && row.token === claim.token) return { state: 'acquired', attempt: row.attempt }
+        return super.acquire(key, claim)
+      }
+    }
+  ),
+
+  'takes over without being asked': clients(
+    class extends ModelStore {
+      protected override mayTakeOver() {
+        return true
+      }
+    }
+  ),
+
+  'looks at the clock twice': clients(
+    class extends ModelStore {
+      protected override held(row: Row, now: number) {
+        return super.held(row, now + 2)
+      }
+    }
+  ),
+
+  'never takes over': clients(
+    class extends ModelStore {
+      protected override mayTakeOver() {
+        return false
+      }
+    }
+  ),
+
+  'counts the ttl from the claim': clients(
+    class extends ModelStore {
+      readonly #claimed = new WeakMap<Row, number>()
+      protected override prolong(row: Row, leaseMs: number, now: number) {
+        if (!this.#claimed.has(row)) this.#claimed.set(row, now)
+        super.prolong(row, leaseMs, now)
+      }
+      protected override expires(row: Row, ttlMs: number | null, now: number) {
+        return super.expires(row, ttlMs, this.#claimed.get(row) ?? now)
+      }
+    }
+  ),
+
+  'lets a ttl of 40 days overflow': clients(
+    class extends ModelStore {
+      protected override expires(row: Row, ttlMs: number | null, now: number) {
+        return super.expires(row, ttlMs === null || ttlMs < 2 ** 31 ? ttlMs : 1, now)
+      }
+    }
+  ),
+
+  'takes no ttl for none': clients(
+    class extends ModelStore {
+      protected override expires(row: Row, ttlMs: number | null, now: number) {
+        return super.expires(row, ttlMs ?? 0, now)
+      }
+    }
+  ),
+
+  'keeps a record for no longer than its claim': clients(
+    class extends ModelStore {
+      protected override expires(row: Row, ttlMs: number | null, now: number) {
+        return Math.min(row.expires, super.expires(row, ttlMs, now))
+      }
+    }
+  ),
+
+  'begins the ttl anew with a replay': clients(
+    class extends ModelStore {
+      readonly #ttls = new WeakMap<Row, number>()
+      protected override expires(row: Row, ttlMs: number | null, now: number) {
+        if (ttlMs !== null) this.#ttls.set(row, ttlMs)
+        return super.expires(row, ttlMs, now)
+      }
+      override async acquire(key: string, claim: Claim) {
+        const found = await super.acquire(key, claim)
+        const row = this.data.rows.get(key)
+        const ttlMs = row && this.#ttls.get(row)
+        if (row?.state === 'completed' && ttlMs !== undefined) row.expires = this.now() + ttlMs
+        return found
+      }
+    }
+  ),
+
+  'tells the ttl as it was': answering((found) => (found.state === 'completed' ? { ...found, ttlMs: 60_000 } : found)),
+  'tells no ttl as infinity': answering((found) =>
+    found.state === 'completed' ? { ...found, ttlMs: found.ttlMs ?? Number.POSITIVE_INFINITY } : found
+  ),
+  'tells numbers as text': answering((found) => ({
+    ...found,
+    ...('attempt' in found && { attempt: String(found.attempt) })
+  })),
+
+  'keeps the record that it was given': referring((record) => record, copy),
+  'gives the record that it keeps': referring(copy, (record) => record),
+  'keeps the headers that it was given': referring(
+    (record) =>
+      (record.kind === 'reply' ? { ...copy(record), headers: [...record.headers] } : copy(record)) as StoredRecord,
+    copy
+  ),
+  'keeps the body that it was given': referring(
+    (record) => (record.kind === 'reply' ? { ...copy(record), body: record.body } : copy(record)) as StoredRecord,
+    copy
+  ),
+  'gives the body that it keeps': referring(copy, (record) =>
+    record.kind === 'reply' ? ({ ...copy(record), body: record.body } as StoredRecord) : copy(record)
+  ),
+  'reads a claim later than it was given': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        await null
+        return super.acquire(key, claim)
+      }
+    }
+  ),
+
+  'hears late': clients(
+    class extends ModelStore {
+      protected override async listen(key: string, signal: AbortSignal) {
+        await sleep(5)
+        return super.listen(key, signal)
+      }
+    }
+  ),
+  'wakes nobody': clients(
+    class extends ModelStore {
+      protected override ended() {}
+    }
+  ),
+  'wakes one of several': clients(
+    class extends ModelStore {
+      protected override ended(key: string) {
+        this.data.ended.listeners(this.channel(key))[0]?.()
+      }
+    }
+  ),
+  'wakes those of its own client': clients(
+    class extends ModelStore {
+      constructor(data: ModelData) {
+        super(Object.assign(Object.create(data), { ended: new EventEmitter().setMaxListeners(0) }))
+      }
+    }
+  ),
+  'wakes those who listen to any key': clients(
+    class extends ModelStore {
+      protected override channel() {
+        return 'any'
+      }
+    }
+  ),
+  ...Object.fromEntries(
+    (['completed', 'released', 'deleted'] as const).map((silent) => [
+      `wakes nobody when a key is ${silent}`,
+      clients(
+        class extends ModelStore {
+          protected override ended(key: string, how: How) {
+            if (how !== silent) super.ended(key, how)
+          }
+        }
+      )
+    ])
+  ),
+  'wakes before it writes': clients(
+    class extends ModelStore {
+      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+        const row = this.known(key, this.now())
+        if (row?.state === 'running' && row.token === token) {
+          super.ended(key, 'completed')
+          await sleep(5)
+        }
+        return super.complete(key, token, record, ttlMs)
+      }
+      protected override ended(key: string, how: How) {
+        if (how !== 'completed') super.ended(key, how)
+      }
+    }
+  ),
+  'wakes with every claim and renewal': clients(
+    class extends ModelStore {
+      protected override prolong(row: Row, leaseMs: number, now: number) {
+        super.prolong(row, leaseMs, now)
+        for (const name of this.data.ended.eventNames()) this.data.ended.emit(name)
+      }
+    }
+  ),
+  'listens where nothing runs': clients(
+    class extends ModelStore {
+      override changed(key: string, signal: AbortSignal) {
+        return signal.aborted ? Promise.resolve() : this.listen(key, signal)
+      }
+    }
+  ),
+  'listens to an abandoned claim': clients(
+    class extends ModelStore {
+      override async changed(key: string, signal: AbortSignal) {
+        const row = this.known(key, this.now())
+        if (!signal.aborted && row?.state === 'running') await this.listen(key, signal)
+      }
+    }
+  ),
+  'listens for ever': clients(
+    class extends ModelStore {
+      protected override listen(key: string) {
+        return super.listen(key, new AbortController().signal)
+      }
+    }
+  ),
+  'listens although it was called off before': clients(
+    class extends ModelStore {
+      override changed(key: string, signal: AbortSignal) {
+        return super.changed(key, signal.aborted ? new AbortController().signal : signal)
+      }
+    }
+  ),
+  'ends all listening with one': clients(
+    class extends ModelStore {
+      protected override listen(key: string, signal: AbortSignal) {
+        signal.addEventListener('abort', () => this.data.ended.emit(this.channel(key)))
+        return super.listen(key, signal)
+      }
+    }
+  ),
+  'is deaf after its connection broke': () => {
+    const data = new ModelData()
+    return {
+      store: new ModelStore(data),
+      second: new ModelStore(data),
+      interrupt: () => void data.ended.removeAllListeners()
+    }
+  },
+  'loses its data when its connection breaks': () => {
+    const data = new ModelData()
+    return { store: new ModelStore(data), second: new ModelStore(data), interrupt: () => data.rows.clear() }
+  },
+
+  'keeps bytes as text': keeping(({ body }) => ({ body: Buffer.from(body.toString('utf8')) }), 'in'),
+  'keeps text as base64': keeping(({ body, text }) => (text ? { body: Buffer.from(body.toString('base64')) } : {})),
+  'takes everything for text': keeping(() => ({ text: true })),
+  'takes nothing for text': keeping(() => ({ text: false })),
+  'does not say what is text': keeping(() => ({ text: undefined })),
+  'loses an empty body': keeping(({ body }) => ({ body: body.length > 0 ? body : null })),
+  'gives bodies that are no buffers': keeping(({ body }) => ({ body: new Uint8Array(body) })),
+  'cuts a body at 64 KiB': keeping(({ body }) => ({ body: body.subarray(0, 65_535) })),
+  'joins the values of a header': keeping(({ headers }) => ({
+    headers: headers.map(([name, value]) => [name, String(value)])
+  })),
+  'keeps headers as an object': keeping(({ headers }) => ({ headers: Object.entries(Object.fromEntries(headers)) })),
+  'makes a value of a single one': keeping(({ headers }) => ({
+    headers: headers.map(([name, value]) => [name, Array.isArray(value) && value.length === 1 ? value[0] : value])
+  })),
+  'gives the time as a date': keeping(({ createdAt }) => ({ createdAt: new Date(createdAt) })),
+  'loses tombstones': clients(
+    class extends ModelStore {
+      protected override decode(text: string) {
+        const record = super.decode(text)
+        return {
+          statusCode: 409,
+          headers: [],
+          body: Buffer.alloc(0),
+          text: true,
+          ...record,
+          kind: 'reply'
+        } as StoredReply
+      }
+    }
+  ),
+  'gives the fingerprint of the claim': clients(
+    class extends ModelStore {
+      protected override completed(row: Row, now: number) {
+        const found = super.completed(row, now)
+        if (found.state === 'completed') found.record.fingerprint = row.fingerprint
+        return found
+      }
+    }
+  ),
+  'takes what it cannot decode for nothing': clients(
+    class extends ModelStore {
+      override acquire(key: string, claim: Claim) {
+        return super.acquire(key, claim).catch(() => this.take(key, claim, 1, this.now()))
+      }
+      override get(key: string) {
+        return super.get(key).catch(() => null)
+      }
+    }
+  ),
+  'gives what it cannot decode': clients(
+    class extends ModelStore {
+      protected override decode(text: string) {
+        try {
+          return super.decode(text)
+        } catch {
+          return { kind: 'reply', fingerprint: '', createdAt: 0 } as StoredReply
+        }
+      }
+    }
+  ),
+
+  'trims keys': naming((key) => key.trim()),
+  'folds the case of keys': naming((key) => key.toLowerCase()),
+  'normalises keys': naming((key) => key.normalize()),
+  'cuts keys at 255 characters': naming((key) => key.slice(0, 255)),
+  'ends keys at a NUL': naming((key) => key.split('\0')[0] as string),
+  'keeps keys in an object': clients(
+    class extends ModelStore {
+      protected override known(key: string, now: number) {
+        return key in {} ? ({} as Row) : super.known(key, now)
+      }
+    }
+  ),
+  'refuses an empty key': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        if (key === '') throw new RangeError('An empty key')
+        return super.acquire(key, claim)
+      }
+    }
+  ),
+  'folds the case of tokens': clients(
+    class extends ModelStore {
+      protected override owns(_: Step, row: Row, token: string) {
+        return row.token.toLowerCase() === token.toLowerCase()
+      }
+    }
+  ),
+  'cuts tokens at 254 bytes': clients(
+    class extends ModelStore {
+      protected override owns(_: Step, row: Row, token: string) {
+        return row.token.slice(0, 254) === token.slice(0, 254)
+      }
+    }
+  ),
+  'trims fingerprints': answering((found) =>
+    'fingerprint' in found ? { ...found, fingerprint: found.fingerprint.trim() } : found
+  ),
+  'cuts fingerprints at 255 characters': answering((found) =>
+    'fingerprint' in found ? { ...found, fingerprint: found.fingerprint.slice(0, 255) } : found
+  ),
+
+  'claims what it looks at': clients(
+    class extends ModelStore {
+      override async get(key: string) {
+        const found = await super.get(key)
+        if (found === null) this.take(key, { ...looker }, 1, this.now())
+        return found
+      }
+    }
+  ),
+  'takes over what it looks at': clients(
+    class extends ModelStore {
+      override async get(key: string) {
+        const found = await super.get(key)
+        if (found?.state === 'abandoned') await super.acquire(key, looker)
+        return found
+      }
+    }
+  ),
+  'prolongs what it looks at': clients(
+    class extends ModelStore {
+      override async get(key: string) {
+        const row = this.known(key, this.now())
+        if (row) row.expires = this.now() + 60_000
+        return super.get(key)
+      }
+    }
+  ),
+  'shows what was released': clients(
+    class extends ModelStore {
+      override async get(key: string) {
+        const now = this.now()
+        const row = this.known(key, now)
+        return row?.state === 'released' ? this.held(row, now) : super.get(key)
+      }
+    }
+  ),
+  'shows nothing as undefined': clients(
+    class extends ModelStore {
+      override async get(key: string) {
+        return ((await super.get(key)) ?? undefined) as unknown as null
+      }
+    }
+  ),
+  'does not delete a record': clients(
+    class extends ModelStore {
+      override async delete(key: string) {
+        return this.known(key, this.now())?.state === 'completed' || super.delete(key)
+      }
+    }
+  ),
+  'does not delete a running claim': clients(
+    class extends ModelStore {
+      override async delete(key: string) {
+        return this.known(key, this.now())?.state !== 'running' && super.delete(key)
+      }
+    }
+  ),
+  'has always deleted something': clients(
+    class extends ModelStore {
+      override async delete(key: string) {
+        await super.delete(key)
+        return true
+      }
+    }
+  ),
+  'deletes everything': clients(
+    class extends ModelStore {
+      override async delete(key: string) {
+        const existed = await super.delete(key)
+        this.data.rows.clear()
+        return existed
+      }
+    }
+  ),
+  'cannot be closed twice': clients(
+    class extends ModelStore {
+      #closed = false
+      override async close() {
+        if (this.#closed) throw new Error('Closed already')
+        this.#closed = true
+      }
+    }
+  ),
+  'closes what others use': clients(
+    class extends ModelStore {
+      override async close() {
+        this.data.rows.clear()
+      }
+    }
+  ),
+
+  'shares nothing between clients': () => ({ store: new ModelStore(), second: new ModelStore() }),
+  'does not answer': () => {
+    const answer = () => never
+    return { acquire: answer, renew: answer, complete: answer, release: answer }
+  },
+  'does not answer a completion': clients(
+    class extends ModelStore {
+      override complete() {
+        return never
+      }
+    }
+  ),
+  'throws where it should reject': clients(
+    class extends ModelStore {
+      override acquire(): never {
+        throw new Error('Not connected')
+      }
+    }
+  ),
+  'throws where it cannot decode': clients(
+    class extends ModelStore {
+      override acquire(key: string, claim: Claim): Promise<Acquisition> {
+        const row = this.known(key, this.now())
+        if (row?.state === 'completed') this.decode(row.record)
+        return super.acquire(key, claim)
+      }
+    }
+  ),
+  'answers without a promise': clients(
+    class extends ModelStore {
+      override renew() {
+        return true as unknown as Promise<boolean>
+      }
+    }
+  ),
+  'answers with the number of rows': clients(
+    class extends ModelStore {
+      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+        return Number(await super.complete(key, token, record, ttlMs)) as unknown as boolean
+      }
+    }
+  ),
+  'rejects what it is asked': clients(
+    class extends ModelStore {
+      override async release(): Promise<boolean> {
+        throw new Error('Not connected')
+      }
+    }
+  )
+}
+
+const looker: Claim = { token: 'looker', fingerprint: '', leaseMs: 60_000, retainMs: 60_000, takeover: true }

@@ -1,0 +1,196 @@
+import { EventEmitter } from 'node:events'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
+
+/** What is known of a key. All times are monotonic milliseconds. */
+export interface Row {
+  state: 'running' | 'completed' | 'released'
+  token: string
+  fingerprint: string
+  attempt: number
+  leaseEnd: number
+  retainMs: number
+  expires: number
+  /** The record as text. */
+  record: string
+}
+
+/** What several clients share. */
+export class ModelData {
+  readonly rows = new Map<string, Row>()
+  /** Says the key of every claim that has ended. */
+  readonly ended = new EventEmitter().setMaxListeners(0)
+}
+
+/**
+ * A store that is right and simple: a table, records as text, and each decision in a method of its own, so that a
+ * store which is wrong in one of them is an override.
+ */
+export class ModelStore implements IdempotencyStore {
+  constructor(protected readonly data = new ModelData()) {}
+
+  async acquire(key: string, claim: Claim): Promise<Acquisition> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (row === undefined || row.state === 'released') return this.take(key, claim, 1, now)
+    if (row.state === 'completed') return this.completed(row, now)
+    if (row.token === claim.token) {
+      this.prolong(row, claim.leaseMs, now)
+      return { state: 'acquired', attempt: row.attempt }
+    }
+    if (row.leaseEnd > now || !this.mayTakeOver(claim)) return this.held(row, now)
+    return this.take(key, claim, this.nextAttempt(row), now)
+  }
+
+  async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (row?.state !== 'running' || !this.owns('renew', row, token, now)) return false
+    this.prolong(row, leaseMs, now)
+    return true
+  }
+
+  async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (row === undefined || row.state === 'released' || !this.owns('complete', row, token, now)) return false
+    if (row.state === 'completed') return this.again('complete')
+    const expires = this.expires(row, ttlMs, now)
+    Object.assign(row, { state: 'completed', record: this.encode(record), expires })
+    this.ended(key, 'completed')
+    return true
+  }
+
+  async release(key: string, token: string): Promise<boolean> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (row === undefined || row.state === 'completed' || !this.owns('release', row, token, now)) return false
+    if (row.state === 'released') return this.again('release')
+    Object.assign(row, { state: 'released', expires: now + 60_000 })
+    this.ended(key, 'released')
+    return true
+  }
+
+  async changed(key: string, signal: AbortSignal): Promise<void> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (signal.aborted || row?.state !== 'running' || row.leaseEnd <= now) return
+    await this.listen(key, signal)
+  }
+
+  async get(key: string): Promise<Acquisition | null> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (row === undefined || row.state === 'released') return null
+    return row.state === 'completed' ? this.completed(row, now) : this.held(row, now)
+  }
+
+  async delete(key: string): Promise<boolean> {
+    const row = this.known(key, this.now())
+    this.data.rows.delete(this.rowKey(key))
+    if (row?.state === 'running') this.ended(key, 'deleted')
+    return row !== undefined && row.state !== 'released'
+  }
+
+  async close(): Promise<void> {}
+
+  /** Makes the record under the key undecodable. */
+  spoil(key: string): void {
+    const row = this.data.rows.get(this.rowKey(key))
+    if (row) row.record = row.record.slice(0, -1)
+  }
+
+  protected now(): number {
+    return performance.now()
+  }
+
+  protected rowKey(key: string): string {
+    return key
+  }
+
+  protected known(key: string, now: number): Row | undefined {
+    const row = this.data.rows.get(this.rowKey(key))
+    return row !== undefined && row.expires > now ? row : undefined
+  }
+
+  protected take(
+    key: string,
+    { token, fingerprint, leaseMs, retainMs }: Claim,
+    attempt: number,
+    now: number
+  ): Acquisition {
+    const row: Row = { state: 'running', token, fingerprint, attempt, leaseEnd: 0, retainMs, expires: 0, record: '' }
+    this.prolong(row, leaseMs, now)
+    this.data.rows.set(this.rowKey(key), row)
+    return { state: 'acquired', attempt }
+  }
+
+  protected prolong(row: Row, leaseMs: number, now: number): void {
+    row.leaseEnd = now + leaseMs
+    row.expires = row.leaseEnd + row.retainMs
+  }
+
+  protected mayTakeOver(claim: Claim): boolean {
+    return claim.takeover
+  }
+
+  protected nextAttempt(row: Row): number {
+    return row.attempt + 1
+  }
+
+  protected owns(_step: 'renew' | 'complete' | 'release', row: Row, token: string, _now: number): boolean {
+    return row.token === token
+  }
+
+  /** The answer to a step that this token has done before. */
+  protected again(_step: 'complete' | 'release'): boolean {
+    return true
+  }
+
+  protected expires(_row: Row, ttlMs: number | null, now: number): number {
+    return ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs
+  }
+
+  protected held({ fingerprint, attempt, leaseEnd }: Row, now: number): Acquisition {
+    return leaseEnd > now
+      ? { state: 'running', fingerprint, leaseMs: leaseEnd - now }
+      : { state: 'abandoned', fingerprint, attempt }
+  }
+
+  protected completed({ record, expires }: Row, now: number): Acquisition {
+    return { state: 'completed', record: this.decode(record), ttlMs: Number.isFinite(expires) ? expires - now : null }
+  }
+
+  protected encode(record: StoredRecord): string {
+    return JSON.stringify(record.kind === 'reply' ? { ...record, body: record.body.toString('base64') } : record)
+  }
+
+  protected decode(text: string): StoredRecord {
+    const record = JSON.parse(text)
+    return record.kind === 'reply' ? { ...record, body: Buffer.from(record.body, 'base64') } : record
+  }
+
+  protected ended(key: string, _how: 'completed' | 'released' | 'deleted'): void {
+    this.data.ended.emit(this.channel(key))
+  }
+
+  protected channel(key: string): string {
+    return `key ${key}`
+  }
+
+  protected listen(key: string, signal: AbortSignal): Promise<void> {
+    return new Promise((resolve) => {
+      const done = () => {
+        this.data.ended.off(this.channel(key), done)
+        signal.removeEventListener('abort', done)
+        resolve()
+      }
+      this.data.ended.on(this.channel(key), done)
+      signal.addEventListener('abort', done)
+    })
+  }
+}
+
+/** A reply whose members are changed on their way into the table. */
+export function altered(record: StoredRecord, change: (reply: StoredReply) => object): StoredRecord {
+  return record.kind === 'reply' ? { ...record, ...change(record) } : record
+}
