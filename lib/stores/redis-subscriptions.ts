@@ -87,6 +87,10 @@ export class RedisSubscriptions {
     subscriber.on('message', (channel: string) => {
       for (const listener of [...(this.#channels.get(channel)?.listeners ?? [])]) listener()
     })
+    // Until it is back nobody knows what they miss: all look again, and whoever still waits then listens anew.
+    subscriber.on('close', () => {
+      for (const { listeners } of [...this.#channels.values()]) for (const listener of [...listeners]) listener()
+    })
     // A connection that is given up, by the caller's own rules, is replaced with the next subscription.
     subscriber.on('end', () => {
       if (this.#subscriber === subscriber) void this.close()

@@ -69,7 +69,9 @@ export class RedisStore implements IdempotencyStore {
     this.#subscriptions = new RedisSubscriptions(client)
   }
 
-  async acquire(key: string, claim: Claim): Promise<Acquisition> {
+  async acquire(key: string, given: Claim): Promise<Acquisition> {
+    // It may be asked for in two round trips, between which the caller may change what is the caller's.
+    const claim = { ...given }
     if (!this.#setNxGet) return this.#acquireCarefully(key, claim)
     const owner = ownerOf(CLAIM, claim.token)
     const value = Buffer.concat([owner, Buffer.from(`01:${claim.retainMs}:${claim.fingerprint}`)])

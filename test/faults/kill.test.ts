@@ -23,7 +23,7 @@ import { startPostgres } from '../support/postgres.js'
 import { launch, makeFolder, type ServerProcess } from '../support/process.js'
 import { newSeed, Random } from '../support/random.js'
 import { startRedis } from '../support/redis.js'
-import { soon } from '../support/store-spec.js'
+import { soon } from '../support/store-fixtures.js'
 
 // Server processes that kill themselves at every point of a request's life, and clients that ask again until they have
 // an answer. With `transaction: true` each key has one effect and one reply. That the check would see it otherwise

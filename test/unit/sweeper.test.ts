@@ -263,6 +263,24 @@ t.test('stop resolves when the sweep that is going on fails', async (t) => {
   t.equal(calls.length, 1)
 })
 
+t.test('stop does not wait for ever for a sweep that a broken connection holds up', async (t) => {
+  const timers = fakeTimers(t)
+  const { sweep, begun } = heldSweeps()
+  const sweeper = new Sweeper(MINUTE, sweep)
+  sweeper.start()
+  timers.next().fire()
+  await begun(1)
+  let stopped = false
+  const stop = sweeper.stop().then(() => {
+    stopped = true
+  })
+  await settled()
+  t.notOk(stopped)
+  timers.next().fire()
+  await stop
+  t.equal(timers.waiting().length, 0)
+})
+
 t.test('after stop nothing is swept, and no timer is left', async (t) => {
   const timers = fakeTimers(t)
   let sweeps = 0
