@@ -20,6 +20,17 @@ export interface RedisStoreOptions {
    * @default 'idempotency:'
    */
   keyPrefix?: string
+  /**
+   * How many replicas must have a reply before it counts as stored (`WAIT`). Not for a Cluster. It takes a write and
+   * a wait more per reply, for which the connection stands still.
+   * @default 0
+   */
+  replicas?: number
+  /**
+   * How long to wait for them, in milliseconds. Should be less than `storeTimeout`.
+   * @default 1_000
+   */
+  replicaTimeout?: number
 }
 
 /** The part of an ioredis pipeline that is used here. */
@@ -27,6 +38,8 @@ interface Pipeline {
   setBuffer(key: string, value: Buffer, ...options: (string | number)[]): Pipeline
   getBuffer(key: string): Pipeline
   pttl(key: string): Pipeline
+  set(key: string, value: string, ...options: (string | number)[]): Pipeline
+  wait(replicas: number, timeout: number): Pipeline
   exec(): Promise<[error: Error | null, result: unknown][] | null>
 }
 
@@ -46,6 +59,8 @@ const RELEASED = 0x52 // R
 export class RedisStore implements IdempotencyStore {
   readonly #client: RedisClient
   readonly #prefix: string
+  readonly #replicas: number
+  readonly #replicaTimeout: number
   readonly #subscriptions: RedisSubscriptions
   /** Does the server take SET with NX and GET together? Redis does from 7.0 on. */
   #setNxGet = true
@@ -57,15 +72,27 @@ export class RedisStore implements IdempotencyStore {
     if (!methods.every((method) => typeof given?.[method] === 'function')) {
       throw new InvalidOption('RedisStore takes an ioredis client, such as app.redis of @fastify/redis')
     }
-    for (const name of Object.keys(options)) {
-      if (name !== 'keyPrefix') throw new InvalidOption(`RedisStore has no option "${name}"`)
-    }
-    const { keyPrefix = 'idempotency:' } = options
+    const { keyPrefix = 'idempotency:', replicas = 0, replicaTimeout = 1_000, ...unknown } = options
+    for (const name of Object.keys(unknown)) throw new InvalidOption(`RedisStore has no option "${name}"`)
     if (typeof keyPrefix !== 'string') {
       throw new InvalidOption(`RedisStore option "keyPrefix" takes a string, got ${typeof keyPrefix}`)
     }
+    if (!Number.isSafeInteger(replicas) || replicas < 0) {
+      throw new InvalidOption(`RedisStore option "replicas" takes a number of replicas, got ${String(replicas)}`)
+    }
+    if (replicas > 0 && (client as { isCluster?: boolean }).isCluster === true) {
+      throw new InvalidOption(
+        'RedisStore option "replicas" takes no Cluster, where WAIT has no one connection to go to'
+      )
+    }
+    if (!Number.isSafeInteger(replicaTimeout) || replicaTimeout <= 0) {
+      const what = `a positive integer of milliseconds, got ${String(replicaTimeout)} (${typeof replicaTimeout})`
+      throw new InvalidOption(`RedisStore option "replicaTimeout" takes ${what}`)
+    }
     this.#client = client
     this.#prefix = keyPrefix
+    this.#replicas = replicas
+    this.#replicaTimeout = replicaTimeout
     this.#subscriptions = new RedisSubscriptions(client)
   }
 
@@ -120,7 +147,9 @@ export class RedisStore implements IdempotencyStore {
 
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
     const value = encodeRecord(record, ownerOf(RECORD, token))
-    return this.#finish(key, token, value, ttlMs === null ? '' : String(ttlMs))
+    const stored = await this.#finish(key, token, value, ttlMs === null ? '' : String(ttlMs))
+    if (stored && this.#replicas > 0) await this.#replicated()
+    return stored
   }
 
   async release(key: string, token: string): Promise<boolean> {
@@ -155,6 +184,22 @@ export class RedisStore implements IdempotencyStore {
 
   async #finish(key: string, token: string, value: Buffer, expiry: string): Promise<boolean> {
     return this.#test(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
+  }
+
+  /** Rejects when not enough replicas have what was written until now. */
+  async #replicated(): Promise<void> {
+    const client = this.#client as { stream?: unknown }
+    const connection = client.stream
+    // WAIT is about the writes of its own connection, so there is one right before it: the record may have come by another.
+    const results = await this.#pipeline((pipeline) =>
+      pipeline
+        .set(`${this.#prefix}replicated`, '', 'PX', this.#replicaTimeout)
+        .wait(this.#replicas, this.#replicaTimeout)
+    )
+    for (const [error] of results) if (error) throw discreet(error)
+    if (client.stream !== connection) throw new Error('The connection to Redis was lost while replicas were waited for')
+    const reached = Number(results[1]?.[1])
+    if (!(reached >= this.#replicas)) throw new Error(`${reached} of ${this.#replicas} replicas have the reply`)
   }
 
   async #pipeline(build: (pipeline: Pipeline) => Pipeline): Promise<[error: Error | null, result: unknown][]> {

@@ -458,6 +458,7 @@ test('app.close() rolls back a transaction whose handler does not end within one
   const reply = scene.send()
   const signal = (await entered).idempotency?.signal
   await scene.app.close()
+  t.equal(scene.pool.totalCount, 0, 'nothing is left to a timeout')
   await until(() => signal?.aborted, { message: 'the handler to be told' })
   await until(() => isFree(scene))
   t.same(await scene.ledger(), [])

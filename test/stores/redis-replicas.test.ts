@@ -1,0 +1,109 @@
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import { setTimeout as sleep } from 'node:timers/promises'
+import t, { type Test } from 'tap'
+import { RedisStore, type RedisStoreOptions } from '../../index.js'
+import { build, REPLAYED } from '../support/app.js'
+import { until } from '../support/latch.js'
+import { startRedis } from '../support/redis.js'
+import { claim, newKey, reply, take } from '../support/store-fixtures.js'
+
+/* `new RedisStore(client, { replicas })`: a reply counts as stored when replicas have it. */
+
+const LONG = 60_000
+
+const main = await startRedis({ port: true })
+t.teardown(() => main.close())
+const replica = await startRedis({ config: ['--replicaof', main.host, String(main.port)] })
+t.teardown(() => replica.close())
+const onReplica = await replica.client()
+const isLinked = async () => /master_link_status:up/.test(await onReplica.info('replication'))
+await until(isLinked, { timeout: 60_000, message: 'the replica to follow' })
+
+async function open(t: Test, options: RedisStoreOptions = { replicas: 1 }) {
+  const client = await main.client()
+  const store = new RedisStore(client, options)
+  t.teardown(() => store.close())
+  return { client, store }
+}
+
+t.test('a reply that counts as stored is on the replica', async (t) => {
+  const { store } = await open(t)
+  for (let n = 0; n < 20; n++) {
+    const key = newKey()
+    const token = await take(store, key)
+    t.equal(await store.complete(key, token, reply(), LONG), true)
+    const there = await onReplica.getBuffer(`idempotency:${key}`)
+    t.equal(there?.toString('latin1', 0, 1), 'C', 'a record')
+  }
+})
+
+t.test('a reply that no replica takes does not count as stored, until one does', async (t) => {
+  const { store, client } = await open(t, { replicas: 1, replicaTimeout: 50 })
+  const key = newKey()
+  const token = await take(store, key)
+  await replica.pause()
+  t.teardown(() => replica.resume())
+  for (let n = 0; n < 2; n++) {
+    await t.rejects(store.complete(key, token, reply(), LONG), { message: '0 of 1 replicas have the reply' })
+  }
+  t.match(await store.acquire(key, claim()), { state: 'completed' }, 'others may see it already')
+  // A connection that has written nothing does not vouch for what others have written.
+  client.disconnect(true)
+  await until(() => client.status === 'ready')
+  await t.rejects(store.complete(key, token, reply(), LONG), { message: '0 of 1 replicas have the reply' })
+  replica.resume()
+  await until(() => store.complete(key, token, reply(), LONG).catch(() => false))
+  t.ok(await onReplica.exists(`idempotency:${key}`))
+})
+
+t.test('more replicas than there are have nothing', async (t) => {
+  const { store } = await open(t, { replicas: 2, replicaTimeout: 50 })
+  const key = newKey()
+  const token = await take(store, key)
+  await t.rejects(store.complete(key, token, reply(), LONG), { message: '1 of 2 replicas have the reply' })
+})
+
+t.test('a client gets its reply although no replica takes it, and storing goes on until one does', async (t) => {
+  const { store } = await open(t, { replicas: 1, replicaTimeout: 50 })
+  const events: string[] = []
+  for (const name of ['stored', 'store-error']) {
+    const listener = () => void events.push(name)
+    subscribe(`fastify-idempotency:${name}`, listener)
+    t.teardown(() => unsubscribe(`fastify-idempotency:${name}`, listener))
+  }
+  const app = await build(t, { store })
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async () => ({ run: ++runs }))
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': newKey() } }
+  await replica.pause()
+  t.teardown(() => replica.resume())
+  t.same((await app.inject(request)).json(), { run: 1 })
+  t.same(events, ['store-error'])
+  const again = await app.inject(request)
+  t.same([again.json(), again.headers[REPLAYED]], [{ run: 1 }, 'true'])
+  await sleep(100)
+  t.notOk(events.includes('stored'))
+  replica.resume()
+  await until(() => events.includes('stored'), { message: 'the reply to be stored' })
+})
+
+t.test('without the option nothing waits', async (t) => {
+  const { store } = await open(t, {})
+  const key = newKey()
+  const token = await take(store, key)
+  const { sent } = await main.commands(() => store.complete(key, token, reply(), LONG))
+  t.notOk(sent.some(([name]) => /^(wait|set)$/i.test(name ?? '')))
+})
+
+t.test('bad options are refused', async (t) => {
+  const client = await main.client()
+  const code = 'FST_IDEMPOTENCY_INVALID_OPTION'
+  for (const replicas of [-1, 1.5, '1', null]) {
+    t.throws(() => new RedisStore(client, { replicas } as never), { code, message: /"replicas" takes a number/ })
+  }
+  for (const replicaTimeout of [0, -1, 1.5, '1', null]) {
+    t.throws(() => new RedisStore(client, { replicaTimeout } as never), { code, message: /"replicaTimeout" takes/ })
+  }
+  const cluster = Object.assign(Object.create(client), { isCluster: true })
+  t.throws(() => new RedisStore(cluster, { replicas: 1 }), { code, message: /takes no Cluster/ })
+})
