@@ -1,6 +1,7 @@
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
 import { InvalidOption } from '../errors.js'
 import { decodeRecord, encodeRecord } from './record.js'
+import { warnOfEviction } from './redis-eviction.js'
 import { ACQUIRE, DELETE, FINISH, RENEW, type Script, WATCH } from './redis-scripts.js'
 import { RedisSubscriptions } from './redis-subscriptions.js'
 import { RELEASE_MEMORY_MS } from './released.js'
@@ -64,6 +65,8 @@ export class RedisStore implements IdempotencyStore {
   readonly #subscriptions: RedisSubscriptions
   /** Does the server take SET with NX and GET together? Redis does from 7.0 on. */
   #setNxGet = true
+  /** Has it been looked at whether the server may evict what is stored? */
+  #eviction: Promise<void> | null = null
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(client: RedisClient, options: RedisStoreOptions = {}) {
@@ -99,6 +102,7 @@ export class RedisStore implements IdempotencyStore {
   async acquire(key: string, given: Claim): Promise<Acquisition> {
     // It may be asked for in two round trips, between which the caller may change what is the caller's.
     const claim = { ...given }
+    this.#eviction ??= warnOfEviction(this.#client)
     if (!this.#setNxGet) return this.#acquireCarefully(key, claim)
     const owner = ownerOf(CLAIM, claim.token)
     const value = Buffer.concat([owner, Buffer.from(`01:${claim.retainMs}:${claim.fingerprint}`)])
