@@ -32,6 +32,13 @@ export interface Monitored<T> {
   scripted: string[][]
 }
 
+/** Where redis-server is, and the environment that it needs. */
+export function redisProgram(): { server: string; env: Record<string, string> } {
+  const redis = services.findRedis()
+  if (!redis) throw new Error('There is no redis-server: run `node scripts/services.mjs`')
+  return redis
+}
+
 /** A redis-server of the test's own. */
 export async function startRedis({
   persist = false,
@@ -79,8 +86,7 @@ export class RedisServer {
   /** Starts it again with the same folder, socket and port; resolves when it answers. */
   async start(): Promise<void> {
     if (this.#process?.running) throw new Error('redis-server is running')
-    const redis = services.findRedis()
-    if (!redis) throw new Error('There is no redis-server: run `node scripts/services.mjs`')
+    const redis = redisProgram()
     const server = await launch(redis.server, this.#args, { env: redis.env, log: join(this.#folder, 'redis.log') })
     this.#process = server
     await until(
