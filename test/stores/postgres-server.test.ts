@@ -603,7 +603,7 @@ for (const [name, end] of [
   ['deletion', (store, key) => store.delete(key)]
 ] as [string, (store: PostgresStore, key: string, token: string) => Promise<boolean>][]) {
   t.test(`a ${name} is told once, however many wait, by a hash of the key`, async (t) => {
-    const { store, second, table, rows } = await open(t)
+    const { store, second, pool, other, table, rows } = await open(t)
     const heard = await hear(t)
     const key = newKey()
     const token = await take(store, key)
@@ -613,6 +613,8 @@ for (const [name, end] of [
     t.equal(await end(store, key, token), true)
     t.strictSame(await heard(), [sha256(key)])
     await soon(Promise.all(waiters))
+    // Who was woken early has perhaps not noted yet that it waits.
+    await until(() => [pool, other].every(({ idleCount, totalCount }) => idleCount === totalCount))
     const next = await take(store, newKey())
     t.equal(await store.complete(key, next, reply(), LONG), false)
     if (name !== 'completion') {
