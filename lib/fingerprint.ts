@@ -62,7 +62,7 @@ export function payloadOfBody(request: FastifyRequest): string | Promise<string>
   }
   if (isBytes(body)) return digest(BYTES + digest(bytes(body)))
   if (typeof body !== 'object') return byValue(body)
-  if ('pipe' in body || 'getReader' in body) return ''
+  if (isStream(body)) return ''
   return isMultipart(request) ? multipart(body) : byValue(body)
 }
 
@@ -145,6 +145,12 @@ interface Level {
   readonly names: string[] | null
   readonly items: readonly unknown[]
   next: number
+}
+
+/** A member of that name is not enough: what is in a JSON body, its client decides. */
+function isStream(body: object): boolean {
+  const { pipe, getReader } = body as { pipe?: unknown; getReader?: unknown }
+  return typeof pipe === 'function' || typeof getReader === 'function'
 }
 
 /** Below this depth nobody pays for looking out for cycles. */

@@ -144,7 +144,7 @@ export class PostgresTransaction implements ClaimTransaction {
     let prefix = ''
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
       try {
-        const query = { text: prefix + begin, types: AS_TEXT, binary: false }
+        const query = { text: prefix + begin, types: AS_TEXT }
         const results = (await within(this.#timeoutMs, () => this.#client.query(query))) as unknown as Result[]
         const [found, table] = results.filter(({ command }) => command === 'SELECT').map(({ rows }) => rows[0])
         if (found !== undefined) {

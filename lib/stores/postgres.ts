@@ -42,12 +42,7 @@ export interface PostgresStoreOptions {
   sweepInterval?: number | null
 }
 
-type Query = (config: {
-  text: string
-  values?: unknown[]
-  types: typeof AS_TEXT
-  binary: false
-}) => Promise<{ rows: FoundRow[] }>
+type Query = (config: { text: string; values?: unknown[]; types: typeof AS_TEXT }) => Promise<{ rows: FoundRow[] }>
 
 /** `schema.table` or `table`; what is derived from the table's name must not exceed PostgreSQL's 63 bytes. */
 const TABLE = /^(?:([A-Za-z_][A-Za-z0-9_]{0,62})\.)?([A-Za-z_][A-Za-z0-9_]{0,51})$/
@@ -76,7 +71,11 @@ export class PostgresStore implements IdempotencyStore {
     const given = pool as Partial<PostgresPool> | undefined | null
     if (![given?.query, given?.connect, given?.on].every((method) => typeof method === 'function')) {
       const what = 'a pool of pg, such as app.pg.pool of @fastify/postgres'
-      throw new InvalidOption(`PostgresStore option "pool" takes ${what}, got ${describe(pool)}`)
+      // Not what is in it, which may be a password.
+      throw new InvalidOption(`PostgresStore option "pool" takes ${what}, got ${describe(pool, -1)}`)
+    }
+    if ((pool as { options?: { binary?: unknown } }).options?.binary) {
+      throw new InvalidOption('PostgresStore option "pool" takes a pool without binary: true')
     }
     const [, schema, name] = (typeof table === 'string' && TABLE.exec(table)) || []
     if (name === undefined) {
@@ -175,7 +174,7 @@ export class PostgresStore implements IdempotencyStore {
   async #query(text: string, values?: unknown[]): Promise<FoundRow[]> {
     for (let tries = 1; ; tries++) {
       try {
-        const { rows } = await this.#pool.query({ text, ...(values && { values }), types: AS_TEXT, binary: false })
+        const { rows } = await this.#pool.query({ text, ...(values && { values }), types: AS_TEXT })
         return rows
       } catch (error) {
         if (tries === MOST_TRIES || !isContention(error)) throw explain(error)
@@ -197,6 +196,6 @@ function limited(ms: number): number {
   return Math.min(ms, LONGEST_MS)
 }
 
-function describe(value: unknown): string {
-  return `${inspect(value, { depth: 0, breakLength: Infinity }).slice(0, 80)} (${typeof value})`
+function describe(value: unknown, depth = 0): string {
+  return `${inspect(value, { depth, breakLength: Infinity }).slice(0, 80)} (${typeof value})`
 }

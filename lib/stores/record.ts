@@ -66,7 +66,7 @@ export function isReason(value: unknown): value is TombstoneReason {
 }
 
 export function isStatus(value: unknown): value is number {
-  return Number.isInteger(value) && (value as number) >= 100 && (value as number) <= 999
+  return Number.isInteger(value) && (value as number) >= 100 && (value as number) <= 599
 }
 
 export function areHeaders(value: unknown): value is StoredHeader[] {

@@ -430,6 +430,13 @@ t.test(
       })
     )
     stopped.process.resume()
+    await until(
+      async () => {
+        const aborted = await inState('aborted')
+        return handlers.every(({ plan }) => aborted.includes(plan.key))
+      },
+      { message: 'the signals of the handlers to abort' }
+    )
     for (const key of keys()) await pool.query("INSERT INTO gates VALUES ($1, 'open')", [key])
 
     for (const { hold, plan, own } of held) {
@@ -442,13 +449,6 @@ t.test(
       t.strictSame([replay.replayed, replay.bytes], [true, wanted.bytes], 'and its client gets the reply of the other')
       t.equal(faultIn(await ledger(plan.key), replay.transfer), null, 'and there is still one effect')
     }
-    await until(
-      async () => {
-        const aborted = await inState('aborted')
-        return handlers.every(({ plan }) => aborted.includes(plan.key))
-      },
-      { message: 'the signals of the handlers to abort' }
-    )
     t.ok(stopped.process.running)
   }
 )

@@ -23,7 +23,7 @@ const record: fc.Arbitrary<StoredRecord> = fc.oneof(
     {
       kind: fc.constant('reply' as const),
       ...base,
-      statusCode: fc.integer({ min: 100, max: 999 }),
+      statusCode: fc.integer({ min: 100, max: 599 }),
       headers: fc.array(fc.tuple(text, fc.oneof(text, fc.array(text, { maxLength: 3 }))), { maxLength: 5 }),
       body: bytes,
       text: fc.boolean()
@@ -47,7 +47,7 @@ function isRecord(record: StoredRecord): boolean {
   if (typeof record.fingerprint !== 'string' || !Number.isFinite(record.createdAt)) return false
   if (record.kind === 'tombstone') return ['too-large', 'stream-failed', 'hijacked'].includes(record.reason)
   const { statusCode, headers, body, text } = record
-  if (!Number.isInteger(statusCode) || statusCode < 100 || statusCode > 999) return false
+  if (!Number.isInteger(statusCode) || statusCode < 100 || statusCode > 599) return false
   if (!Buffer.isBuffer(body) || typeof text !== 'boolean') return false
   return headers.every(
     ([name, value]) => typeof name === 'string' && [value].flat().every((item) => typeof item === 'string')

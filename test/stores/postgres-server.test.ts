@@ -155,6 +155,13 @@ const outcome = (promise: Promise<unknown>): Promise<string> =>
 
 /* The constructor */
 
+t.test('a pool that takes its answers in binary is refused, and no refusal tells what is in a pool', async (t) => {
+  const pool = shared.pool({ binary: true } as never)
+  t.throws(() => new PostgresStore({ pool }), { code: INVALID_OPTION, message: /without binary: true/ })
+  const config = { password: 'secret' } as never
+  t.throws(() => new PostgresStore({ pool: config }), { message: /^(?!.*secret).*"pool" takes a pool of pg/ })
+})
+
 t.test('constructing a store sends nothing, opens nothing and starts nothing', async (t) => {
   const pool = ownPool(t)
   const { sent } = await shared.statements(async () => {
