@@ -151,8 +151,9 @@ export class RedisStore implements IdempotencyStore {
 
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
     const value = encodeRecord(record, ownerOf(RECORD, token))
+    const connection = this.#connection
     const stored = await this.#finish(key, token, value, ttlMs === null ? '' : String(ttlMs))
-    if (stored && this.#replicas > 0) await this.#replicated()
+    if (stored && this.#replicas > 0) await this.#replicated(connection)
     return stored
   }
 
@@ -190,10 +191,13 @@ export class RedisStore implements IdempotencyStore {
     return this.#test(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
   }
 
-  /** Rejects when not enough replicas have what was written until now. */
-  async #replicated(): Promise<void> {
-    const client = this.#client as { stream?: unknown }
-    const connection = client.stream
+  /** Changes whenever the client connects, perhaps to another server. */
+  get #connection(): unknown {
+    return (this.#client as { stream?: unknown }).stream
+  }
+
+  /** Rejects when not enough replicas have what was written until now, or when it was written by another connection. */
+  async #replicated(connection: unknown): Promise<void> {
     // WAIT is about the writes of its own connection, so there is one right before it: the record may have come by another.
     const results = await this.#pipeline((pipeline) =>
       pipeline
@@ -201,7 +205,8 @@ export class RedisStore implements IdempotencyStore {
         .wait(this.#replicas, this.#replicaTimeout)
     )
     for (const [error] of results) if (error) throw discreet(error)
-    if (client.stream !== connection) throw new Error('The connection to Redis was lost while replicas were waited for')
+    if (this.#connection !== connection)
+      throw new Error('The connection to Redis was lost while replicas were waited for')
     const reached = Number(results[1]?.[1])
     if (!(reached >= this.#replicas)) throw new Error(`${reached} of ${this.#replicas} replicas have the reply`)
   }

@@ -1,11 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import t from 'tap'
 import { PostgresStore } from '../../index.js'
-import { FlakyStore, persistent } from '../support/flaky-store.js'
+import { endures } from '../support/bad-network.js'
 import { startPostgres } from '../support/postgres.js'
-import { newSeed, Random } from '../support/random.js'
-import { conforms, REPEATABLE } from '../support/store-fixtures.js'
-import { exclusiveHistory, takeoverHistory } from '../support/store-histories.js'
+import { conforms } from '../support/store-fixtures.js'
 
 const server = await startPostgres()
 t.teardown(() => server.close())
@@ -41,18 +39,4 @@ for (const level of ['repeatable\\ read', 'serializable']) {
   conforms(t, `a PostgresStore keeps every promise where transactions are ${level}`, await newStores(options))
 }
 
-t.test('a PostgresStore behind a bad network', async (t) => {
-  const random = new Random(newSeed())
-  t.comment(`SEED=${random.seed}`)
-  const factory = () => {
-    const { store, second, dispose } = stores()
-    const flaky = (store: PostgresStore) => persistent(new FlakyStore(store, { random }))
-    return { store: flaky(store), second: flaky(second), dispose }
-  }
-  await conforms(t, 'belongs to its tokens for a caller who repeats what got lost', factory, REPEATABLE)
-  const { store, second, dispose } = stores()
-  t.teardown(dispose)
-  const clients = [new FlakyStore(store, { random }), new FlakyStore(second, { random })]
-  await exclusiveHistory(t, clients, random)
-  await takeoverHistory(t, clients, random)
-})
+endures(t, 'a PostgresStore behind a bad network', stores)

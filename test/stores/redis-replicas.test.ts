@@ -1,5 +1,7 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import { once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
+import type { Redis } from 'ioredis'
 import t, { type Test } from 'tap'
 import { RedisStore, type RedisStoreOptions } from '../../index.js'
 import { build, REPLAYED } from '../support/app.js'
@@ -26,6 +28,12 @@ async function open(t: Test, options: RedisStoreOptions = { replicas: 1 }) {
   return { client, store }
 }
 
+async function reconnect(client: Redis): Promise<void> {
+  const ready = once(client, 'ready')
+  client.disconnect(true)
+  await ready
+}
+
 t.test('a reply that counts as stored is on the replica', async (t) => {
   const { store } = await open(t)
   for (let n = 0; n < 20; n++) {
@@ -48,13 +56,32 @@ t.test('a reply that no replica takes does not count as stored, until one does',
   }
   t.match(await store.acquire(key, claim()), { state: 'completed' }, 'others may see it already')
   // A connection that has written nothing does not vouch for what others have written.
-  client.disconnect(true)
-  await until(() => client.status === 'ready')
+  await reconnect(client)
   await t.rejects(store.complete(key, token, reply(), LONG), { message: '0 of 1 replicas have the reply' })
   replica.resume()
   await until(() => store.complete(key, token, reply(), LONG).catch(() => false))
   t.ok(await onReplica.exists(`idempotency:${key}`))
 })
+
+t.test(
+  'what was written before the connection changed, perhaps to another server, does not count as stored',
+  async (t) => {
+    const { store, client } = await open(t)
+    const key = newKey()
+    const token = await take(store, key)
+    const commands = client as unknown as { evalshaBuffer(...args: unknown[]): Promise<unknown> }
+    const { evalshaBuffer } = commands
+    commands.evalshaBuffer = async (...args) => {
+      const answer = await evalshaBuffer.apply(client, args)
+      client.disconnect(true)
+      await until(() => client.status === 'ready')
+      return answer
+    }
+    await t.rejects(store.complete(key, token, reply(), LONG), { message: /connection to Redis was lost/ })
+    commands.evalshaBuffer = evalshaBuffer
+    t.equal(await store.complete(key, token, reply(), LONG), true)
+  }
+)
 
 t.test('more replicas than there are have nothing', async (t) => {
   const { store } = await open(t, { replicas: 2, replicaTimeout: 50 })

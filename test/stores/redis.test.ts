@@ -1,11 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import t from 'tap'
 import { RedisStore } from '../../index.js'
-import { FlakyStore, persistent } from '../support/flaky-store.js'
-import { newSeed, Random } from '../support/random.js'
+import { endures } from '../support/bad-network.js'
 import { startRedis } from '../support/redis.js'
-import { conforms, REPEATABLE } from '../support/store-fixtures.js'
-import { exclusiveHistory, takeoverHistory } from '../support/store-histories.js'
+import { conforms } from '../support/store-fixtures.js'
 
 /** Where the length of a record's head is: after the kind, the version, and a token of 36 bytes. */
 const AFTER_TOKEN = 3 + 36
@@ -33,21 +31,7 @@ async function stores(...options: Parameters<typeof server.client>) {
 
 conforms(t, 'a RedisStore keeps every promise of a store', stores)
 
-t.test('a RedisStore behind a bad network', async (t) => {
-  const random = new Random(newSeed())
-  t.comment(`SEED=${random.seed}`)
-  const factory = async () => {
-    const { store, second, dispose } = await stores()
-    const flaky = (store: RedisStore) => persistent(new FlakyStore(store, { random }))
-    return { store: flaky(store), second: flaky(second), dispose }
-  }
-  await conforms(t, 'belongs to its tokens for a caller who repeats what got lost', factory, REPEATABLE)
-  const { store, second, dispose } = await stores()
-  t.teardown(dispose)
-  const clients = [new FlakyStore(store, { random }), new FlakyStore(second, { random })]
-  await exclusiveHistory(t, clients, random)
-  await takeoverHistory(t, clients, random)
-})
+endures(t, 'a RedisStore behind a bad network', stores)
 
 conforms(t, 'a RedisStore keeps every promise with a client that pipelines by itself', () =>
   stores({ enableAutoPipelining: true })
