@@ -89,7 +89,10 @@ export class RedisSubscriptions {
     })
     // Until it is back nobody knows what they miss: all look again, and whoever still waits then listens anew.
     subscriber.on('close', () => {
-      for (const { listeners } of [...this.#channels.values()]) for (const listener of [...listeners]) listener()
+      if (this.#subscriber !== subscriber) return
+      const lost = [...this.#channels.values()]
+      this.#channels.clear()
+      for (const { listeners } of lost) for (const listener of [...listeners]) listener()
     })
     // A connection that is given up, by the caller's own rules, is replaced with the next subscription.
     subscriber.on('end', () => {
@@ -103,7 +106,7 @@ export class RedisSubscriptions {
 
 /** The caller's own limits on retries must not end the listening; a key prefix must not change the channels. */
 function duplicate(client: RedisClient): Subscriber {
-  const overrides = { enableOfflineQueue: true, maxRetriesPerRequest: null, autoResubscribe: true, keyPrefix: '' }
+  const overrides = { enableOfflineQueue: true, maxRetriesPerRequest: null, autoResubscribe: false, keyPrefix: '' }
   if ((client as { isCluster?: boolean }).isCluster === true) {
     const cluster = client as unknown as {
       options?: { redisOptions?: object }
