@@ -1,0 +1,214 @@
+import type { Test } from 'tap'
+
+/*
+ * A judge of what was seen from outside: from what clients sent and got, and from what handlers did, it decides whether
+ * the guarantees held. It knows nothing of stores or of how the plugin works.
+ */
+
+/** A request, as its client saw it. Times are of `now()`, so that those of several processes can be compared. */
+export interface Exchange {
+  key: string
+  /** What the client asked for: two requests are the same if key and payload are. */
+  payload: string
+  sent: number
+  /** When the whole reply was there; `null` if none came: the connection broke, or the client left. */
+  got: number | null
+  status?: number
+  /** The error's, if it is one of the plugin. */
+  code?: string | undefined
+  text?: string
+  replayed?: boolean
+  /** Which process was asked. */
+  worker?: string
+}
+
+/** A run of the handler, as the handler saw it. */
+export interface Run {
+  /** Unique. */
+  id: string
+  key: string
+  payload: string
+  worker: string
+  attempt: number
+  started: number
+  /** `null` if it did not come to its end: its process died. */
+  ended: number | null
+  /** Was its reply one to be kept? Unknown of a run that did not end. */
+  final?: boolean
+  /** The body of its reply. */
+  text?: string
+}
+
+/** A time in which a process was not itself: paused beyond its lease, or dead. It cannot own a key in it. */
+export interface Absence {
+  worker: string
+  from: number
+  to: number
+}
+
+export interface History {
+  exchanges: Exchange[]
+  runs: Run[]
+  absences?: Absence[]
+}
+
+export const GUARANTEES = {
+  'one owner': 'no two runs of a key at the same time, but for the run of a process that is dead or paused',
+  'one run': 'a key has one run at most, whatever happens',
+  'one final run': 'after a run that was final, no other run of the key begins',
+  'same reply': 'all that get a final reply under a key get the same, word for word',
+  'no invention': 'every final reply is what a run of this key and payload has said, after it was said',
+  'kept once seen':
+    'who asks after a final reply has been seen gets it as a replay, or learns that the store cannot be asked',
+  'marked replays': 'a final reply is without the mark of a replay for one client at most',
+  'known answers': 'no answer but the ones that the plugin or the handler may give',
+  'no lock-out': 'the last request of every key got a final reply',
+  'rising attempts': 'a run that takes over from another has a higher attempt'
+} as const
+
+export type Guarantee = keyof typeof GUARANTEES
+
+export interface Violation {
+  guarantee: Guarantee
+  key: string
+  what: string
+}
+
+export interface Rules {
+  guarantees: readonly Guarantee[]
+  /** Besides final replies: statuses, with the code if the plugin's own. */
+  answers?: readonly string[]
+  /** What a request for a finished key may get instead of the replay. */
+  excuses?: readonly string[]
+  /** Is this reply final? By default any below 500 without a code of the plugin's own. */
+  isFinal?: (exchange: Exchange) => boolean
+}
+
+/** Milliseconds on the machine's monotonic clock: the same for all processes, and no jump of the time of day moves it. */
+export const now = (): number => Number(process.hrtime.bigint() / 1_000n) / 1_000
+
+const CODE = 'FST_IDEMPOTENCY_'
+const finalByDefault = ({ status = 0, code }: Exchange) => status > 0 && status < 500 && !code?.startsWith(CODE)
+const answerOf = ({ status, code }: Exchange) => (code === undefined ? String(status) : `${status} ${code}`)
+
+/** All that is wrong in a history. */
+export function violations({ exchanges, runs, absences = [] }: History, rules: Rules): Violation[] {
+  const found: Violation[] = []
+  const { answers = [], excuses = [], isFinal = finalByDefault } = rules
+  const exchangesBy = byKey(exchanges)
+  const runsBy = byKey(runs)
+  for (const key of new Set([...exchangesBy.keys(), ...runsBy.keys()])) {
+    const own = (runsBy.get(key) ?? []).toSorted((a, b) => a.started - b.started)
+    const asked = (exchangesBy.get(key) ?? []).toSorted((a, b) => a.sent - b.sent)
+    const answered = asked.filter(isAnswered)
+    const finals = answered.filter(isFinal)
+    const checks: Record<Guarantee, () => Generator<string>> = {
+      *'one owner'() {
+        for (const [n, run] of own.entries()) {
+          for (const later of own.slice(n + 1)) {
+            if (later.started < endOf(run, absences)) yield `run ${later.id} began while ${run.id} was at work`
+          }
+        }
+      },
+      *'one run'() {
+        if (own.length > 1) yield `${own.length} runs: ${own.map(({ id }) => id).join(', ')}`
+      },
+      *'one final run'() {
+        const [first, ...others] = own.filter(({ final }) => final)
+        for (const { id } of others) yield `run ${id} is final, and so was ${first?.id}`
+        for (const { id, started } of own) {
+          if (first && started >= (first.ended as number)) yield `run ${id} began after ${first.id} was final`
+        }
+      },
+      *'same reply'() {
+        for (const { status, text } of finals.slice(1)) {
+          const [first] = finals as [Answered]
+          if (status !== first.status || text !== first.text) {
+            yield `${first.status} ${first.text}, and also ${status} ${text}`
+          }
+        }
+      },
+      *'no invention'() {
+        for (const { payload, text, got, replayed } of finals) {
+          const said = own.filter((run) => run.text === text)
+          if (said.length === 0) yield `no run has said ${text}`
+          else if (!said.some((run) => run.payload === payload)) yield `${text} was said to another payload`
+          else if (!said.some((run) => run.started <= got)) yield `${text} arrived before it was said`
+          else if (replayed && !said.some((run) => run.final !== false)) yield `${text} was replayed, and is not final`
+        }
+      },
+      *'kept once seen'() {
+        const seen = finals.toSorted((a, b) => a.got - b.got)[0]
+        if (!seen) return
+        for (const answer of answered) {
+          if (answer.sent < seen.got || answer.payload !== seen.payload) continue
+          const is = isFinal(answer) ? 'final' : answerOf(answer)
+          if (is === 'final' ? !answer.replayed : !excuses.includes(is)) {
+            yield `after ${seen.text} had been seen, a retry got ${answerOf(answer)} ${answer.text}`
+          }
+        }
+      },
+      *'marked replays'() {
+        for (const { id, text } of own) {
+          const count = finals.filter((answer) => answer.text === text && !answer.replayed).length
+          if (count > 1) yield `${count} clients got the reply of run ${id} as if it were new`
+        }
+      },
+      *'known answers'() {
+        for (const answer of answered) {
+          if (!isFinal(answer) && !answers.includes(answerOf(answer))) yield `${answerOf(answer)}: ${answer.text}`
+        }
+      },
+      *'no lock-out'() {
+        const last = asked.at(-1)
+        if (last && !(isAnswered(last) && isFinal(last))) yield `the last request got ${answerOf(last)} ${last.text}`
+      },
+      *'rising attempts'() {
+        for (const [n, run] of own.entries()) {
+          const before = own[n - 1]
+          // After a release it starts at 1 again.
+          const takesOver = before !== undefined && (before.ended === null || before.ended > run.started)
+          if (takesOver && run.attempt <= before.attempt) {
+            yield `run ${run.id} is attempt ${run.attempt}, after ${before.id}, attempt ${before.attempt}`
+          }
+          if (before === undefined && run.attempt < 1) yield `the first run ${run.id} is attempt ${run.attempt}`
+        }
+      }
+    }
+    for (const guarantee of rules.guarantees) {
+      for (const what of checks[guarantee]()) found.push({ guarantee, key, what })
+    }
+  }
+  return found
+}
+
+/** Says which guarantees held, one assertion for each. */
+export function holds(t: Test, history: History, rules: Rules): void {
+  const found = violations(history, rules)
+  for (const guarantee of rules.guarantees) {
+    const against = found.filter((violation) => violation.guarantee === guarantee)
+    const lines = against.slice(0, 10).map(({ key, what }) => `${key}: ${what}`)
+    t.strictSame(lines, [], `${guarantee}: ${GUARANTEES[guarantee]}`)
+  }
+  t.comment(`${history.exchanges.length} requests, ${history.runs.length} runs, ${found.length} violations`)
+}
+
+function byKey<T extends { key: string }>(items: readonly T[]): Map<string, T[]> {
+  const groups = new Map<string, T[]>()
+  for (const item of items) {
+    const group = groups.get(item.key)
+    if (group) group.push(item)
+    else groups.set(item.key, [item])
+  }
+  return groups
+}
+
+type Answered = Exchange & { got: number }
+
+const isAnswered = (exchange: Exchange): exchange is Answered => exchange.got !== null
+
+/** When a run was over for the others: at its end, or when its process went away. */
+function endOf({ started, ended, worker }: Run, absences: readonly Absence[]): number {
+  const gone = absences.find((absence) => absence.worker === worker && absence.to > started)
+  return Math.min(ended ?? Number.POSITIVE_INFINITY, Math.max(gone?.from ?? Number.POSITIVE_INFINITY, started))
+}
