@@ -97,7 +97,7 @@ function isJson(request: FastifyRequest): boolean {
   return /^application\/(?:[^;]*\+)?json\b/i.test(request.headers['content-type'] ?? '')
 }
 
-function isMultipart(request: FastifyRequest): boolean {
+export function isMultipart(request: FastifyRequest): boolean {
   return /^multipart\//i.test(request.headers['content-type'] ?? '')
 }
 

@@ -1,6 +1,7 @@
 import { hash, randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
 import { KeyInvalid } from './errors.js'
+import { isMultipart } from './fingerprint.js'
 
 /** Where a route looks for its key, and what it accepts as one. */
 export interface KeyRules {
@@ -17,6 +18,17 @@ const UUID_V4 = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f
 /** RFC 9651 §3.3.3: printable ASCII in quotes, in which only `"` and `\` are escaped. */
 const QUOTED = String.raw`"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*"`
 
+/** A character in a display string, as the bytes of its UTF-8 (RFC 3629 §4): what is none fails (RFC 9651 §4.2.10). */
+const PERCENT_ENCODED = [
+  '%[0-7]H',
+  '%(?:c[2-9a-f]|dH)T',
+  '%(?:e0%[ab]H|e[1-9abcef]T|ed%[89]H)T',
+  '%(?:f0%[9ab]H|f[1-3]T|f4%8H)TT'
+]
+  .join('|')
+  .replaceAll('T', '%[89ab]H')
+  .replaceAll('H', '[0-9a-f]')
+
 /** RFC 9651 §3.3: integers and decimals, tokens, byte sequences, booleans, dates and display strings. */
 const BARE_ITEM = [
   QUOTED,
@@ -25,7 +37,7 @@ const BARE_ITEM = [
   String.raw`[A-Za-z*][\w!#$%&'*+.^\x60|~:/-]*`,
   ':[A-Za-z0-9+/=]*:',
   String.raw`\?[01]`,
-  String.raw`%"(?:[\x20-\x21\x23-\x24\x26-\x7e]|%[0-9a-f]{2})*"`
+  String.raw`%"(?:[\x20-\x21\x23-\x24\x26-\x7e]|${PERCENT_ENCODED})*"`
 ].join('|')
 
 /** RFC 9651 §4.2.3: a string, with the parameters of §3.1.2 behind it. */
@@ -49,20 +61,28 @@ export function keyInHeader(request: FastifyRequest, rules: KeyRules): string | 
 
 /** The raw key in the query string; `undefined` for none. */
 export function keyInQuery(request: FastifyRequest, rules: KeyRules): string | undefined {
-  return rules.field === null ? undefined : keyInFields(request.query, rules.field)
+  return rules.field === null ? undefined : asKey(ownField(request.query, rules.field))
 }
 
 /** The raw key in a parsed body: JSON, form or multipart; `undefined` for none. */
 export function keyInBody(request: FastifyRequest, rules: KeyRules): string | undefined {
-  return rules.field === null ? undefined : keyInFields(request.body, rules.field)
+  if (rules.field === null) return undefined
+  const value = ownField(request.body, rules.field)
+  return asKey(isPart(value) && isMultipart(request) ? value.value : value)
 }
 
-function keyInFields(fields: unknown, name: string): string | undefined {
+function ownField(fields: unknown, name: string): unknown {
   if (typeof fields !== 'object' || fields === null || Array.isArray(fields) || !Object.hasOwn(fields, name))
     return undefined
-  let value = (fields as Record<string, unknown>)[name]
-  // @fastify/multipart with `attachFieldsToBody: true` wraps each field.
-  if (typeof value === 'object' && value !== null && 'fieldname' in value && 'value' in value) value = value.value
+  return (fields as Record<string, unknown>)[name]
+}
+
+/** @fastify/multipart with `attachFieldsToBody: true` wraps each field. Anybody's JSON may look like that as well. */
+function isPart(value: unknown): value is { value: unknown } {
+  return typeof value === 'object' && value !== null && 'fieldname' in value && 'value' in value
+}
+
+function asKey(value: unknown): string | undefined {
   if (value === undefined) return undefined
   if (Array.isArray(value)) throw new KeyInvalid('was sent more than once')
   if (typeof value !== 'string') throw new KeyInvalid('must be a string')

@@ -25,8 +25,8 @@ function withHeader(value: string | string[] | undefined): FastifyRequest {
 const fromHeader = (value: string | string[] | undefined) => keyInHeader(withHeader(value), RULES)
 const fromQuery = (query: unknown, rules: Partial<KeyRules> = {}) =>
   keyInQuery({ query } as FastifyRequest, { ...RULES, ...rules })
-const fromBody = (body: unknown, rules: Partial<KeyRules> = {}) =>
-  keyInBody({ body } as FastifyRequest, { ...RULES, ...rules })
+const fromBody = (body: unknown, rules: Partial<KeyRules> = {}, type = 'application/json') =>
+  keyInBody({ body, headers: { 'content-type': type } } as FastifyRequest, { ...RULES, ...rules })
 
 /** What a 422 says of the key. */
 const invalid = (message: string) => ({
@@ -314,12 +314,22 @@ t.test('a field that is not a string is refused', async (t) => {
 
 t.test('a field of @fastify/multipart is read from its wrapper', async (t) => {
   const part = (value: unknown) => ({ type: 'field', fieldname: 'key', mimetype: 'text/plain', value })
-  t.equal(fromBody({ key: part('abc') }), 'abc')
-  t.equal(fromBody({ key: part(undefined) }), undefined)
-  t.throws(() => fromBody({ key: part(1) }), NO_STRING)
-  t.throws(() => fromBody({ key: [part('a'), part('b')] }), TWICE)
-  t.throws(() => fromBody({ key: { type: 'file', fieldname: 'key', filename: 'key.txt' } }), NO_STRING)
-  t.throws(() => fromBody({ key: { value: 'abc' } }), NO_STRING, 'an object that only looks like one')
+  const fromForm = (key: unknown) => fromBody({ key }, {}, 'multipart/form-data; boundary=x')
+  t.equal(fromForm(part('abc')), 'abc')
+  t.equal(fromForm('abc'), 'abc', 'with attachFieldsToBody: keyValues')
+  t.equal(fromForm(part(undefined)), undefined)
+  t.throws(() => fromForm(part(1)), NO_STRING)
+  t.throws(() => fromForm([part('a'), part('b')]), TWICE)
+  t.throws(() => fromForm({ type: 'file', fieldname: 'key', filename: 'key.txt' }), NO_STRING)
+  t.throws(() => fromForm({ value: 'abc' }), NO_STRING, 'an object that only looks like one')
+})
+
+t.test('what looks like a field of @fastify/multipart is none in a body of another type, or in a query', async (t) => {
+  const part = { type: 'field', fieldname: 'key', mimetype: 'text/plain', value: 'abc' }
+  for (const type of ['application/json', 'application/x-www-form-urlencoded', 'text/multipart/form-data', '']) {
+    t.throws(() => fromBody({ key: part }, {}, type), NO_STRING, type)
+  }
+  t.throws(() => fromQuery({ key: part }), NO_STRING)
 })
 
 t.test('a storage key is a SHA-256, without a trace of scope and key', async (t) => {
@@ -427,4 +437,48 @@ t.test('parameters of every type of RFC 9651 are ignored, and what is no paramet
   for (const bad of ['"abc" ;a=1', '"abc";a=???', '"abc";a=é', '"abc";a=1.2.3', '"abc";A=1', '"abc";']) {
     t.throws(() => parse(bad), { code: 'FST_IDEMPOTENCY_KEY_INVALID' }, bad)
   }
+})
+
+t.test('a display string among the parameters is one if its bytes are UTF-8', async (t) => {
+  const encode = (bytes: readonly number[]) => bytes.map((byte) => `%${byte.toString(16).padStart(2, '0')}`).join('')
+  const decoder = new TextDecoder('utf-8', { fatal: true })
+  const isUtf8 = (bytes: readonly number[]) => {
+    try {
+      decoder.decode(Uint8Array.from(bytes))
+      return true
+    } catch {
+      return false
+    }
+  }
+  const accepts = (content: string) => {
+    try {
+      return parse(`"abc";a=%"${content}"`) === 'abc'
+    } catch {
+      return false
+    }
+  }
+  // The edges of all the ranges of RFC 3629 §4.
+  const first = [0x00, 0x22, 0x7f, 0x80, 0xbf, 0xc1, 0xc2, 0xdf, 0xe0, 0xe1, 0xec, 0xed, 0xee, 0xef, 0xf0, 0xf1, 0xf3]
+  const edges = [0x41, 0x7f, 0x80, 0x8f, 0x90, 0x9f, 0xa0, 0xbf, 0xc0, 0xff]
+  const next = [[], ...edges.map((byte) => [byte])]
+  let [good, wrong] = [0, 0]
+  for (const lead of [...first, 0xf4, 0xf5, 0xff]) {
+    for (const second of next) {
+      for (const third of second.length === 0 ? [[]] : next) {
+        for (const fourth of third.length === 0 ? [[]] : next) {
+          const bytes = [lead, ...second, ...third, ...fourth]
+          const expected = isUtf8(bytes)
+          if (expected) good++
+          if (accepts(encode(bytes)) !== expected || accepts(`a${encode(bytes)} b`) !== expected) {
+            wrong++
+            t.fail(encode(bytes))
+          }
+        }
+      }
+    }
+  }
+  t.ok(good > 100, `${good} are UTF-8`)
+  t.equal(wrong, 0)
+  for (const bad of ['%', '%c', '%C3%BC', '%c3%BC', '%c3 %bc', 'ü', '%zz']) t.notOk(accepts(bad), bad)
+  t.ok(accepts('%f0%9f%94%91 %25 %22'))
 })
