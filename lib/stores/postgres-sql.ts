@@ -8,7 +8,7 @@
  *   completed  a record: either status_code, headers, body and body_is_text, or tombstone; kept until expires_at
  *   released   nobody's; remembers until expires_at who released it
  *
- * A row whose expires_at has passed is as good as none. A claim inside an open transaction is a row that nobody
+ * A row whose expires_at has passed is as good as none; one in any other state is not ours, and is left as it is. A claim inside an open transaction is a row that nobody
  * else sees; an exclusive advisory lock on the key, held by the transaction, says that it is there, and lets others
  * see so without waiting. Whoever claims without a transaction takes the same lock shared, for one statement.
  */
@@ -36,7 +36,8 @@ const quoted = (text: string) => `'${text.replaceAll("'", "''")}'`
 
 /** A row as it is read: what is found, and the columns of the record. */
 const FOUND = `
-  CASE WHEN state = 'completed' THEN 'completed' WHEN lease_end > moment THEN 'running' ELSE 'abandoned' END AS found,
+  CASE WHEN state = 'completed' THEN 'completed' WHEN state <> 'running' THEN 'unknown'
+    WHEN lease_end > moment THEN 'running' ELSE 'abandoned' END AS found,
   attempt, fingerprint,
   CASE WHEN state = 'running' THEN ${left('lease_end')} WHEN expires_at < 'infinity' THEN ${left('expires_at')} END
     AS left_ms,
@@ -228,7 +229,7 @@ WITH held AS MATERIALIZED (
 ), chance AS MATERIALIZED (
   SELECT ${tryLock}(${this.#lock(key)}) AS taken WHERE NOT EXISTS (
     SELECT FROM held
-    WHERE state = 'completed' OR (token <> ${token} AND (lease_end > moment OR NOT ${takeover}))
+    WHERE state <> 'running' OR (token <> ${token} AND (lease_end > moment OR NOT ${takeover}))
   )
 ), taken AS (
   INSERT INTO ${table} AS old (key, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)

@@ -11,6 +11,7 @@ import type {
   TransactionAcquisition,
   TransactionClaim
 } from '../../types/index.js'
+import { build } from '../support/app.js'
 import { until } from '../support/latch.js'
 import { type PostgresServer, type StartOptions, startPostgres } from '../support/postgres.js'
 import { claim, lapsed, newKey, reply, same, soon, take, tombstone } from '../support/store-fixtures.js'
@@ -1285,6 +1286,51 @@ for (const [what, changes] of [
     t.strictSame(await second.acquire(key, claim()), { state: 'acquired', attempt: 1 })
   })
 }
+
+for (const state of ['paused', 'RUNNING', 'acquired', 'locked', 'abandoned', '']) {
+  for (const [what, bring] of Object.entries({ running: take, abandoned: lapsed, completed: finish })) {
+    t.test(`a ${what} row whose state became "${state}" is an error, whoever asks, and is left as it is`, async (t) => {
+      const { store, table, rows } = await open(t)
+      const key = newKey()
+      const token = (await bring(store, key)) ?? 'token'
+      await rows(`UPDATE "${table}" SET state = $2 WHERE key = $1`, [key, state])
+      const stored = () => rows(`SELECT ctid, xmax, * FROM "${table}" WHERE key = $1`, [key])
+      const before = await stored()
+      const error = { message: UNDECODABLE }
+      for (const takeover of [false, true]) {
+        await t.rejects(store.acquire(key, claim({ takeover })), error)
+        await t.rejects(store.acquire(key, claim({ takeover, token })), error, 'also of its own token')
+        await t.rejects(store.begin(key, wish({ takeover })), error)
+      }
+      await t.rejects(store.get(key), error)
+      t.equal(await store.renew(key, token, LONG), false)
+      t.equal(await store.complete(key, token, reply(), LONG), false)
+      t.equal(await store.release(key, token), false)
+      t.strictSame(await stored(), before)
+      t.equal(await store.delete(key), true, 'it can be deleted')
+      t.strictSame(await store.acquire(key, claim()), { state: 'acquired', attempt: 1 })
+    })
+  }
+}
+
+t.test('a request whose row is in an unknown state gets 503, and its handler does not run', async (t) => {
+  const { store, rows, table } = await open(t)
+  const app = await build(t, { store })
+  let runs = 0
+  const handler = async () => ++runs
+  app.post('/', { config: { idempotency: true } }, handler)
+  app.post('/transaction', { config: { idempotency: { transaction: true } } }, handler)
+  for (const url of ['/', '/transaction']) {
+    const send = () => app.inject({ method: 'POST', url, headers: { 'idempotency-key': url } })
+    t.equal((await send()).statusCode, 200)
+    await rows(`UPDATE "${table}" SET state = 'archived'`)
+    const refused = await send()
+    t.same([refused.statusCode, refused.json().code], [503, 'FST_IDEMPOTENCY_STORE_UNAVAILABLE'])
+    await rows(`UPDATE "${table}" SET state = 'completed'`)
+    t.equal((await send()).headers['idempotent-replayed'], 'true')
+  }
+  t.equal(runs, 2)
+})
 
 /* Errors */
 
