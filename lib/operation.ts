@@ -171,8 +171,9 @@ export class Operation implements Subject, Waiter, Renewable {
     return this.#gone ? false : this.refuseLost()
   }
 
-  /** Another took the key before the handler could start. */
+  /** The claim was lost before the handler could start: with its connection, or to another. */
   refuseLost(): never {
+    if (this.#transaction !== null) throw this.#unavailable(new Error('The connection of the transaction was lost'))
     throw this.#conflict(withRetryAfter(new InProgress(), 1))
   }
 
