@@ -158,7 +158,13 @@ export class RedisStore implements IdempotencyStore {
   }
 
   async release(key: string, token: string): Promise<boolean> {
-    return this.#finish(key, token, ownerOf(RELEASED, token), String(RELEASE_MEMORY_MS))
+    try {
+      return await this.#finish(key, token, ownerOf(RELEASED, token), String(RELEASE_MEMORY_MS))
+    } catch (error) {
+      // A list, say, is nobody's claim. Asking again would not make it one.
+      if (isWrongType(error)) return false
+      throw error
+    }
   }
 
   changed(key: string, signal: AbortSignal): Promise<void> {
@@ -243,6 +249,11 @@ export class RedisStore implements IdempotencyStore {
 function discreet(error: unknown): Error {
   const { name = 'Error', message = String(error) } = error instanceof Error ? error : {}
   return Object.assign(new Error(message), { name })
+}
+
+/** Before Redis 7 a script's error says first that it is one. */
+function isWrongType(error: unknown): boolean {
+  return /\bWRONGTYPE Operation\b/.test((error as Error).message)
 }
 
 function ownerOf(kind: number, token: string): Buffer {

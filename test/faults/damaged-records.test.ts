@@ -1,8 +1,10 @@
 import t, { type Test } from 'tap'
 import { RedisStore } from '../../index.js'
 import { storageKey } from '../../lib/key.js'
+import { StoreInUse } from '../../lib/store-in-use.js'
 import type { Acquisition } from '../../types/index.js'
 import { build } from '../support/app.js'
+import { until } from '../support/latch.js'
 import { startRedis } from '../support/redis.js'
 import { claim, finish, reply, take, tombstone } from '../support/store-fixtures.js'
 
@@ -153,6 +155,25 @@ t.test('another version of records and claims is an error, and 503', async (t) =
     }
   }
   t.equal(scene.runs, 0, 'the handler does not run')
+})
+
+t.test('a request that found a value of another type leaves nothing to be given back', async (t) => {
+  const scene = await open(t)
+  const { client, store, name } = scene
+  let releases = 0
+  const { release } = store
+  store.release = (...args) => {
+    releases++
+    return release.apply(store, args)
+  }
+  await client.rpush(name, 'a')
+  for (let n = 1; n <= 3; n++) {
+    t.equal(await send(scene), '503 FST_IDEMPOTENCY_STORE_UNAVAILABLE')
+    await until(() => releases === n, { message: 'the claim to be given up' })
+  }
+  // Whoever comes next has nobody before it, which would be asked for again and again.
+  await StoreInUse.of(store).disown('another', 'token', 60_000)
+  t.equal(releases, 4, 'each was asked for once')
 })
 
 t.test('a value of any other type under the key is an error, and 503, and is left as it is', async (t) => {
