@@ -1,5 +1,6 @@
-import { execFileSync } from 'node:child_process'
+import { execFileSync, spawn } from 'node:child_process'
 import { randomUUID } from 'node:crypto'
+import { once } from 'node:events'
 import { chmodSync, chownSync, existsSync, readFileSync } from 'node:fs'
 import { rm } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
@@ -57,6 +58,12 @@ export class PostgresServer {
     this.#config = { ...SETTINGS, ...config, unix_socket_directories: this.host }
   }
 
+  /** Of the first process, as long as it runs. */
+  get pid(): number {
+    if (!this.#process?.running) throw new Error('postgres is not running')
+    return this.#process.pid
+  }
+
   /** For programs that take a URL. */
   get url(): string {
     return `postgresql://${this.user}@/${this.database}?host=${encodeURIComponent(this.host)}`
@@ -100,6 +107,18 @@ export class PostgresServer {
   /** As after a crash: nothing is tidied up. */
   kill(): Promise<void> {
     return this.#end('SIGQUIT')
+  }
+
+  /** The postmaster alone: what its children are at they may bring to an end. */
+  murder(): Promise<void> {
+    return this.#end('SIGKILL')
+  }
+
+  /** Stops processes of the server for a while. Whatever happens to this process, they go on afterwards. */
+  async freeze(pids: number[], ms: number): Promise<void> {
+    const script = 'for s in STOP CONT; do kill -$s "$@" 2>/dev/null; [ $s = STOP ] && sleep "$0"; done'
+    const shell = spawn('/bin/sh', ['-c', script, String(ms / 1_000), ...pids.map(String)], { stdio: 'ignore' })
+    await once(shell, 'exit')
   }
 
   async #end(signal: NodeJS.Signals): Promise<void> {
