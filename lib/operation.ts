@@ -381,9 +381,12 @@ export class Operation implements Subject, Waiter, Renewable {
   async #acquire(takeover: boolean): Promise<Found> {
     if (!this.policy.transaction) return this.#askStore(takeover)
     const { asking } = this.#store
+    // The answer to who has asked before may be older than this request: only what is final is still true.
+    let isOld = true
     for (let asked = asking.get(this.storageKey); asked !== undefined; asked = asking.get(this.storageKey)) {
       const found = await asked
-      if (found !== null) return found
+      if (found !== null && (!isOld || found.state === 'completed')) return found
+      isOld = false
     }
     const answer = this.#askStore(takeover)
     const forOthers = answer.then((found) => (found.state === 'acquired' ? null : found))

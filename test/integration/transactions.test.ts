@@ -606,6 +606,33 @@ test('of two requests at the very same time one runs, and the other is told so, 
   t.same([await scene.ledger(), scene.runs()], [['run 1'], 1])
 })
 
+test('who asks when the reply has been seen gets it, also behind one who asked before, whose answer is late', async (t) => {
+  const { first, entered, leave } = held()
+  const scene = await open(t, { first })
+  const elsewhere = await scene.again()
+  const owner = scene.send()
+  await entered
+  const [asked, arrived] = [latch(), latch()]
+  const { store } = elsewhere
+  const begin = store.begin.bind(store)
+  store.begin = async (...args) => {
+    const found = await begin(...args)
+    asked.open()
+    await arrived.promise
+    return found
+  }
+  const early = elsewhere.send()
+  await asked.promise
+  store.begin = begin
+  leave()
+  t.same(told(await owner), RAN_1)
+  const late = [elsewhere.send(), elsewhere.send()]
+  await sleep(0)
+  arrived.open()
+  t.same(told(await early), IN_PROGRESS)
+  for (const reply of late) t.same(told(await reply), REPLAYED_1)
+})
+
 test('who comes without a transaction sees a key that one holds as running, without waiting, and cannot delete it', async (t) => {
   const { first, entered, leave } = held()
   const scene = await open(t, { first })
