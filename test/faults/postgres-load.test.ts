@@ -16,7 +16,7 @@ import {
   type Rules,
   type Run
 } from '../support/http-history.js'
-import { until } from '../support/latch.js'
+import { latch, until } from '../support/latch.js'
 import { startPostgres } from '../support/postgres.js'
 import { LOSSES, type Loss, PostgresProxy } from '../support/postgres-proxy.js'
 import { newSeed, Random } from '../support/random.js'
@@ -89,13 +89,16 @@ interface Scene {
   unstored: Set<string>
 }
 
-async function open(t: Test, { lease = 20_000, throughProxy = false } = {}): Promise<Scene & { proxy: PostgresProxy }> {
+async function open(t: Test, { lease = 20_000, proxied = 0, gated = false } = {}) {
   const id = ++scenes
-  const proxy = await PostgresProxy.start(server)
+  const proxy = await PostgresProxy.start(server, { silence: 600 })
   t.teardown(() => proxy.close())
   await outside.query(`CREATE TABLE ledger_${id} (key text NOT NULL, run text NOT NULL)`)
+  /** Holds the runs of the first app. */
+  const gate = latch()
+  if (!gated) gate.open()
   const insert = `INSERT INTO ledger_${id} VALUES ($1, $2)`
-  const history: Required<Pick<History, 'exchanges' | 'runs'>> = { exchanges: [], runs: [] }
+  const history: History = { exchanges: [], runs: [] }
   const work = (worker: string) => async (request: FastifyRequest, reply: FastifyReply) => {
     const { key, ms } = request.body as Job
     const context = request.idempotency
@@ -114,6 +117,7 @@ async function open(t: Test, { lease = 20_000, throughProxy = false } = {}): Pro
     try {
       await context?.transaction?.query(insert, [key, id])
       await sleep(ms)
+      if (worker === 'app 0') await gate.promise
       run.text = JSON.stringify({ key, run: id })
       run.final = !context?.transaction
     } finally {
@@ -130,14 +134,15 @@ async function open(t: Test, { lease = 20_000, throughProxy = false } = {}): Pro
   t.teardown(() => unsubscribe('fastify-idempotency:store-error', onError))
   const apps: Scene['apps'] = []
   for (let n = 0; n < APPS; n++) {
-    const pool = server.pool({ max: 16, ...(throughProxy && { host: proxy.host }) })
+    const pool = server.pool({ max: 16, ...(n < proxied && { host: proxy.host }) })
     const store = new PostgresStore({ pool, table: `keys_${id}`, sweepInterval: 1_000 })
     if (n === 0) await store.createTable()
     const name = `app ${n}`
     const app = await build(t, { store, storeTimeout: 500, waitTimeout: 2_000 })
     for (const kind of KINDS) {
+      // Longer than a connection is silent: a process that does not know yet that its transaction is lost says 409.
       const idempotency: IdempotencyRouteOptions = isTransactional(kind)
-        ? { transaction: true, lease: 1_000 }
+        ? { transaction: true, lease: 2_000 }
         : { lease }
       if (kind.endsWith('wait')) idempotency.onConflict = 'wait'
       app.post(`/${kind}`, { config: { idempotency } }, work(name))
@@ -145,7 +150,7 @@ async function open(t: Test, { lease = 20_000, throughProxy = false } = {}): Pro
     await app.ready()
     apps.push({ app, name, pool })
   }
-  return { id, proxy, apps, history, jobs: new Map(), unstored }
+  return { id, proxy, gate, apps, history, jobs: new Map(), unstored }
 }
 
 interface Job {
@@ -156,8 +161,8 @@ interface Job {
 }
 
 /** One request, as its client sees it. */
-async function send(scene: Scene, job: Job): Promise<Exchange> {
-  const { app, name } = scene.apps[random.between(0, APPS - 1)] as Scene['apps'][number]
+async function send(scene: Scene, job: Job, asked = random.between(0, APPS - 1)): Promise<Exchange> {
+  const { app, name } = scene.apps[asked] as Scene['apps'][number]
   const exchange: Exchange = { key: job.key, payload: job.key, sent: now(), got: null, worker: name }
   scene.history.exchanges.push(exchange)
   const reply = await inject(app, {
@@ -178,10 +183,10 @@ async function send(scene: Scene, job: Job): Promise<Exchange> {
 }
 
 /** Asks until there is a final reply. */
-async function ask(scene: Scene, job: Job): Promise<void> {
+async function ask(scene: Scene, job: Job, asked?: number): Promise<void> {
   const end = performance.now() + PATIENCE_MS
   for (;;) {
-    const { status = 0 } = await send(scene, job)
+    const { status = 0 } = await send(scene, job, asked)
     if ((status < 500 && status !== 409) || performance.now() > end) return
     await sleep(random.between(5, 60))
   }
@@ -334,7 +339,7 @@ const POINTS: [point: string, sign: RegExp, oneOf: number][] = [
 ]
 
 t.test('connections that are cut or fall silent, between statements and their answers', async (t) => {
-  const scene = await open(t, { throughProxy: true, lease: 5_000 })
+  const scene = await open(t, { proxied: APPS, lease: 5_000 })
   const { proxy } = scene
   const seen = new Map(POINTS.map(([point]) => [point, 0]))
   const injected = new Map<string, number>()
@@ -362,7 +367,7 @@ t.test('connections that are cut or fall silent, between statements and their an
 const anyLoss = () => LOSSES[random.between(0, LOSSES.length - 1)] as Loss
 
 t.test('connections that are all cut at once, again and again', async (t) => {
-  const scene = await open(t, { throughProxy: true, lease: 5_000 })
+  const scene = await open(t, { proxied: APPS, lease: 5_000 })
   await load(scene, 60, async () => {
     for (let round = 0; round < 10 * factor; round++) {
       await atWork(scene, random.between(5, 60))
@@ -372,6 +377,34 @@ t.test('connections that are all cut at once, again and again', async (t) => {
   })
   await judge(t, scene)
 })
+
+t.test(
+  'an app that is cut off for longer than its lease: others take over, and its late replies change nothing',
+  async (t) => {
+    const scene = await open(t, { lease: 1_000, proxied: 1, gated: true })
+    const { history, proxy, gate } = scene
+    const jobs = Array.from({ length: 20 * factor }, (): Job => ({ kind: 'plain', key: randomUUID(), ms: 0 }))
+    const late = jobs.map((job) => send(scene, job, 0))
+    await until(() => history.runs.length === jobs.length, { message: 'all to be at work' })
+    proxy.loss = () => 'unsent'
+    proxy.cut()
+    await Promise.all(jobs.map((job) => ask(scene, job, 1)))
+    proxy.loss = () => null
+    gate.open()
+    // What is late goes to those who have waited for it, and to nobody else.
+    const lateReplies = await Promise.all(late)
+    for (const asked of [0, 1, 2]) await Promise.all(jobs.map((job) => ask(scene, job, asked)))
+    const others = { ...history, exchanges: history.exchanges.filter((exchange) => !lateReplies.includes(exchange)) }
+    const guarantees: Guarantee[] = ['same reply', 'no invention', 'kept once seen', 'marked replays', 'known answers']
+    const answers = [IN_PROGRESS, UNAVAILABLE]
+    holds(t, others, { guarantees: [...guarantees, 'no lock-out', 'rising attempts'], answers, excuses: [UNAVAILABLE] })
+    const taken = lateReplies.filter(({ key, text }) =>
+      history.runs.some((run) => run.key === key && run.text === text)
+    )
+    t.equal(taken.length, jobs.length, 'each late reply is that of a run of its key')
+    t.equal(history.runs.length, 2 * jobs.length)
+  }
+)
 
 t.test('what cannot be: a reply, sent while it could not be stored, does not outlive its process', async (t) => {
   const scene = await open(t, { lease: 1_000 })
