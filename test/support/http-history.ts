@@ -63,7 +63,8 @@ export const GUARANTEES = {
   'marked replays': 'a final reply is without the mark of a replay for one client at most',
   'known answers': 'no answer but the ones that the plugin or the handler may give',
   'no lock-out': 'the last request of every key got a final reply',
-  'rising attempts': 'a run that takes over from another has a higher attempt'
+  'rising attempts': 'a run that takes over from another has a higher attempt',
+  'last word': 'what is replayed last is what the last final run has said: a late reply overwrites nothing'
 } as const
 
 export type Guarantee = keyof typeof GUARANTEES
@@ -172,6 +173,13 @@ export function violations({ exchanges, runs, absences = [] }: History, rules: R
             yield `run ${run.id} is attempt ${run.attempt}, after ${before.id}, attempt ${before.attempt}`
           }
           if (before === undefined && run.attempt < 1) yield `the first run ${run.id} is attempt ${run.attempt}`
+        }
+      },
+      *'last word'() {
+        const last = own.findLast(({ final }) => final)
+        const replay = finals.findLast(({ replayed }) => replayed)
+        if (last && replay && replay.sent > (last.ended as number) && replay.text !== last.text) {
+          yield `${last.text} was the last, and ${replay.text} is replayed`
         }
       }
     }

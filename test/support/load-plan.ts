@@ -1,0 +1,37 @@
+import type { RedisOptions } from 'ioredis'
+import type { IdempotencyOptions } from '../../index.js'
+import type { Run } from './http-history.js'
+
+// What the clients of a load, load.ts, and its workers, load-worker.ts, have agreed on.
+
+/** How a worker is set up. */
+export interface WorkerSetup {
+  name: string
+  /** The file that its runs are written to: not to the Redis that is under fault. */
+  runs: string
+  redis: (RedisOptions & { replyMapping?: 'legacy' }) | { host: string; port: number }[]
+  options: IdempotencyOptions
+  /** Removes a safeguard. */
+  sabotage?: 'no owner check' | undefined
+}
+
+/** What a request asks of its handler. */
+export interface Job {
+  key: string
+  /** Which of the routes is asked. */
+  route: Route
+  ms: number
+  /** How likely a run fails. */
+  fails: number
+}
+
+/** What becomes of duplicates, and of claims whose owner has gone away. */
+export const ROUTES = {
+  reject: { onConflict: 'reject' },
+  wait: { onConflict: 'wait' },
+  strict: { onConflict: 'reject', onAbandoned: 'reject' }
+} as const
+export type Route = keyof typeof ROUTES
+
+/** A line in the file of runs. */
+export type RunLine = Omit<Run, 'ended'> | (Pick<Run, 'id' | 'final' | 'text'> & { ended: number })
