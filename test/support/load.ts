@@ -12,8 +12,10 @@ export interface LoadOptions {
   duplicates?: number
   /** How many keys are in use at a time. */
   breadth?: number
-  /** The handlers take this long at most, but for one in twenty that takes `longest`. */
+  /** The handlers take this long at most, in milliseconds. */
   ms?: number
+  /** How likely one takes `longest` instead. */
+  slow?: number
   longest?: number
   /** How likely a run of a handler fails. */
   fails?: number
@@ -31,8 +33,9 @@ const RETRIED = ['IN_PROGRESS', 'STORE_UNAVAILABLE', 'ABANDONED'].map((code) => 
 
 const DEFAULTS = {
   duplicates: 3,
-  breadth: 12,
+  breadth: 24,
   ms: 20,
+  slow: 0.05,
   longest: 300,
   fails: 0.05,
   hangsUp: 0.03,
@@ -92,11 +95,11 @@ export class Load {
   }
 
   #newJob(): Job {
-    const { random, ms, longest, fails, routes } = this.#options
+    const { random, ms, slow, longest, fails, routes } = this.#options
     const n = this.#jobs.size
     const route = routes[n % routes.length] as Route
     const key = `${route} ${n}`
-    const job = { key, route, ms: random.chance(0.05) ? longest : random.between(0, ms), fails }
+    const job = { key, route, ms: random.chance(slow) ? longest : random.between(0, ms), fails }
     this.#jobs.set(key, job)
     return job
   }
