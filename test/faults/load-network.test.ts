@@ -1,6 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import t, { type Test } from 'tap'
 import { holds, now, violations } from '../support/http-history.js'
+import { until } from '../support/latch.js'
 import {
   ABANDONED,
   AFTER_LOSS,
@@ -40,13 +41,14 @@ t.test('connections are cut between command and answer: all guarantees hold', as
   const { scene, proxies } = await open(t)
   await scene.load.during(async () => {
     for (const proxy of proxies) proxy.trouble = { loseCommands: 0.05, loseAnswers: 0.08 }
-    await sleep(2_500 * FACTOR)
+    const enough = (proxy: TcpProxy) =>
+      proxy.struck.lostCommands >= 5 * FACTOR && proxy.struck.lostAnswers >= 8 * FACTOR
+    await until(() => proxies.every(enough), { timeout: 60_000 * FACTOR, message: 'connections to be cut' })
     for (const proxy of proxies) proxy.trouble = {}
+    await scene.load.more(50)
   })
   await scene.judge(TROUBLED)
-  for (const { struck } of proxies) {
-    t.ok(struck.lostAnswers > 3 && struck.lostCommands > 1, `lost ${struck.lostCommands} and ${struck.lostAnswers}`)
-  }
+  for (const { struck } of proxies) t.comment(JSON.stringify(struck))
 })
 
 t.test(
@@ -55,7 +57,7 @@ t.test(
     const { scene, proxies } = await open(t)
     await scene.load.during(async () => {
       for (let n = 0; n < 3 * FACTOR; n++) {
-        for (const proxy of proxies) proxy.trouble = { delay: 160 }
+        for (const proxy of proxies) proxy.trouble = { delay: 120 }
         await sleep(500)
         const silent = n % 3 === 2 ? proxies : [proxies[n % 2] as TcpProxy]
         for (const proxy of silent) proxy.swallow()
@@ -73,22 +75,23 @@ t.test(
 async function divided(t: Test, sabotage?: 'no owner check') {
   const { scene, proxies } = await open(
     t,
-    { options: { lease: 1_500 }, load: { slow: 0.3, longest: 400, fails: 0 } },
+    { options: { lease: 2_500 }, load: { slow: 0.3, longest: 400, fails: 0 } },
     sabotage
   )
   const lost = new Set<string>()
   await scene.load.during(async () => {
     for (let n = 0; n < FACTOR; n++) {
-      await sleep(400)
+      await scene.load.more(20)
       const from = now()
       proxies[0].swallow()
-      await sleep(2_300)
+      await sleep(3_200)
       proxies[0].heal()
-      for (const key of scene.caught(from - 400, now(), 'worker 1')) lost.add(key)
-      await sleep(1_500)
+      for (const key of scene.caught(from - 1_000, now(), 'worker 1')) lost.add(key)
+      await scene.load.more(40)
     }
   })
   await scene.load.revisit()
+  for (const key of scene.stalled()) lost.add(key)
   return { scene, lost }
 }
 

@@ -2,7 +2,7 @@ import { existsSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import type { Test } from 'tap'
-import type { Run } from './http-history.js'
+import type { Absence, Run } from './http-history.js'
 import { until } from './latch.js'
 import type { RunLine, WorkerSetup } from './load-plan.js'
 import { launch, makeFolder, type ServerProcess } from './process.js'
@@ -64,19 +64,22 @@ export class Fleet {
     })
   }
 
-  /** All runs so far. */
-  get runs(): Run[] {
+  /** All runs so far, and the times in which a worker did not get on. */
+  seen(): { runs: Run[]; absences: Absence[] } {
     const runs = new Map<string, Run>()
+    const absences: Absence[] = []
     for (const { name } of this.#started) {
       const file = this.#file(name)
-      const lines = existsSync(file) ? readFileSync(file, 'utf8').trimEnd().split('\n') : []
+      const lines = existsSync(file) ? readFileSync(file, 'utf8').split('\n') : []
       for (const line of lines) {
+        if (line === '') continue
         const said = JSON.parse(line) as RunLine
-        if ('started' in said) runs.set(said.id, { ...said, ended: null })
+        if ('from' in said) absences.push(said)
+        else if ('started' in said) runs.set(said.id, { ...said, ended: null })
         else Object.assign(runs.get(said.id) as Run, said)
       }
     }
-    return [...runs.values()]
+    return { runs: [...runs.values()], absences }
   }
 
   #file(name: string): string {

@@ -1,6 +1,6 @@
 import type { RedisOptions } from 'ioredis'
 import type { IdempotencyOptions } from '../../index.js'
-import type { Run } from './http-history.js'
+import type { Absence, Run } from './http-history.js'
 
 // What the clients of a load, load.ts, and its workers, load-worker.ts, have agreed on.
 
@@ -34,4 +34,8 @@ export const ROUTES = {
 export type Route = keyof typeof ROUTES
 
 /** A line in the file of runs. */
-export type RunLine = Omit<Run, 'ended'> | (Pick<Run, 'id' | 'final' | 'text'> & { ended: number })
+export type RunLine =
+  | Omit<Run, 'ended'>
+  | (Pick<Run, 'id' | 'final' | 'text'> & { ended: number })
+  // The process did not get on, as on a busy machine.
+  | Absence

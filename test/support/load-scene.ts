@@ -76,17 +76,26 @@ export class Scene {
 
   /** What has been seen, of some keys or of all. */
   history(of: (key: string) => boolean = () => true): Required<History> {
+    const { runs, absences } = this.fleet.seen()
     const own = ({ key }: { key: string }) => of(key)
-    return { exchanges: this.load.exchanges.filter(own), runs: this.fleet.runs.filter(own), absences: [] }
+    return { exchanges: this.load.exchanges.filter(own), runs: runs.filter(own), absences }
   }
 
   /** Keys of which a run was under way, or might still have had its reply unstored, within a time. */
   caught(from: number, to: number, worker?: string): Set<string> {
-    const within = this.fleet.runs.filter(
-      ({ started, ended, worker: by }) =>
-        started <= to && (ended ?? Number.POSITIVE_INFINITY) >= from && (worker === undefined || worker === by)
-    )
+    const within = this.fleet
+      .seen()
+      .runs.filter(
+        ({ started, ended, worker: by }) =>
+          started <= to && (ended ?? Number.POSITIVE_INFINITY) >= from && (worker === undefined || worker === by)
+      )
     return new Set(within.map(({ key }) => key))
+  }
+
+  /** Keys that may have been lost because a worker did not get on: for those with short leases on busy machines. */
+  stalled(): Set<string> {
+    const { absences } = this.fleet.seen()
+    return new Set(absences.flatMap(({ worker, from, to }) => [...this.caught(from - 1_000, to + 1_000, worker)]))
   }
 
   /** Judges, after every key has been asked for once more. */

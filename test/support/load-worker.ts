@@ -23,6 +23,8 @@ globalThis.Date = new Proxy(RealDate, {
   get: (target, name) => (name === 'now' ? () => realNow() + jump : Reflect.get(target, name))
 })
 
+const STALL = 700
+
 const note = (line: RunLine) => appendFileSync(setup.runs, `${JSON.stringify(line)}\n`)
 
 function connect(): Redis | Cluster {
@@ -72,6 +74,13 @@ app.post('/clock', async (request) => {
   jump = (request.body as { ms: number }).ms
   return { now: new Date().toISOString() }
 })
+
+let last = now()
+setInterval(() => {
+  const at = now()
+  if (at - last > STALL) note({ worker: setup.name, from: last, to: at })
+  last = at
+}, 100)
 
 process.on('SIGTERM', async () => {
   await app.close()

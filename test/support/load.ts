@@ -1,6 +1,7 @@
 import http from 'node:http'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { type Exchange, now } from './http-history.js'
+import { until } from './latch.js'
 import { type Job, ROUTES, type Route } from './load-plan.js'
 import type { Random } from './random.js'
 
@@ -46,6 +47,8 @@ const DEFAULTS = {
 /** Clients that ask again, with the same key, until they get a final reply: as real ones should. */
 export class Load {
   readonly exchanges: Exchange[] = []
+  /** How many keys nobody asks for any more. */
+  done = 0
   readonly #options: Required<LoadOptions>
   readonly #agent = new http.Agent({ keepAlive: true, maxSockets: 100 })
   readonly #jobs = new Map<string, Job>()
@@ -70,13 +73,10 @@ export class Load {
     await Promise.all([disturbing, ...Array.from({ length: this.#options.breadth }, work)])
   }
 
-  /** So many keys, several at a time. */
-  async use(count: number): Promise<void> {
-    let left = count
-    const work = async () => {
-      while (left-- > 0) await this.#use(this.#newJob())
-    }
-    await Promise.all(Array.from({ length: this.#options.breadth }, work))
+  /** Resolves when so many more keys are done with: on a slow machine that takes longer. */
+  async more(count: number): Promise<void> {
+    const enough = this.done + count
+    await until(() => this.done >= enough, { timeout: 120_000, message: `${count} more keys` })
   }
 
   /** Asks once more for each key: what was final is to be replayed now. */
@@ -113,6 +113,7 @@ export class Load {
     }
     await Promise.all(Array.from({ length: duplicates }, client))
     await this.#insist(job)
+    this.done++
   }
 
   /** One client, until it has a final reply, or no hope, or no patience. */
