@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import t, { type Test } from 'tap'
-import { type Exchange, holds, now, type Run } from '../support/http-history.js'
+import { holds, now } from '../support/http-history.js'
 import { until } from '../support/latch.js'
 import {
   ABANDONED,
@@ -11,6 +11,8 @@ import {
   IN_PROGRESS,
   Scene,
   type SceneOptions,
+  type Span,
+  spansOf,
   TROUBLED,
   UNAVAILABLE
 } from '../support/load-scene.js'
@@ -34,7 +36,7 @@ async function open(
 t.test('Redis is killed and comes back, each write on its disk: all guarantees hold', async (t) => {
   const { server, scene } = await open(t, { persist: true })
   await scene.load.during(async () => {
-    for (let n = 0; n < 4 * FACTOR; n++) {
+    for (let n = 0; n < 3 * FACTOR; n++) {
       await scene.load.more(scene.random.between(10, 40))
       await server.kill()
       await sleep(scene.random.between(0, 500))
@@ -51,7 +53,7 @@ t.test(
   'Redis is killed and comes back empty: all guarantees hold of keys that are used on one side of that only; a reply of before is lost',
   async (t) => {
     const { server, scene } = await open(t)
-    const gaps: { from: number; to: number }[] = []
+    const gaps: Span[] = []
     await scene.load.during(async () => {
       for (let n = 0; n < 2 * FACTOR; n++) {
         await scene.load.more(60)
@@ -63,19 +65,12 @@ t.test(
       }
       await scene.load.more(60)
     })
-    const all = scene.history()
-    const spans = new Map<string, { from: number; to: number }>()
-    const stretch = (key: string, from: number, to: number) => {
-      const span = spans.get(key) ?? { from, to }
-      spans.set(key, { from: Math.min(span.from, from), to: Math.max(span.to, to) })
-    }
-    for (const { key, sent, got } of all.exchanges as Exchange[]) stretch(key, sent, got ?? sent)
-    for (const { key, started, ended } of all.runs as Run[]) stretch(key, started, ended ?? started)
+    const spans = spansOf(scene.history())
     const isTorn = (key: string) => {
-      const span = spans.get(key) as { from: number; to: number }
+      const span = spans.get(key) as Span
       return gaps.some(({ from, to }) => span.from <= to && span.to >= from)
     }
-    const { to: last } = gaps.at(-1) as { to: number }
+    const { to: last } = gaps.at(-1) as Span
     const isForgotten = (key: string) => !isTorn(key) && (spans.get(key)?.from ?? 0) < last
     await scene.load.revisit(scene.load.keys.filter((key) => !isForgotten(key)))
     const whole = scene.history((key) => !isTorn(key))

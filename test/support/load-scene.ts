@@ -126,3 +126,21 @@ export function countsOf(exchanges: readonly Exchange[]): string {
 /** How many got this answer. */
 export const howMany = ({ exchanges }: History, answer: string): number =>
   exchanges.filter(({ status, code }) => answer === `${status}${code ? ` ${code}` : ''}`).length
+
+/** A stretch of time. */
+export interface Span {
+  from: number
+  to: number
+}
+
+/** From when to when something was seen of each key. */
+export function spansOf({ exchanges, runs }: History): Map<string, Span> {
+  const spans = new Map<string, Span>()
+  const stretch = (key: string, from: number, to: number) => {
+    const span = spans.get(key)
+    spans.set(key, span ? { from: Math.min(span.from, from), to: Math.max(span.to, to) } : { from, to })
+  }
+  for (const { key, sent, got } of exchanges) stretch(key, sent, got ?? sent)
+  for (const { key, started, ended } of runs) stretch(key, started, ended ?? started)
+  return spans
+}

@@ -26,6 +26,8 @@ export interface LoadOptions {
   patience?: number
   /** Which routes are asked. */
   routes?: readonly Route[]
+  /** Which keys are used. */
+  wants?: (key: string) => boolean
 }
 
 const PREFIX = 'FST_IDEMPOTENCY_'
@@ -41,7 +43,8 @@ const DEFAULTS = {
   fails: 0.05,
   hangsUp: 0.03,
   patience: 20_000,
-  routes: Object.keys(ROUTES) as Route[]
+  routes: Object.keys(ROUTES) as Route[],
+  wants: () => true
 }
 
 /** Clients that ask again, with the same key, until they get a final reply: as real ones should. */
@@ -52,6 +55,7 @@ export class Load {
   readonly #options: Required<LoadOptions>
   readonly #agent = new http.Agent({ keepAlive: true, maxSockets: 100 })
   readonly #jobs = new Map<string, Job>()
+  #numbers = 0
 
   constructor(options: LoadOptions) {
     this.#options = { ...DEFAULTS, ...options }
@@ -95,10 +99,14 @@ export class Load {
   }
 
   #newJob(): Job {
-    const { random, ms, slow, longest, fails, routes } = this.#options
-    const n = this.#jobs.size
-    const route = routes[n % routes.length] as Route
-    const key = `${route} ${n}`
+    const { random, ms, slow, longest, fails, routes, wants } = this.#options
+    let route: Route
+    let key: string
+    do {
+      const n = this.#numbers++
+      route = routes[n % routes.length] as Route
+      key = `${route} ${n}`
+    } while (!wants(key))
     const job = { key, route, ms: random.chance(slow) ? longest : random.between(0, ms), fails }
     this.#jobs.set(key, job)
     return job

@@ -8,35 +8,52 @@ type ClientOptions = NonNullable<ConstructorParameters<typeof Cluster<'legacy'>>
 export interface RedisCluster {
   /** Three masters, each with a third of the slots, in the order of the slots. */
   readonly nodes: readonly RedisServer[]
+  /** Those of each master. */
+  readonly replicas: readonly (readonly RedisServer[])[]
   /** A client that is ready. It is disconnected by `close`. */
   client(options?: ClientOptions): Promise<Cluster>
   close(): Promise<void>
 }
 
 const slots = 16_384
+const MASTERS = 3
 
-/** A Redis Cluster of the test's own; takes two to three seconds. */
-export async function startCluster(): Promise<RedisCluster> {
-  const config = ['--cluster-enabled', 'yes', '--cluster-node-timeout', '5000']
-  const started = await Promise.allSettled([1, 2, 3].map(() => startRedis({ port: true, config })))
-  const nodes = started.flatMap((node) => (node.status === 'fulfilled' ? [node.value] : []))
+export interface ClusterOptions {
+  /** How many replicas each master has. */
+  replicas?: number
+  /** Further arguments of each server. */
+  config?: string[]
+}
+
+/** A Redis Cluster of the test's own; takes two to three seconds, and some more with replicas. */
+export async function startCluster({ replicas = 0, config = [] }: ClusterOptions = {}): Promise<RedisCluster> {
+  const args = ['--cluster-enabled', 'yes', '--cluster-node-timeout', '5000', ...config]
+  const count = MASTERS * (1 + replicas)
+  const started = await Promise.allSettled(
+    Array.from({ length: count }, () => startRedis({ port: true, config: args }))
+  )
+  const all = started.flatMap((node) => (node.status === 'fulfilled' ? [node.value] : []))
+  const nodes = all.slice(0, MASTERS)
+  const replicasOf = nodes.map((_, n) => all.filter((_, m) => m >= MASTERS && m % MASTERS === n))
   const clients = new Set<Cluster>()
   const close = async () => {
     for (const client of clients) client.disconnect()
-    await Promise.all(nodes.map((node) => node.close()))
+    await Promise.all(all.map((node) => node.close()))
   }
   try {
     for (const node of started) if (node.status === 'rejected') throw node.reason
     await join(nodes)
+    await follow(nodes, replicasOf)
   } catch (error) {
     await close()
     throw error
   }
   return {
     nodes,
+    replicas: replicasOf,
     close,
     async client(options = {}) {
-      const addresses = nodes.map(({ host, port }) => ({ host, port }))
+      const addresses = all.map(({ host, port }) => ({ host, port }))
       const client = new Cluster(addresses, options)
       clients.add(client)
       client.on('error', () => {})
@@ -68,4 +85,34 @@ async function join(nodes: readonly RedisServer[]): Promise<void> {
     await until(settled, { timeout: 30_000, message: 'the cluster to form' })
     client.disconnect()
   }
+}
+
+/** Makes each replica follow its master. */
+async function follow(masters: readonly RedisServer[], replicas: readonly (readonly RedisServer[])[]): Promise<void> {
+  const joining = masters.flatMap((master, n) => (replicas[n] ?? []).map((replica) => ({ master, replica })))
+  await Promise.all(
+    joining.map(async ({ master, replica }) => {
+      const [admin, client] = [await master.client(), await replica.client()]
+      const id = String(await admin.cluster('MYID'))
+      await client.cluster('MEET', master.host, master.port)
+      // It has to have heard of its master, and of everybody else.
+      const hasMet = async () => (await client.cluster('INFO')).includes(`cluster_known_nodes:${known}\r\n`)
+      const known = masters.length + joining.length
+      await until(hasMet, { timeout: 30_000, message: 'a replica to join' })
+      await client.cluster('REPLICATE', id)
+      const isLinked = async () => /master_link_status:up/.test(await client.info('replication'))
+      await until(isLinked, { timeout: 30_000, message: 'a replica to follow' })
+      for (const each of [admin, client]) each.disconnect()
+    })
+  )
+}
+
+/** Where a key without braces belongs. */
+export function slotOf(key: string): number {
+  let crc = 0
+  for (const byte of Buffer.from(key)) {
+    crc ^= byte << 8
+    for (let bit = 0; bit < 8; bit++) crc = (crc & 0x8000 ? (crc << 1) ^ 0x1021 : crc << 1) & 0xffff
+  }
+  return crc % slots
 }
