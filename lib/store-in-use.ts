@@ -7,6 +7,8 @@ const FIRST_PAUSE_MS = 50
 const LONGEST_PAUSE_MS = 1_000
 /** A claim that was never given back lapses by itself: forgetting the oldest is safe. */
 const MAX_DISOWNED = 10_000
+/** How many claims are given back at a time, as long as the store answers. */
+const MAX_LANES = 16
 
 /** A claim that may have been written, and that nobody needs. */
 interface Disowned {
@@ -15,6 +17,7 @@ interface Disowned {
   readonly timeout: number
   /** Called when the claim was given back, or is no longer to be. */
   readonly done: () => void
+  isUnderWay: boolean
 }
 
 const inUse = new WeakMap<IdempotencyStore, StoreInUse>()
@@ -28,7 +31,8 @@ export class StoreInUse {
   readonly waiting: WaitingRoom
   readonly #store: IdempotencyStore
   readonly #disowned = new Set<Disowned>()
-  #isGivingBack = false
+  /** Loops that give claims back. */
+  #lanes = 0
   #users = 0
 
   private constructor(store: IdempotencyStore) {
@@ -60,13 +64,13 @@ export class StoreInUse {
   /** Gives a claim back in the background, as soon as the store can be reached. Resolves when that is done. */
   disown(key: string, token: string, timeout: number): Promise<void> {
     const given = new Promise<void>((done) => {
-      this.#disowned.add({ key, token, timeout, done })
+      this.#disowned.add({ key, token, timeout, done, isUnderWay: false })
     })
     for (const oldest of this.#disowned) {
       if (this.#disowned.size <= MAX_DISOWNED) break
       this.#drop(oldest)
     }
-    if (!this.#isGivingBack) void this.#giveBack()
+    if (this.#lanes === 0) void this.#giveBack()
     return given
   }
 
@@ -76,21 +80,28 @@ export class StoreInUse {
   }
 
   async #giveBack(): Promise<void> {
-    this.#isGivingBack = true
+    this.#lanes++
     let pause = FIRST_PAUSE_MS
     for (const claim of this.#disowned) {
+      if (claim.isUnderWay) continue
+      claim.isUnderWay = true
       try {
         await within(claim.timeout, () => this.#store.release(claim.key, claim.token))
         this.#drop(claim)
         pause = FIRST_PAUSE_MS
+        // One after the other, what a slow store has gathered would take longer than the leases.
+        if (this.#lanes < MAX_LANES) void this.#giveBack()
       } catch {
+        claim.isUnderWay = false
         // To the end of the line, which this loop comes to as well: one key must not hold up the others.
         if (this.#disowned.delete(claim)) this.#disowned.add(claim)
+        // One is enough to find out that the store is back.
+        if (this.#lanes > 1) break
         await sleep(pause)
         pause = Math.min(pause * 2, LONGEST_PAUSE_MS)
       }
     }
-    this.#isGivingBack = false
+    this.#lanes--
   }
 }
 

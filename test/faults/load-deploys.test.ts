@@ -14,7 +14,11 @@ const ONCE = { ...CALM, guarantees: [...ALL, 'one run'] as const }
 
 t.test('one worker after the other is replaced: every key runs once, and every client gets its reply', async (t) => {
   const options = { storeTimeout: 30_000, lease: 30_000 }
-  const scene = await Scene.open(t, { workers: [{ redis }, { redis }, { redis }], options, load: { fails: 0, breadth: 8 } })
+  const scene = await Scene.open(t, {
+    workers: [{ redis }, { redis }, { redis }],
+    options,
+    load: { fails: 0, breadth: 8 }
+  })
   const { fleet, load } = scene
   const replaced: Worker[] = []
   await load.during(async () => {

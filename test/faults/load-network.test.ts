@@ -33,7 +33,13 @@ async function open(t: Test, options: Omit<SceneOptions, 'workers'> = {}, sabota
     await TcpProxy.to({ path: server.path }, new Random(seed + 2))
   ] as const
   t.teardown(() => Promise.all(proxies.map((proxy) => proxy.close())))
-  const workers = proxies.map(({ host, port }) => ({ redis: { host, port, socketTimeout: 400 }, sabotage }))
+  // One client that sends again what got no answer, and one that gives up at once.
+  const patience = [{}, { maxRetriesPerRequest: 0, autoResendUnfulfilledCommands: false }]
+  const workers = proxies.map(({ host, port }, n) => ({
+    // Without a limit a client waits for ever on a connection that swallows everything.
+    redis: { host, port, socketTimeout: 400, ...patience[n] },
+    sabotage
+  }))
   return { scene: await Scene.open(t, { workers, seed, ...options }), proxies }
 }
 
@@ -58,11 +64,12 @@ t.test(
     await scene.load.during(async () => {
       for (let n = 0; n < 3 * FACTOR; n++) {
         for (const proxy of proxies) proxy.trouble = { delay: 120 }
-        await sleep(500)
+        await scene.load.more(10)
         const silent = n % 3 === 2 ? proxies : [proxies[n % 2] as TcpProxy]
         for (const proxy of silent) proxy.swallow()
         await sleep(600)
         for (const proxy of proxies) proxy.heal()
+        await scene.load.more(10)
       }
     })
     const history = await scene.judge(TROUBLED)
