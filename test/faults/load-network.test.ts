@@ -50,7 +50,7 @@ async function open(t: Test, options: Omit<SceneOptions, 'workers'> = {}, sabota
 }
 
 t.test('connections are cut between command and answer: all guarantees hold', async (t) => {
-  const { scene, proxies } = await open(t)
+  const { scene, proxies } = await open(t, { options: { storeTimeout: 1_000 } })
   await scene.load.during(async () => {
     for (const proxy of proxies) proxy.trouble = { loseCommands: 0.05, loseAnswers: 0.08 }
     const enough = (proxy: TcpProxy) =>
