@@ -7,6 +7,7 @@ import type { Test } from 'tap'
 
 /** A request, as its client saw it. Times are of `now()`, so that those of several processes can be compared. */
 export interface Exchange {
+  /** A key that was forgotten on purpose, by expiry or deletion, goes by another name from then on. */
   key: string
   /** What the client asked for: two requests are the same if key and payload are. */
   payload: string
@@ -39,10 +40,11 @@ export interface Run {
   text?: string
 }
 
-/** A time in which a process was not itself: paused beyond its lease, or dead. It cannot own a key in it. */
+/** A time in which a process was not itself: paused beyond its lease, or dead. Others may take its keys over in it. */
 export interface Absence {
   worker: string
   from: number
+  /** `Infinity` for a process that is dead. */
   to: number
 }
 
@@ -55,14 +57,17 @@ export interface History {
 export const GUARANTEES = {
   'one owner': 'no two runs of a key at the same time, but for the run of a process that is dead or paused',
   'one run': 'a key has one run at most, whatever happens',
-  'one final run': 'after a run that was final, no other run of the key begins',
-  'same reply': 'all that get a final reply under a key get the same, word for word',
+  'one final run':
+    'after a run that was final, no other run of the key begins, unless its process was away before its reply was seen',
+  'same reply':
+    'all that get a final reply under a key get the same, word for word, but for the client of an owner that was overtaken',
   'no invention': 'every final reply is what a run of this key and payload has said, after it was said',
   'kept once seen':
     'who asks after a final reply has been seen gets it as a replay, or learns that the store cannot be asked',
-  'marked replays': 'a final reply is without the mark of a replay for one client at most',
+  'marked replays':
+    'a final reply is without the mark of a replay for the client whose request ran, and for nobody else',
   'known answers': 'no answer but the ones that the plugin or the handler may give',
-  'no lock-out': 'the last request of every key got a final reply',
+  'no lock-out': 'the last request of every key got a final reply, if it was the same request',
   'rising attempts': 'a run that takes over from another has a higher attempt',
   'last word': 'what is replayed last is what the last final run has said: a late reply overwrites nothing'
 } as const
@@ -81,7 +86,7 @@ export interface Rules {
   answers?: readonly string[]
   /** What a request for a finished key may get instead of the replay. */
   excuses?: readonly string[]
-  /** Is this reply final? By default any below 500 without a code of the plugin's own. */
+  /** Is this reply final? By default as the plugin has it by default, without its own errors. */
   isFinal?: (exchange: Exchange) => boolean
 }
 
@@ -89,7 +94,9 @@ export interface Rules {
 export const now = (): number => Number(process.hrtime.bigint() / 1_000n) / 1_000
 
 const CODE = 'FST_IDEMPOTENCY_'
-const finalByDefault = ({ status = 0, code }: Exchange) => status > 0 && status < 500 && !code?.startsWith(CODE)
+const NOT_FINAL = [408, 425, 429]
+const finalByDefault = ({ status = 0, code }: Exchange) =>
+  status > 0 && status < 500 && !NOT_FINAL.includes(status) && !code?.startsWith(CODE)
 const answerOf = ({ status, code }: Exchange) => (code === undefined ? String(status) : `${status} ${code}`)
 
 /** All that is wrong in a history. */
@@ -102,7 +109,14 @@ export function violations({ exchanges, runs, absences = [] }: History, rules: R
     const own = (runsBy.get(key) ?? []).toSorted((a, b) => a.started - b.started)
     const asked = (exchangesBy.get(key) ?? []).toSorted((a, b) => a.sent - b.sent)
     const answered = asked.filter(isAnswered)
-    const finals = answered.filter(isFinal)
+    const finals = answered.filter(isFinal).toSorted((a, b) => a.got - b.got)
+    const overtaken = new Set(own.filter((run) => isOvertaken(run, own, finals, absences)))
+    // The late reply of an owner that was overtaken goes to its own client, and is not kept.
+    const isLate = ({ text, replayed }: Exchange) => {
+      const said = own.filter((run) => run.text === text)
+      return !replayed && said.length > 0 && said.every((run) => overtaken.has(run))
+    }
+    const kept = finals.filter((answer) => !isLate(answer))
     const checks: Record<Guarantee, () => Generator<string>> = {
       *'one owner'() {
         for (const [n, run] of own.entries()) {
@@ -115,15 +129,24 @@ export function violations({ exchanges, runs, absences = [] }: History, rules: R
         if (own.length > 1) yield `${own.length} runs: ${own.map(({ id }) => id).join(', ')}`
       },
       *'one final run'() {
-        const [first, ...others] = own.filter(({ final }) => final)
+        const final = own.filter((run) => run.final && run.ended !== null)
+        const [first, ...others] = final.filter((run) => !overtaken.has(run))
         for (const { id } of others) yield `run ${id} is final, and so was ${first?.id}`
-        for (const { id, started } of own) {
-          if (first && started >= (first.ended as number)) yield `run ${id} began after ${first.id} was final`
+        for (const run of final) {
+          // What was overtaken is kept only if somebody got it from there.
+          const replay = finals.find(({ text, replayed }) => replayed && text === run.text)
+          const from = overtaken.has(run) ? replay?.got : run.ended
+          if (typeof from !== 'number') continue
+          for (const later of own) {
+            if (later !== run && later.started >= from && !others.includes(later)) {
+              yield `run ${later.id} began after ${run.id} was final`
+            }
+          }
         }
       },
       *'same reply'() {
-        for (const { status, text } of finals.slice(1)) {
-          const [first] = finals as [Answered]
+        for (const { status, text } of kept.slice(1)) {
+          const [first] = kept as [Answered]
           if (status !== first.status || text !== first.text) {
             yield `${first.status} ${first.text}, and also ${status} ${text}`
           }
@@ -139,7 +162,7 @@ export function violations({ exchanges, runs, absences = [] }: History, rules: R
         }
       },
       *'kept once seen'() {
-        const seen = finals.toSorted((a, b) => a.got - b.got)[0]
+        const [seen] = kept
         if (!seen) return
         for (const answer of answered) {
           if (answer.sent < seen.got || answer.payload !== seen.payload) continue
@@ -150,9 +173,24 @@ export function violations({ exchanges, runs, absences = [] }: History, rules: R
         }
       },
       *'marked replays'() {
-        for (const { id, text } of own) {
-          const count = finals.filter((answer) => answer.text === text && !answer.replayed).length
-          if (count > 1) yield `${count} clients got the reply of run ${id} as if it were new`
+        for (const text of new Set(own.map((run) => run.text))) {
+          if (text === undefined) continue
+          const said = own.filter((run) => run.text === text)
+          const unmarked = finals.filter((answer) => answer.text === text && !answer.replayed)
+          if (unmarked.length > said.length) {
+            yield `${unmarked.length} clients got ${text} as if it were new, of ${said.length} runs`
+          } else if (unmarked.some(({ sent }) => said.every(({ started }) => started < sent))) {
+            yield `${text} was given as if it were new to a client that asked later`
+          }
+          for (const answer of finals) {
+            const isAlone = asked.every(
+              (other) =>
+                other === answer || said.every((run) => other.sent > run.started || other.payload !== run.payload)
+            )
+            if (answer.text === text && answer.replayed && isAlone) {
+              yield `${text} was marked as a replay for the only client that had asked`
+            }
+          }
         }
       },
       *'known answers'() {
@@ -161,8 +199,11 @@ export function violations({ exchanges, runs, absences = [] }: History, rules: R
         }
       },
       *'no lock-out'() {
-        const last = asked.at(-1)
-        if (last && !(isAnswered(last) && isFinal(last))) yield `the last request got ${answerOf(last)} ${last.text}`
+        // Whoever sends something else under the same key is refused for good.
+        const last = asked.findLast(({ payload }) => kept.length === 0 || payload === kept[0]?.payload)
+        if (last === undefined) return
+        if (!isAnswered(last)) yield 'the last request got no answer'
+        else if (!isFinal(last)) yield `the last request got ${answerOf(last)} ${last.text}`
       },
       *'rising attempts'() {
         for (const [n, run] of own.entries()) {
@@ -172,7 +213,7 @@ export function violations({ exchanges, runs, absences = [] }: History, rules: R
           if (takesOver && run.attempt <= before.attempt) {
             yield `run ${run.id} is attempt ${run.attempt}, after ${before.id}, attempt ${before.attempt}`
           }
-          if (before === undefined && run.attempt < 1) yield `the first run ${run.id} is attempt ${run.attempt}`
+          if (run.attempt < 1) yield `run ${run.id} is attempt ${run.attempt}`
         }
       },
       *'last word'() {
@@ -217,6 +258,19 @@ const isAnswered = (exchange: Exchange): exchange is Answered => exchange.got !=
 
 /** When a run was over for the others: at its end, or when its process went away. */
 function endOf({ started, ended, worker }: Run, absences: readonly Absence[]): number {
-  const gone = absences.find((absence) => absence.worker === worker && absence.to > started)
-  return Math.min(ended ?? Number.POSITIVE_INFINITY, Math.max(gone?.from ?? Number.POSITIVE_INFINITY, started))
+  const away = absences.filter((absence) => absence.worker === worker && absence.to > started)
+  return Math.min(ended ?? Number.POSITIVE_INFINITY, ...away.map(({ from }) => Math.max(from, started)))
+}
+
+/** Did another run begin after the process of this one had gone away, and before anybody had seen its reply? */
+function isOvertaken(
+  run: Run,
+  all: readonly Run[],
+  finals: readonly Answered[],
+  absences: readonly Absence[]
+): boolean {
+  const first = finals.find(({ text }) => text !== undefined && text === run.text)
+  const seen = first?.got ?? Number.POSITIVE_INFINITY
+  const gone = endOf({ ...run, ended: null }, absences)
+  return gone < seen && all.some((other) => other !== run && other.started >= gone && other.started < seen)
 }
