@@ -1,0 +1,493 @@
+import {
+  type Answer,
+  type Asked,
+  type Call,
+  type End,
+  type Process,
+  type Route,
+  type Running,
+  SHORT_TTL,
+  saying,
+  TTL,
+  type Witness,
+  type World
+} from './plugin-world.js'
+
+// What the plugin has to do, as a model: of every key it keeps the states in which the store may be, which are several
+// where nobody outside can know, and strikes out those that do not agree with what is seen. When none is left, what
+// was seen must not happen.
+
+/** The longest time until something is repeated that failed, or looked at again. */
+const LAG = 1_300
+
+type Entry =
+  | { is: 'free' }
+  | {
+      is: 'claim'
+      run: string
+      route: Route
+      /** `null`: the claim was made before there was a body. */
+      payload: string | null
+      attempt: number
+      /** The lease ends at some time from the one to the other. */
+      from: number
+      to: number
+    }
+  | { is: 'done'; run: string; route: Route; payload: string; expires: number }
+
+/** What the store may look like, as far as one key is concerned. */
+interface State {
+  entry: Entry
+  /** Runs that believe to own the key, but do not, and since when. */
+  beaten: Record<string, number>
+}
+
+interface RunInfo {
+  run: Running
+  /** What its process still tries to do. */
+  intent: 'complete' | 'release' | null
+}
+
+interface ProcessInfo {
+  healthy: boolean
+  since: number
+  /** Replies that could not be stored, or may not have been. */
+  unstored: Map<string, string>
+}
+
+type Verdict = { is: string; state: State }
+
+const FREE: State = { entry: { is: 'free' }, beaten: {} }
+const FINAL: readonly End[] = ['reply', 'refuse', 'stream', 'broken stream', 'too large', 'hijack']
+const REPLAYABLE: readonly End[] = ['reply', 'refuse', 'stream']
+
+const IN_PROGRESS = '409 FST_IDEMPOTENCY_IN_PROGRESS'
+const NOT_REPLAYABLE = '409 FST_IDEMPOTENCY_NOT_REPLAYABLE'
+const REUSED = '422 FST_IDEMPOTENCY_KEY_REUSED'
+const UNAVAILABLE = '503 FST_IDEMPOTENCY_STORE_UNAVAILABLE'
+
+/** What was seen must not happen. */
+export class Wrong extends Error {}
+
+export class PluginModel implements Witness {
+  world!: World
+  readonly asked: Asked[] = []
+  readonly log: string[] = []
+  readonly #states = new Map<string, State[]>()
+  readonly #changedAt = new Map<string, number>()
+  readonly #runs = new Map<string, RunInfo>()
+  readonly #processes = new Map<Process, ProcessInfo>()
+  /** Requests that may fail, because an answer of the store was lost to their process. */
+  readonly #mayFail = new Set<Asked>()
+  readonly #wrong: string[] = []
+
+  // What happens to the world.
+
+  sent(asked: Asked): void {
+    asked.sent = this.#now
+    this.asked.push(asked)
+    this.#say(`${asked.id} ${asked.key} ${asked.payload} ${asked.route} to ${asked.process.name}`)
+  }
+
+  /** The handler is about to end so. */
+  ends(run: Running, how: End): void {
+    const { process, key } = run.asked
+    const info = this.#runs.get(run.id) as RunInfo
+    this.#say(`${run.id} ends: ${how}`)
+    run.ended = how
+    const call = FINAL.includes(how) ? 'complete' : 'release'
+    const states = this.#of(key)
+    if (process.cut || process.losing.has(call)) {
+      info.intent = call
+      if (call === 'complete' && states.some((state) => knows(state, run.id))) {
+        this.#info(process).unstored.set(key, run.id)
+      }
+      // The store has done it, only nobody knows.
+      if (!process.cut)
+        this.#put(
+          key,
+          states.map((state) => (owner(state) === run.id ? this.#after(state, run.id) : state))
+        )
+      this.#info(process).since = this.#now
+    } else {
+      info.intent = call
+      this.#put(
+        key,
+        states.map((state) => this.#after(state, run.id))
+      )
+    }
+  }
+
+  died(process: Process): void {
+    this.#say(`${process.name} dies`)
+    this.#weaken(process)
+    this.#info(process).unstored.clear()
+    for (const [key, states] of this.#states) {
+      this.#put(
+        key,
+        states.map((state) => this.#without(state, process))
+      )
+    }
+  }
+
+  /** The process is stopped, or cannot reach the store, or both. */
+  weakened(process: Process): void {
+    this.#say(`${process.name} is ${process.stopped ? 'stopped' : 'cut off'}`)
+    this.#weaken(process)
+  }
+
+  recovered(process: Process): void {
+    this.#say(`${process.name} is ${process.stopped ? 'stopped' : process.cut ? 'cut off' : 'well again'}`)
+    const info = this.#info(process)
+    info.healthy = !process.stopped && !process.cut
+    info.since = this.#now
+    if (!info.healthy) return
+    for (const [key, states] of this.#states) {
+      this.#put(
+        key,
+        states.map((state) => {
+          const beaten = { ...state.beaten }
+          for (const run of Object.keys(beaten)) if (this.#processOf(run) === process) beaten[run] = -1
+          if (state.entry.is !== 'claim' || this.#processOf(state.entry.run) !== process) return { ...state, beaten }
+          return { entry: { ...state.entry, to: Infinity }, beaten }
+        })
+      )
+    }
+  }
+
+  /** A key was deleted by a process. */
+  deleted(process: Process, key: string, existed: boolean): void {
+    this.#say(`${process.name} deletes ${key}: ${existed}`)
+    this.#info(process).unstored.delete(key)
+    const next: State[] = []
+    for (const state of this.#of(key)) {
+      if ((state.entry.is !== 'free') !== existed) continue
+      const own = owner(state)
+      const beaten = { ...state.beaten }
+      // An owner in the process itself is told.
+      if (own !== null && this.#processOf(own) !== process && !this.#processOf(own).dead) beaten[own] = this.#now
+      // So is a run that does not know yet that it is none.
+      next.push({ entry: { is: 'free' }, beaten }, this.#without({ entry: { is: 'free' }, beaten }, process))
+    }
+    this.#put(key, next)
+    if (next.length === 0) this.#fail(`delete of ${key} was ${existed}`)
+  }
+
+  // What is seen.
+
+  started(run: Running): void {
+    const { asked, attempt, id } = run
+    this.#say(`${id} starts for ${asked.id}, attempt ${attempt}`)
+    if (asked.gone) this.#fail(`${id} runs for a client that has left`)
+    this.#seen(asked, `run ${attempt}`)
+    this.#runs.set(id, { run, intent: null })
+  }
+
+  answered(asked: Asked, answer: Answer): void {
+    const { status, code, text, replayed } = answer
+    const what = code ?? `${text}${replayed ? ' (replayed)' : ''}`
+    this.#say(`${asked.id} gets ${status} ${what}`)
+    if (asked.run !== null) {
+      const { ended, id } = asked.run
+      if (ended === null) {
+        this.#fail(`${asked.id} is answered before its run has ended`)
+        return
+      }
+      const expected = saying(ended, id)
+      if (status !== expected.status || text !== expected.text || replayed || code !== undefined) {
+        this.#fail(`${asked.id} gets another reply than that of its run`)
+      }
+      return
+    }
+    this.#seen(asked, code === undefined ? `${status} ${what}` : `${status} ${code}`)
+  }
+
+  lost(process: Process, call: Call, key: string, takeover: boolean): void {
+    this.#say(`an answer is lost to ${process.name}: ${call}`)
+    if (call !== 'acquire') return
+    for (const asked of process.asked) {
+      if (asked.answer === null && asked.run === null) this.#mayFail.add(asked)
+    }
+    // A claim that nobody knows of is given back.
+    void key
+    if (!takeover) return
+    for (const [name, states] of this.#states) {
+      this.#put(
+        name,
+        states.flatMap((state) => {
+          if (state.entry.is !== 'claim' || this.#now < state.entry.from) return [state]
+          return [state, this.#beat(state, { is: 'free' })]
+        })
+      )
+    }
+  }
+
+  /** Nothing moves any more without the passing of time: who must have been answered by now? */
+  check(): void {
+    for (const asked of this.asked) {
+      const { process, answer, run, gone } = asked
+      if (answer !== null || gone || process.stopped) continue
+      if (run !== null) {
+        if (run.ended !== null) this.#fail(`${asked.id} has no answer after its run has ended`)
+        continue
+      }
+      if (!this.#mayWait(asked)) this.#fail(`${asked.id} has no answer`)
+    }
+    for (const { run } of this.#runs.values()) {
+      const { process, key } = run.asked
+      if (run.ended !== null || process.dead || !run.signal.aborted) continue
+      if (this.#of(key).every((state) => owner(state) === run.id)) this.#fail(`${run.id} was told to have lost its key`)
+    }
+    const [wrong] = this.#wrong
+    if (wrong !== undefined) throw new Wrong(`${wrong}\n\n${this.log.join('\n')}`)
+  }
+
+  #mayWait({ route, key, process, sent }: Asked): boolean {
+    if (route !== '/wait') return false
+    const { since } = this.#info(process)
+    if (this.#now > Math.max(sent + process.waitTimeout, since) + LAG) return false
+    if (this.#now <= Math.max(since, this.#changedAt.get(key) ?? 0) + LAG) return true
+    if (process.cut) return this.#isAtWork(process, key)
+    return this.#of(key).some(
+      ({ entry }) => entry.is === 'claim' && (this.#now <= entry.to + LAG || this.#isAtWork(process, key))
+    )
+  }
+
+  /** The states that agree with what was seen of a request. */
+  #seen(asked: Asked, what: string): void {
+    const states = this.#of(asked.key)
+    const next: State[] = []
+    const expected = new Set<string>()
+    for (const state of states) {
+      for (const { is, state: after } of this.#verdicts(state, asked)) {
+        expected.add(is)
+        if (is === what) next.push(after)
+      }
+    }
+    if (next.length === 0) this.#fail(`${asked.id}: ${what}, instead of ${[...expected].join(' or ')}`)
+    else this.#put(asked.key, next)
+  }
+
+  /** What may become of a request, if the store is in this state. */
+  #verdicts(state: State, asked: Asked): Verdict[] {
+    const { process, key, route, payload, sent } = asked
+    const { entry } = state
+    const refuse = (is: string): Verdict => ({ is, state })
+    const busy = () => {
+      if (route !== '/wait') return [refuse(IN_PROGRESS)]
+      return this.#now >= sent + process.waitTimeout ? [refuse(IN_PROGRESS)] : []
+    }
+    const done = (id: string, theirs: { route: Route; payload: string }): Verdict => {
+      if (theirs.route !== route || theirs.payload !== payload) return refuse(REUSED)
+      const how = (this.#runs.get(id) as RunInfo).run.ended as End
+      if (!REPLAYABLE.includes(how)) return refuse(NOT_REPLAYABLE)
+      const { status, text } = saying(how, id)
+      return refuse(`${status} ${text} (replayed)`)
+    }
+    const found: Verdict[] = []
+    const unstored = this.#info(process).unstored.get(key)
+    if (unstored !== undefined) {
+      const { run } = this.#runs.get(unstored) as RunInfo
+      found.push(done(unstored, run.asked))
+      if (process.cut) return found
+    }
+    if (this.#mayFail.has(asked)) found.push(refuse(UNAVAILABLE))
+    if (process.cut) {
+      const own = this.#atWork(process, key)
+      if (own.length === 0) return [...found, refuse(UNAVAILABLE)]
+      const other = own.some(({ run }) => run.asked.route !== route || run.asked.payload !== payload)
+      // A run that has lost its key may know it or not.
+      return [...found, ...busy(), refuse(UNAVAILABLE), ...(other ? [refuse(REUSED)] : [])]
+    }
+    if (entry.is === 'free') {
+      found.push({ is: 'run 1', state: this.#claimed(state, asked, 1) })
+    } else if (entry.is === 'done') {
+      found.push(done(entry.run, entry))
+    } else {
+      const isOther = entry.route !== route || (entry.payload !== null && entry.payload !== payload)
+      if (isOther) return [...found, refuse(REUSED)]
+      const own = this.#isAtWork(process, key)
+      if (this.#now <= entry.to || own) found.push(...busy())
+      if (own && asked.payload !== this.#atWork(process, key)[0]?.run.asked.payload) found.push(refuse(REUSED))
+      if (this.#now >= entry.from && this.#processOf(entry.run) !== process) {
+        found.push({ is: `run ${entry.attempt + 1}`, state: this.#claimed(state, asked, entry.attempt + 1) })
+      }
+    }
+    return found
+  }
+
+  #claimed(state: State, { run, route, payload, process }: Asked, attempt: number): State {
+    const known = route === '/preHandler' ? payload : null
+    const { healthy } = this.#info(process)
+    const lease = healthy ? Infinity : this.#now + process.lease
+    const id = run?.id ?? ''
+    return this.#beat(state, { is: 'claim', run: id, route, payload: known, attempt, from: lease, to: lease })
+  }
+
+  /** Another entry takes the place of a claim, whose owner does not know. */
+  #beat(state: State, entry: Entry): State {
+    const own = owner(state)
+    const beaten = { ...state.beaten }
+    if (own !== null && !this.#processOf(own).dead) beaten[own] = this.#now
+    return { entry, beaten }
+  }
+
+  /** The last step of a run, or its renewal, has come to the store. */
+  #after(state: State, id: string): State {
+    const { run, intent } = this.#runs.get(id) as RunInfo
+    const { [id]: since, ...beaten } = state.beaten
+    const { route, payload } = run.asked
+    const owns = owner(state) === id
+    if (!owns && (since === undefined || state.entry.is !== 'free' || intent === 'release')) {
+      return { entry: state.entry, beaten }
+    }
+    if (intent === 'release') return { entry: { is: 'free' }, beaten }
+    if (intent === 'complete') {
+      const expires = this.#now + (route === '/short' ? SHORT_TTL : TTL)
+      return { entry: { is: 'done', run: id, route, payload, expires }, beaten }
+    }
+    if (owns && state.entry.is === 'claim') return { entry: { ...state.entry, from: Infinity, to: Infinity }, beaten }
+    // The payload is known by now, to whomever claims anew.
+    return { entry: { is: 'claim', run: id, route, payload, attempt: 1, from: Infinity, to: Infinity }, beaten }
+  }
+
+  #without(state: State, process: Process): State {
+    const beaten = Object.fromEntries(Object.entries(state.beaten).filter(([run]) => this.#processOf(run) !== process))
+    return { entry: state.entry, beaten }
+  }
+
+  #weaken(process: Process): void {
+    const info = this.#info(process)
+    const wasHealthy = info.healthy
+    info.healthy = false
+    info.since = this.#now
+    if (!wasHealthy) return
+    for (const [key, states] of this.#states) {
+      this.#put(
+        key,
+        states.map((state) => {
+          const { entry, beaten } = state
+          if (entry.is !== 'claim' || this.#processOf(entry.run) !== process) return state
+          const from = Math.min(entry.from, this.#now + (process.lease * 2) / 3)
+          return { entry: { ...entry, from, to: Math.min(entry.to, this.#now + process.lease) }, beaten }
+        })
+      )
+    }
+  }
+
+  /** The states of a key, as they may have become in the meantime. */
+  #of(key: string): State[] {
+    let states = this.#states.get(key) ?? [FREE]
+    for (let grown = this.#later(states); ; grown = this.#later(states)) {
+      const same = grown.length === states.length
+      states = grown
+      if (same) break
+    }
+    this.#put(key, states)
+    return states
+  }
+
+  #later(states: State[]): State[] {
+    const later: State[] = []
+    for (const state of states) {
+      const { entry } = state
+      if (entry.is === 'done' && this.#now >= entry.expires) {
+        later.push({ ...state, entry: { is: 'free' } })
+        if (this.#now === entry.expires) later.push(state)
+        continue
+      }
+      if (entry.is === 'claim') {
+        const retain = entry.route === '/short' ? SHORT_TTL : TTL
+        if (this.#now >= entry.from + retain) later.push(this.#beat(state, { is: 'free' }))
+        if (this.#now > entry.to + retain) continue
+      }
+      const unsettled = [...Object.keys(state.beaten), ...(entry.is === 'claim' ? [entry.run] : [])]
+      let stays = true
+      for (const id of unsettled) {
+        const { run, intent } = this.#runs.get(id) as RunInfo
+        const { process } = run.asked
+        const info = this.#info(process)
+        const owns = owner(state) === id
+        if (!info.healthy || (owns && intent === null && entry.is === 'claim' && entry.from === Infinity)) continue
+        const since = state.beaten[id] ?? -1
+        if (this.#now <= since) continue
+        later.push(this.#after(state, id))
+        const patience = intent === null ? process.lease / 3 : 0
+        if (this.#now > Math.max(since, info.since) + patience + LAG) stays = false
+      }
+      if (stays) later.push(state)
+    }
+    return unique(later)
+  }
+
+  #put(key: string, states: State[]): void {
+    const next = unique(states)
+    const before = this.#states.get(key) ?? []
+    if (next.length !== before.length || JSON.stringify(next) !== JSON.stringify(before)) {
+      this.#changedAt.set(key, this.#now)
+      this.#states.set(key, next)
+    }
+    for (const info of this.#processes.values()) {
+      const unstored = info.unstored.get(key)
+      if (unstored === undefined || !info.healthy || this.#now <= info.since + LAG) continue
+      info.unstored.delete(key)
+    }
+  }
+
+  /** The runs of a process that are at work, whether or not they have lost their key. */
+  #atWork(process: Process, key: string): RunInfo[] {
+    return [...this.#runs.values()].filter(
+      ({ run }) => run.asked.process === process && run.asked.key === key && run.ended === null
+    )
+  }
+
+  #isAtWork(process: Process, key: string): boolean {
+    return this.#atWork(process, key).length > 0
+  }
+
+  #processOf(run: string): Process {
+    return (this.#runs.get(run) as RunInfo).run.asked.process
+  }
+
+  #info(process: Process): ProcessInfo {
+    let info = this.#processes.get(process)
+    if (info === undefined) {
+      info = { healthy: true, since: this.#now, unstored: new Map() }
+      this.#processes.set(process, info)
+    }
+    return info
+  }
+
+  get #now(): number {
+    return this.world.time.now
+  }
+
+  #say(what: string): void {
+    this.log.push(`${this.#now}: ${what}`)
+  }
+
+  #fail(what: string): void {
+    this.#say(`WRONG: ${what}`)
+    this.#wrong.push(what)
+  }
+}
+
+function owner({ entry }: State): string | null {
+  return entry.is === 'claim' ? entry.run : null
+}
+
+function knows(state: State, run: string): boolean {
+  return owner(state) === run || run in state.beaten
+}
+
+function unique(states: State[]): State[] {
+  const seen = new Map<string, State>()
+  for (const state of states)
+    seen.set(JSON.stringify([state.entry, Object.entries(state.beaten).sort()], number), state)
+  return [...seen.values()]
+}
+
+/** JSON has no infinity. */
+function number(_name: string, value: unknown): unknown {
+  return value === Infinity ? 'Infinity' : value
+}

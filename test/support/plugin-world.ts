@@ -1,0 +1,384 @@
+import { Readable } from 'node:stream'
+import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
+import idempotency, { MemoryStore } from '../../index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
+import { inNameOf, settled, type TimerOwner, VirtualTime } from './virtual-time.js'
+
+// Processes with the plugin, all in this one, on one store and in virtual time, with everything that befalls them.
+
+/** Milliseconds. Those of one process differ a little from another's, because timers of one length are shared. */
+export const LEASE = 30_000
+export const WAIT_TIMEOUT = 45_000
+export const STORE_TIMEOUT = 2_000
+export const TTL = 200_000
+export const SHORT_TTL = 20_000
+
+export const ROUTES = ['/reject', '/wait', '/preHandler', '/short'] as const
+export type Route = (typeof ROUTES)[number]
+
+/** How a handler may end. */
+export const ENDS = [
+  'reply',
+  'refuse',
+  'fail',
+  'throw',
+  'discard',
+  'stream',
+  'broken stream',
+  'too large',
+  'hijack'
+] as const
+export type End = (typeof ENDS)[number]
+
+export type Call = 'acquire' | 'renew' | 'complete' | 'release'
+
+export interface Asked {
+  id: string
+  process: Process
+  key: string
+  payload: string
+  route: Route
+  sent: number
+  run: Running | null
+  answer: Answer | null
+  /** The client has hung up, or the process has died. */
+  gone: boolean
+  hangUp: () => void
+}
+
+export interface Answer {
+  status: number
+  code: string | undefined
+  text: string
+  replayed: boolean
+}
+
+export interface Running {
+  id: string
+  asked: Asked
+  attempt: number
+  signal: AbortSignal
+  ended: End | null
+  end: (how: End) => void
+}
+
+/** Who wants to know what happens. */
+export interface Witness {
+  started(run: Running): void
+  answered(asked: Asked, answer: Answer): void
+  /** A call was done by the store, but its caller has not been told. */
+  lost(process: Process, call: Call, key: string, takeover: boolean): void
+}
+
+type Plugin = typeof idempotency
+
+export interface WorldOptions {
+  plugin?: Plugin
+  /** What stands between a process and the store. */
+  between?: (store: IdempotencyStore) => IdempotencyStore
+}
+
+export class World {
+  readonly time = new VirtualTime()
+  readonly processes: Process[] = []
+  readonly store = new MemoryStore()
+  readonly witness: Witness
+  readonly options: WorldOptions
+  #started = 0
+  #asked = 0
+  #runs = 0
+  #ticks = 0
+
+  constructor(witness: Witness, options: WorldOptions = {}) {
+    this.witness = witness
+    this.options = options
+    this.time.install()
+  }
+
+  /** For the order of things, which may all happen at the same time. */
+  tick(): number {
+    return ++this.#ticks
+  }
+
+  async start(slot: number): Promise<Process> {
+    const started = new Process(this, `p${slot}.${this.#started}`, this.#started++)
+    this.processes[slot] = started
+    await started.start()
+    return started
+  }
+
+  asked(process: Process, key: string, payload: string, route: Route): Asked {
+    const hangUp = () => {}
+    const id = `q${++this.#asked}`
+    return { id, process, key, payload, route, sent: 0, run: null, answer: null, gone: false, hangUp }
+  }
+
+  nextRun(): string {
+    return `r${++this.#runs}`
+  }
+
+  /** Ends all processes, dead or alive. Returns how many timers are left then. */
+  async close(all: readonly Process[]): Promise<number> {
+    try {
+      const closed = Promise.all(all.map((process) => process.close()))
+      let open = true
+      void closed.then(() => {
+        open = false
+      })
+      for (let n = 0; open && n < 100; n++) await this.time.pass(10_000)
+      if (open) throw new Error('The processes do not close')
+      await this.store.close()
+      await this.time.pass(100_000)
+      return this.time.pending
+    } finally {
+      this.time.uninstall()
+    }
+  }
+}
+
+export class Process implements TimerOwner {
+  readonly world: World
+  readonly name: string
+  readonly lease: number
+  readonly waitTimeout: number
+  stopped = false
+  dead = false
+  /** The store cannot be reached. */
+  cut = false
+  /** Calls whose next answer gets lost. */
+  readonly losing = new Set<Call>()
+  readonly running = new Map<string, Running>()
+  readonly asked: Asked[] = []
+  #queue: Asked[] = []
+  #closing = false
+  #wake: (() => void)[] = []
+  #app!: FastifyInstance
+
+  constructor(world: World, name: string, number: number) {
+    this.world = world
+    this.name = name
+    // Divisible by three, so that renewals fall on whole milliseconds.
+    this.lease = LEASE + 3 * number
+    this.waitTimeout = WAIT_TIMEOUT + number
+  }
+
+  async start(): Promise<void> {
+    await inNameOf(this, async () => {
+      const app = Fastify() as unknown as FastifyInstance
+      this.#app = app
+      const client = new Client(this, this.world.store)
+      await app.register(this.world.options.plugin ?? idempotency, {
+        store: this.world.options.between?.(client) ?? client,
+        lease: this.lease,
+        waitTimeout: this.waitTimeout,
+        storeTimeout: STORE_TIMEOUT + Number(this.name.split('.')[1]),
+        ttl: TTL,
+        maxReplySize: 100
+      })
+      const handler = (request: FastifyRequest, reply: FastifyReply) => this.#handle(request, reply)
+      app.addHook('onRequest', async (request, reply) => {
+        const asked = this.#askedIn(request)
+        asked.hangUp = () => reply.raw.destroy()
+      })
+      app.post('/reject', { config: { idempotency: true } }, handler)
+      app.post('/wait', { config: { idempotency: { onConflict: 'wait' } } }, handler)
+      app.post('/preHandler', { config: { idempotency: { hook: 'preHandler' } } }, handler)
+      app.post('/short', { config: { idempotency: { ttl: SHORT_TTL } } }, handler)
+      await app.ready()
+    })
+  }
+
+  /** A request arrives, or is on its way for as long as the process is stopped. */
+  send(asked: Asked): void {
+    this.asked.push(asked)
+    if (this.stopped) this.#queue.push(asked)
+    else this.#deliver(asked)
+  }
+
+  stop(): void {
+    this.stopped = true
+  }
+
+  async resume(): Promise<void> {
+    this.stopped = false
+    for (const wake of this.#wake.splice(0)) wake()
+    // What is overdue comes first, then what has come in meanwhile.
+    await this.world.time.pass(0)
+    for (const asked of this.#queue.splice(0)) {
+      this.#deliver(asked)
+      await settled()
+    }
+  }
+
+  /** Nothing is heard of it any more. */
+  die(): void {
+    this.stopped = true
+    this.dead = true
+    for (const asked of this.asked) if (asked.answer === null) asked.gone = true
+  }
+
+  delete(key: string): Promise<boolean> {
+    return inNameOf(this, () => this.#app.idempotency.delete(key))
+  }
+
+  /** Resolves when it is awake, and never if it is dead. */
+  async awake(): Promise<void> {
+    while (this.stopped) await new Promise<void>((resolve) => this.#wake.push(resolve))
+  }
+
+  get closing(): boolean {
+    return this.#closing
+  }
+
+  /** The dead are awakened too, so that nothing is left of them. */
+  async close(): Promise<void> {
+    this.#closing = true
+    this.stopped = false
+    for (const wake of this.#wake.splice(0)) wake()
+    for (const { end } of this.running.values()) end('fail')
+    await inNameOf(this, () => this.#app.close())
+  }
+
+  #deliver(asked: Asked): void {
+    const { id, key, payload, route } = asked
+    const answered = inNameOf(this, async () =>
+      this.#app.inject({
+        method: 'POST',
+        url: route,
+        headers: { 'idempotency-key': key, 'x-id': id },
+        payload: { payload }
+      })
+    )
+    answered.then(
+      ({ statusCode, payload, headers }) => {
+        if (asked.gone || this.#closing) return
+        const isError = statusCode >= 400 && payload.startsWith('{')
+        const code: string | undefined = isError ? JSON.parse(payload).code : undefined
+        const replayed = headers['idempotent-replayed'] === 'true'
+        asked.answer = { status: statusCode, code, text: isError ? '' : payload, replayed }
+        this.world.witness.answered(asked, asked.answer)
+      },
+      () => {
+        // The reply broke off.
+        asked.gone = true
+      }
+    )
+  }
+
+  #askedIn({ headers }: FastifyRequest): Asked {
+    return this.asked.find(({ id }) => id === headers['x-id']) as Asked
+  }
+
+  async #handle(request: FastifyRequest, reply: FastifyReply): Promise<unknown> {
+    const asked = this.#askedIn(request)
+    const { idempotency } = request
+    const id = this.world.nextRun()
+    const how = await new Promise<End>((end) => {
+      const run: Running = {
+        id,
+        asked,
+        attempt: idempotency?.attempt ?? -1,
+        signal: (idempotency as NonNullable<typeof idempotency>).signal,
+        ended: null,
+        end: (how) => {
+          this.running.delete(id)
+          end(how)
+        }
+      }
+      asked.run = run
+      this.running.set(id, run)
+      this.world.witness.started(run)
+    })
+    const { status, text } = saying(how, id)
+    reply.code(status)
+    switch (how) {
+      case 'throw':
+        throw Object.assign(new Error(text), { statusCode: status })
+      case 'discard':
+        idempotency?.discard()
+        return text
+      case 'stream':
+        return reply.type('text/plain').send(Readable.from([text.slice(0, 2), text.slice(2)], { objectMode: false }))
+      case 'broken stream':
+        return reply.type('text/plain').send(Readable.from(breaking(text)))
+      case 'hijack':
+        reply.hijack()
+        reply.raw.end(text)
+        return
+      default:
+        return text
+    }
+  }
+}
+
+async function* breaking(text: string): AsyncGenerator<Buffer> {
+  yield Buffer.from(text.slice(0, 2))
+  throw new Error('The stream has broken')
+}
+
+/** What a run says that ends so. */
+export function saying(how: End, run: string): { status: number; text: string } {
+  const text = `${how} of ${run}`
+  if (how === 'fail') return { status: 503, text }
+  if (how === 'throw') return { status: 500, text: '' }
+  if (how === 'refuse') return { status: 400, text }
+  if (how === 'hijack') return { status: 200, text }
+  return { status: 201, text: how === 'too large' ? text.padEnd(200, '!') : text }
+}
+
+const never = new Promise<never>(() => {})
+
+/** A process's connection to the store. */
+class Client implements IdempotencyStore {
+  readonly #process: Process
+  readonly #store: MemoryStore
+
+  constructor(process: Process, store: MemoryStore) {
+    this.#process = process
+    this.#store = store
+  }
+
+  acquire(key: string, claim: Claim): Promise<Acquisition> {
+    return this.#call('acquire', key, () => this.#store.acquire(key, claim), claim.takeover)
+  }
+
+  renew(key: string, token: string, leaseMs: number): Promise<boolean> {
+    return this.#call('renew', key, () => this.#store.renew(key, token, leaseMs))
+  }
+
+  complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+    return this.#call('complete', key, () => this.#store.complete(key, token, record, ttlMs))
+  }
+
+  release(key: string, token: string): Promise<boolean> {
+    return this.#call('release', key, () => this.#store.release(key, token))
+  }
+
+  get(key: string): Promise<Acquisition | null> {
+    return this.#call('get', key, () => this.#store.get(key))
+  }
+
+  delete(key: string): Promise<boolean> {
+    return this.#call('delete', key, () => this.#store.delete(key))
+  }
+
+  async changed(key: string, signal: AbortSignal): Promise<void> {
+    if (this.#process.cut) throw new Error('The store is not there')
+    await inNameOf(null, () => this.#store.changed(key, signal))
+    await this.#process.awake()
+  }
+
+  async #call<T>(name: Call | 'get' | 'delete', key: string, call: () => Promise<T>, takeover = false): Promise<T> {
+    const process = this.#process
+    if (process.closing || process.cut) throw new Error('The store is not there')
+    await process.awake()
+    const answer = await inNameOf(null, call)
+    await process.awake()
+    if (process.dead) return never
+    if (process.losing.delete(name as Call)) {
+      process.world.witness.lost(process, name as Call, key, takeover)
+      throw new Error('The answer got lost')
+    }
+    return answer
+  }
+}
