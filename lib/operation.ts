@@ -195,8 +195,11 @@ export class Operation implements Subject, Waiter, Renewable {
       stored = await within(storeTimeout, step)
     } catch (error) {
       this.#report(error)
-      this.#unstored = record
-      keepAlive(this)
+      // What is to be forgotten is no answer to anybody.
+      if (!this.#forgotten) {
+        this.#unstored = record
+        keepAlive(this)
+      }
       void insist(
         Math.max(lease / 3, storeTimeout),
         step,

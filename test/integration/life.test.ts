@@ -664,6 +664,30 @@ t.test('a deleted key stays deleted, even while its handler still runs', async (
   t.equal(await app.idempotency.get('k'), null)
 })
 
+t.test('the reply of a deleted key is no replay while it cannot be stored', async (t) => {
+  const store = new MemoryStore()
+  const app = await build(t, { store })
+  const [entered, leave] = [latch(), latch()]
+  let runs = 0
+  app.post('/', config({}), async () => {
+    if (++runs > 1) return 'anew'
+    entered.open()
+    await leave.promise
+    return 'late'
+  })
+  const late = inject(app, keyed)
+  await entered.promise
+  await app.idempotency.delete('k')
+  const { complete } = store
+  store.complete = () => Promise.reject(new Error('The store is not there'))
+  leave.open()
+  t.equal((await late).body, 'late')
+  store.complete = complete
+  t.equal((await inject(app, keyed)).body, 'anew')
+  t.equal((await inject(app, keyed)).body, 'anew')
+  t.equal(runs, 2)
+})
+
 t.test('http2: a client that leaves before the claim gives it back', async (t) => {
   const store = new CountingStore()
   const app = await build(t, { store }, { http2: true } as never)
