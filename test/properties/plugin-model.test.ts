@@ -1,20 +1,37 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { calm, type Event, faults, play } from '../support/plugin-history.js'
+import { histories, play } from '../support/plugin-history.js'
+import { sabotages } from '../support/plugin-sabotages.js'
 
-const RUNS = Number(process.env.HISTORIES) || 100
+// Random histories of the whole plugin, in virtual time, against a model and the judge of HTTP histories.
+// HISTORIES=10000 tries more of them; SEED=… and FC_PATH=…, as a failure prints them, repeat one.
 
-const histories = (kinds: fc.Arbitrary<Event>[]) => fc.array(fc.oneof(...kinds), { maxLength: 30, size: 'max' })
+const RUNS = Number(process.env.HISTORIES) || 150
+const { SEED, FC_PATH } = process.env
+const seed = Number(SEED) || Math.floor(Math.random() * 2 ** 31)
+const patient = { timeout: Math.max(120_000, RUNS * 1_000) }
 
-/** `SEED=… FC_PATH=…` repeats a history that failed. */
-const repeat = {
-  ...(process.env.SEED === undefined ? {} : { seed: Number(process.env.SEED) }),
-  ...(process.env.FC_PATH === undefined ? {} : { path: process.env.FC_PATH })
+t.comment(`SEED=${seed}`)
+
+t.test('does what its model does, whatever befalls it', patient, async () => {
+  const parameters = { numRuns: RUNS, seed, ...(FC_PATH === undefined ? {} : { path: FC_PATH }) }
+  await fc.assert(
+    fc.asyncProperty(histories, async (events) => void (await play(events))),
+    parameters
+  )
+})
+
+for (const [name, { between, events }] of Object.entries(sabotages)) {
+  t.test(`is seen to be wrong: ${name}`, async (t) => {
+    await t.resolves(play(events), 'the plugin as it is')
+    await t.rejects(play(events, { between }), { name: 'Wrong' })
+  })
 }
 
-t.test('does what its model does', async () => {
-  await fc.assert(
-    fc.asyncProperty(histories(process.env.FAULTS ? [...calm, ...faults] : calm), async (events) => void (await play(events))),
-    { numRuns: RUNS, ...repeat }
-  )
+t.test('random histories find what is wrong', patient, async (t) => {
+  const { between } = sabotages['replies are not kept']
+  const property = fc.asyncProperty(histories, async (events) => void (await play(events, { between })))
+  const { failed, counterexample } = await fc.check(property, { numRuns: 300, seed })
+  t.ok(failed)
+  t.ok((counterexample?.[0].length ?? 0) <= 6, 'and give a short one')
 })

@@ -1,3 +1,4 @@
+import type { Absence, Exchange, History, Rules, Run } from './http-history.js'
 import {
   type Answer,
   type Asked,
@@ -19,6 +20,8 @@ import {
 
 /** The longest time until something is repeated that failed, or looked at again. */
 const LAG = 1_300
+/** The longest time until somebody looks who is told of a change. */
+const SHORT_LAG = 50
 
 type Entry =
   | { is: 'free' }
@@ -33,7 +36,10 @@ type Entry =
       from: number
       to: number
     }
-  | { is: 'done'; run: string; route: Route; payload: string; expires: number }
+  | { is: 'done'; run: string; route: Route; payload: string; from: number; to: number }
+
+/** The longest step in which time passes without a look at the model. */
+export const STEP = 1_000
 
 /** What the store may look like, as far as one key is concerned. */
 interface State {
@@ -46,6 +52,8 @@ interface RunInfo {
   run: Running
   /** What its process still tries to do. */
   intent: 'complete' | 'release' | null
+  /** Has it failed to do so, and may still fail? */
+  tries: boolean
 }
 
 interface ProcessInfo {
@@ -67,7 +75,9 @@ const REUSED = '422 FST_IDEMPOTENCY_KEY_REUSED'
 const UNAVAILABLE = '503 FST_IDEMPOTENCY_STORE_UNAVAILABLE'
 
 /** What was seen must not happen. */
-export class Wrong extends Error {}
+export class Wrong extends Error {
+  override name = 'Wrong'
+}
 
 export class PluginModel implements Witness {
   world!: World
@@ -80,12 +90,30 @@ export class PluginModel implements Witness {
   /** Requests that may fail, because an answer of the store was lost to their process. */
   readonly #mayFail = new Set<Asked>()
   readonly #wrong: string[] = []
+  readonly #exchanges = new Map<Asked, Exchange>()
+  readonly #seenRuns = new Map<string, Run>()
+  readonly #absences: Absence[] = []
+  /** How often a key was forgotten on purpose. */
+  readonly #lives = new Map<string, number>()
+  /** Lives of keys of which the judge cannot know enough. */
+  readonly #excepted = new Set<string>()
+  #ticks = 0
 
   // What happens to the world.
 
   sent(asked: Asked): void {
     asked.sent = this.#now
     this.asked.push(asked)
+    const { key, payload, route, process } = asked
+    // What a route does is part of what is asked for.
+    const exchange = {
+      key: this.#life(key),
+      payload: payload + route,
+      sent: this.#tick(),
+      got: null,
+      worker: process.name
+    }
+    this.#exchanges.set(asked, exchange)
     this.#say(`${asked.id} ${asked.key} ${asked.payload} ${asked.route} to ${asked.process.name}`)
   }
 
@@ -95,31 +123,47 @@ export class PluginModel implements Witness {
     const info = this.#runs.get(run.id) as RunInfo
     this.#say(`${run.id} ends: ${how}`)
     run.ended = how
+    const { text } = saying(how, run.id)
+    const seen = this.#seenRuns.get(run.id) as Run
+    Object.assign(seen, { ended: this.#tick(), final: FINAL.includes(how), text })
+    this.#sameLife(seen.key, key)
     const call = FINAL.includes(how) ? 'complete' : 'release'
     const states = this.#of(key)
-    if (process.cut || process.losing.has(call)) {
-      info.intent = call
-      if (call === 'complete' && states.some((state) => knows(state, run.id))) {
-        this.#info(process).unstored.set(key, run.id)
-      }
-      // The store has done it, only nobody knows.
-      if (!process.cut)
-        this.#put(
-          key,
-          states.map((state) => (owner(state) === run.id ? this.#after(state, run.id) : state))
-        )
-      this.#info(process).since = this.#now
-    } else {
-      info.intent = call
+    const isFree = (state: State) => run.id in state.beaten && state.entry.is === 'free'
+    const claims = process.losing.has('acquire') && call === 'complete' && states.some(isFree)
+    info.intent = call
+    info.tries = process.cut || claims || process.losing.has(call)
+    if (!info.tries) {
       this.#put(
         key,
         states.map((state) => this.#after(state, run.id))
       )
+      return
     }
+    const own = this.#info(process)
+    own.since = this.#now
+    if (call === 'complete' && states.some((state) => knows(state, run.id))) own.unstored.set(key, run.id)
+    if (process.cut) return
+    // The store may have done it, only nobody knows.
+    const { route, payload } = run.asked
+    const anew: Entry = { is: 'claim', run: run.id, route, payload, attempt: 1, from: Infinity, to: Infinity }
+    this.#put(
+      key,
+      states.flatMap((state) => {
+        if (owner(state) === run.id)
+          return process.losing.has(call) ? [this.#after(state, run.id)] : [this.#after(state, run.id), state]
+        return isFree(state) && claims ? [state, { ...state, entry: anew }] : [state]
+      })
+    )
   }
 
   died(process: Process): void {
     this.#say(`${process.name} dies`)
+    this.#away(process)
+    // What was said already, and not stored, is lost with it.
+    for (const { run, tries } of this.#runs.values()) {
+      if (tries && run.asked.process === process && !this.#isOver(process)) this.#except(run)
+    }
     this.#weaken(process)
     this.#info(process).unstored.clear()
     for (const [key, states] of this.#states) {
@@ -133,6 +177,7 @@ export class PluginModel implements Witness {
   /** The process is stopped, or cannot reach the store, or both. */
   weakened(process: Process): void {
     this.#say(`${process.name} is ${process.stopped ? 'stopped' : 'cut off'}`)
+    this.#away(process)
     this.#weaken(process)
   }
 
@@ -142,6 +187,10 @@ export class PluginModel implements Witness {
     info.healthy = !process.stopped && !process.cut
     info.since = this.#now
     if (!info.healthy) return
+    // Until it has renewed its claims.
+    for (const absence of this.#absences) {
+      if (absence.worker === process.name) absence.to = Math.min(absence.to, this.#now + process.lease / 3 + LAG)
+    }
     for (const [key, states] of this.#states) {
       this.#put(
         key,
@@ -158,6 +207,7 @@ export class PluginModel implements Witness {
   /** A key was deleted by a process. */
   deleted(process: Process, key: string, existed: boolean): void {
     this.#say(`${process.name} deletes ${key}: ${existed}`)
+    this.#lives.set(key, (this.#lives.get(key) ?? 0) + 1)
     this.#info(process).unstored.delete(key)
     const next: State[] = []
     for (const state of this.#of(key)) {
@@ -180,13 +230,30 @@ export class PluginModel implements Witness {
     this.#say(`${id} starts for ${asked.id}, attempt ${attempt}`)
     if (asked.gone) this.#fail(`${id} runs for a client that has left`)
     this.#seen(asked, `run ${attempt}`)
-    this.#runs.set(id, { run, intent: null })
+    const { process, key, payload, route } = asked
+    const life = this.#life(key)
+    this.#sameLife((this.#exchanges.get(asked) as Exchange).key, key)
+    const started = this.#tick()
+    this.#seenRuns.set(id, {
+      id,
+      key: life,
+      payload: payload + route,
+      worker: process.name,
+      attempt,
+      started,
+      ended: null
+    })
+    for (const other of this.#runs.values()) if (other.tries && other.run.asked.key === key) this.#except(other.run)
+    this.#runs.set(id, { run, intent: null, tries: false })
   }
 
   answered(asked: Asked, answer: Answer): void {
     const { status, code, text, replayed } = answer
     const what = code ?? `${text}${replayed ? ' (replayed)' : ''}`
     this.#say(`${asked.id} gets ${status} ${what}`)
+    const exchange = this.#exchanges.get(asked) as Exchange
+    Object.assign(exchange, { got: this.#tick(), status, code, text, replayed })
+    this.#sameLife(exchange.key, asked.key)
     if (asked.run !== null) {
       const { ended, id } = asked.run
       if (ended === null) {
@@ -224,6 +291,7 @@ export class PluginModel implements Witness {
 
   /** Nothing moves any more without the passing of time: who must have been answered by now? */
   check(): void {
+    for (const key of this.#states.keys()) this.#of(key)
     for (const asked of this.asked) {
       const { process, answer, run, gone } = asked
       if (answer !== null || gone || process.stopped) continue
@@ -242,11 +310,63 @@ export class PluginModel implements Witness {
     if (wrong !== undefined) throw new Wrong(`${wrong}\n\n${this.log.join('\n')}`)
   }
 
+  /** What the judge of histories is to see. */
+  history(): { history: History; rules: Rules } {
+    const judged = ({ key }: { key: string }) => !this.#excepted.has(key)
+    const exchanges = [...this.#exchanges.values()].filter(judged)
+    const runs = [...this.#seenRuns.values()].filter(judged)
+    const finals = new Set(runs.filter(({ final }) => final).map(({ text }) => text))
+    const excuses = [UNAVAILABLE, NOT_REPLAYABLE]
+    return {
+      history: { exchanges, runs, absences: this.#absences },
+      rules: {
+        guarantees: [
+          'one owner',
+          'one final run',
+          'same reply',
+          'no invention',
+          'kept once seen',
+          'marked replays',
+          'known answers',
+          'rising attempts'
+        ],
+        // Those of runs whose reply is not kept, and of the plugin.
+        answers: ['201', '500', '503', IN_PROGRESS, REUSED, ...excuses],
+        excuses,
+        isFinal: ({ text, code }) => code === undefined && finals.has(text)
+      }
+    }
+  }
+
+  /** Later than all that was before. */
+  #tick(): number {
+    return this.#now + ++this.#ticks / 1e6
+  }
+
+  #life(key: string): string {
+    return `${key}#${this.#lives.get(key) ?? 0}`
+  }
+
+  /** What goes on while its key is forgotten is not judged. */
+  #sameLife(life: string, key: string): void {
+    if (life === this.#life(key)) return
+    this.#excepted.add(life).add(this.#life(key))
+  }
+
+  #except({ asked, id }: Running): void {
+    this.#excepted.add((this.#seenRuns.get(id) as Run).key).add(this.#life(asked.key))
+  }
+
+  #away({ name }: Process): void {
+    this.#absences.push({ worker: name, from: this.#tick(), to: Number.POSITIVE_INFINITY })
+  }
+
   #mayWait({ route, key, process, sent }: Asked): boolean {
     if (route !== '/wait') return false
     const { since } = this.#info(process)
     if (this.#now > Math.max(sent + process.waitTimeout, since) + LAG) return false
-    if (this.#now <= Math.max(since, this.#changedAt.get(key) ?? 0) + LAG) return true
+    const lag = this.#isOver(process) ? SHORT_LAG : LAG
+    if (this.#now <= Math.max(since, this.#changedAt.get(key) ?? 0) + lag) return true
     if (process.cut) return this.#isAtWork(process, key)
     return this.#of(key).some(
       ({ entry }) => entry.is === 'claim' && (this.#now <= entry.to + LAG || this.#isAtWork(process, key))
@@ -277,6 +397,11 @@ export class PluginModel implements Witness {
       if (route !== '/wait') return [refuse(IN_PROGRESS)]
       return this.#now >= sent + process.waitTimeout ? [refuse(IN_PROGRESS)] : []
     }
+    /** What the process itself knows of its own runs. */
+    const besides = ({ run }: RunInfo) => {
+      const isOther = run.asked.route !== route || run.asked.payload !== payload
+      return isOther ? [...busy(), refuse(REUSED)] : busy()
+    }
     const done = (id: string, theirs: { route: Route; payload: string }): Verdict => {
       if (theirs.route !== route || theirs.payload !== payload) return refuse(REUSED)
       const how = (this.#runs.get(id) as RunInfo).run.ended as End
@@ -291,37 +416,46 @@ export class PluginModel implements Witness {
       found.push(done(unstored, run.asked))
       if (process.cut) return found
     }
-    if (this.#mayFail.has(asked)) found.push(refuse(UNAVAILABLE))
-    if (process.cut) {
-      const own = this.#atWork(process, key)
-      if (own.length === 0) return [...found, refuse(UNAVAILABLE)]
-      const other = own.some(({ run }) => run.asked.route !== route || run.asked.payload !== payload)
-      // A run that has lost its key may know it or not.
-      return [...found, ...busy(), refuse(UNAVAILABLE), ...(other ? [refuse(REUSED)] : [])]
+    if (this.#mayFail.has(asked)) {
+      found.push(refuse(UNAVAILABLE))
+      found.push(...this.#atWork(process, key).flatMap(besides))
     }
+    // A run that has lost its key may know it or not.
+    if (process.cut) return [...found, refuse(UNAVAILABLE), ...this.#atWork(process, key).flatMap(besides)]
     if (entry.is === 'free') {
-      found.push({ is: 'run 1', state: this.#claimed(state, asked, 1) })
+      found.push(...this.#claimed(state, asked, 1))
     } else if (entry.is === 'done') {
       found.push(done(entry.run, entry))
     } else {
-      const isOther = entry.route !== route || (entry.payload !== null && entry.payload !== payload)
-      if (isOther) return [...found, refuse(REUSED)]
+      if (entry.route !== route) return [...found, refuse(REUSED)]
       const own = this.#isAtWork(process, key)
-      if (this.#now <= entry.to || own) found.push(...busy())
-      if (own && asked.payload !== this.#atWork(process, key)[0]?.run.asked.payload) found.push(refuse(REUSED))
+      const isOther = entry.payload !== null && entry.payload !== payload
+      if (this.#now <= entry.to || own) {
+        // Who is refused at once is so before there is a body.
+        const isSeen = route === '/wait' || route === '/preHandler'
+        if (isOther && isSeen) found.push(refuse(REUSED))
+        else found.push(...busy())
+      }
+      if (own && payload !== this.#atWork(process, key)[0]?.run.asked.payload) found.push(refuse(REUSED))
       if (this.#now >= entry.from && this.#processOf(entry.run) !== process) {
-        found.push({ is: `run ${entry.attempt + 1}`, state: this.#claimed(state, asked, entry.attempt + 1) })
+        if (isOther) found.push(refuse(REUSED))
+        else found.push(...this.#claimed(state, asked, entry.attempt + 1))
       }
     }
     return found
   }
 
-  #claimed(state: State, { run, route, payload, process }: Asked, attempt: number): State {
-    const known = route === '/preHandler' ? payload : null
+  #claimed(state: State, { run, route, payload, process }: Asked, attempt: number): Verdict[] {
     const { healthy } = this.#info(process)
     const lease = healthy ? Infinity : this.#now + process.lease
     const id = run?.id ?? ''
-    return this.#beat(state, { is: 'claim', run: id, route, payload: known, attempt, from: lease, to: lease })
+    const knowing = (known: string | null): Verdict => ({
+      is: `run ${attempt}`,
+      state: this.#beat(state, { is: 'claim', run: id, route, payload: known, attempt, from: lease, to: lease })
+    })
+    if (route === '/preHandler') return [knowing(payload)]
+    // Who had to wait for the verdict claims when there is a body.
+    return route !== '/wait' && state.entry.is === 'free' ? [knowing(null)] : [knowing(null), knowing(payload)]
   }
 
   /** Another entry takes the place of a claim, whose owner does not know. */
@@ -334,7 +468,7 @@ export class PluginModel implements Witness {
 
   /** The last step of a run, or its renewal, has come to the store. */
   #after(state: State, id: string): State {
-    const { run, intent } = this.#runs.get(id) as RunInfo
+    const { run, intent, tries } = this.#runs.get(id) as RunInfo
     const { [id]: since, ...beaten } = state.beaten
     const { route, payload } = run.asked
     const owns = owner(state) === id
@@ -343,8 +477,9 @@ export class PluginModel implements Witness {
     }
     if (intent === 'release') return { entry: { is: 'free' }, beaten }
     if (intent === 'complete') {
-      const expires = this.#now + (route === '/short' ? SHORT_TTL : TTL)
-      return { entry: { is: 'done', run: id, route, payload, expires }, beaten }
+      const to = this.#now + (route === '/short' ? SHORT_TTL : TTL)
+      // What failed before was repeated at some time since the last look.
+      return { entry: { is: 'done', run: id, route, payload, from: tries ? to - STEP : to, to }, beaten }
     }
     if (owns && state.entry.is === 'claim') return { entry: { ...state.entry, from: Infinity, to: Infinity }, beaten }
     // The payload is known by now, to whomever claims anew.
@@ -378,11 +513,10 @@ export class PluginModel implements Witness {
   /** The states of a key, as they may have become in the meantime. */
   #of(key: string): State[] {
     let states = this.#states.get(key) ?? [FREE]
-    for (let grown = this.#later(states); ; grown = this.#later(states)) {
-      const same = grown.length === states.length
-      states = grown
-      if (same) break
-    }
+    const wereFree = states.some(({ entry }) => entry.is === 'free')
+    for (let later = this.#later(states); nameOf(later) !== nameOf(states); later = this.#later(states)) states = later
+    const areFree = states.some(({ entry }) => entry.is === 'free')
+    if (areFree && !wereFree) this.#lives.set(key, (this.#lives.get(key) ?? 0) + 1)
     this.#put(key, states)
     return states
   }
@@ -391,10 +525,9 @@ export class PluginModel implements Witness {
     const later: State[] = []
     for (const state of states) {
       const { entry } = state
-      if (entry.is === 'done' && this.#now >= entry.expires) {
+      if (entry.is === 'done' && this.#now >= entry.from) {
         later.push({ ...state, entry: { is: 'free' } })
-        if (this.#now === entry.expires) later.push(state)
-        continue
+        if (this.#now > entry.to) continue
       }
       if (entry.is === 'claim') {
         const retain = entry.route === '/short' ? SHORT_TTL : TTL
@@ -422,23 +555,27 @@ export class PluginModel implements Witness {
 
   #put(key: string, states: State[]): void {
     const next = unique(states)
-    const before = this.#states.get(key) ?? []
-    if (next.length !== before.length || JSON.stringify(next) !== JSON.stringify(before)) {
+    if (nameOf(next) !== nameOf(this.#states.get(key) ?? [])) {
       this.#changedAt.set(key, this.#now)
       this.#states.set(key, next)
     }
-    for (const info of this.#processes.values()) {
-      const unstored = info.unstored.get(key)
-      if (unstored === undefined || !info.healthy || this.#now <= info.since + LAG) continue
-      info.unstored.delete(key)
-    }
+    for (const [process, { unstored }] of this.#processes) if (this.#isOver(process)) unstored.delete(key)
   }
 
   /** The runs of a process that are at work, whether or not they have lost their key. */
   #atWork(process: Process, key: string): RunInfo[] {
     return [...this.#runs.values()].filter(
-      ({ run }) => run.asked.process === process && run.asked.key === key && run.ended === null
+      ({ run, intent, tries }) =>
+        run.asked.process === process &&
+        run.asked.key === key &&
+        (run.ended === null || (intent === 'complete' && tries && !this.#isOver(process)))
     )
+  }
+
+  /** Has the process had the time to do what it could not do before? */
+  #isOver(process: Process): boolean {
+    const { healthy, since } = this.#info(process)
+    return healthy && this.#now > since + LAG
   }
 
   #isAtWork(process: Process, key: string): boolean {
@@ -481,13 +618,10 @@ function knows(state: State, run: string): boolean {
 }
 
 function unique(states: State[]): State[] {
-  const seen = new Map<string, State>()
-  for (const state of states)
-    seen.set(JSON.stringify([state.entry, Object.entries(state.beaten).sort()], number), state)
-  return [...seen.values()]
+  return [...new Map(states.map((state) => [nameOf(state), state])).values()]
 }
 
-/** JSON has no infinity. */
-function number(_name: string, value: unknown): unknown {
-  return value === Infinity ? 'Infinity' : value
+/** The same for what is the same. JSON has no infinity. */
+function nameOf(states: State | State[]): string {
+  return JSON.stringify(states, (_name, value) => (value === Infinity ? 'Infinity' : value))
 }
