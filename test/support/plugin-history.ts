@@ -26,7 +26,7 @@ export type Event =
   | { do: 'delete'; process: number; key: string }
 
 const process = fc.nat({ max: 1 })
-const key = fc.constantFrom('k', 'l')
+const key = fc.constantFrom('k', 'k', 'k', 'l')
 
 const send = fc.record(
   {
@@ -52,7 +52,7 @@ const calm: fc.Arbitrary<Event>[] = [
   of<Event & { do: 'hang up' }>({ do: fc.constant('hang up'), which: fc.nat({ max: 3 }) }),
   of<Event & { do: 'pass' }>({
     do: fc.constant('pass'),
-    ms: fc.constantFrom(10, 100, 5_000, LEASE + 1_000, TTL + 5_000)
+    ms: fc.constantFrom(60, 5_000, LEASE + 2_000, TTL + 5_000)
   })
 ]
 

@@ -589,7 +589,7 @@ export class PluginModel implements Witness {
   #info(process: Process): ProcessInfo {
     let info = this.#processes.get(process)
     if (info === undefined) {
-      info = { healthy: true, since: this.#now, unstored: new Map() }
+      info = { healthy: true, since: -Infinity, unstored: new Map() }
       this.#processes.set(process, info)
     }
     return info

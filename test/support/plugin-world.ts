@@ -38,6 +38,7 @@ export interface Asked {
   key: string
   payload: string
   route: Route
+  /** When it has come to the process. */
   sent: number
   run: Running | null
   answer: Answer | null
@@ -241,6 +242,7 @@ export class Process implements TimerOwner {
 
   #deliver(asked: Asked): void {
     const { id, key, payload, route } = asked
+    asked.sent = this.world.time.now
     const answered = inNameOf(this, async () =>
       this.#app.inject({
         method: 'POST',
