@@ -57,10 +57,9 @@ const calm: fc.Arbitrary<Event>[] = [
 ]
 
 const faults: fc.Arbitrary<Event>[] = [
-  of<Event & { do: 'crash' }>({
-    do: fc.constantFrom('crash', 'stop', 'resume', 'cut', 'mend') as fc.Arbitrary<'crash'>,
-    process
-  }),
+  ...(['crash', 'stop', 'resume', 'cut', 'cut', 'mend'] as const).map((what) =>
+    of<Event & { do: 'crash' }>({ do: fc.constant(what) as fc.Arbitrary<'crash'>, process })
+  ),
   of<Event & { do: 'lose' }>({
     do: fc.constant('lose'),
     process,
@@ -69,7 +68,7 @@ const faults: fc.Arbitrary<Event>[] = [
   of<Event & { do: 'delete' }>({ do: fc.constant('delete'), process, key })
 ]
 
-export const histories = fc.array(fc.oneof(...calm, ...faults), { maxLength: 30, size: 'max' })
+export const histories = fc.array(fc.oneof(...calm, ...calm, ...faults), { maxLength: 30, size: 'max' })
 
 /** Lets it all happen, and says how it went; rejects when something happens that must not. */
 export async function play(events: Event[], options: WorldOptions = {}): Promise<PluginModel> {

@@ -1,3 +1,4 @@
+import { storageKey } from '../../lib/key.js'
 import type { Absence, Exchange, History, Rules, Run } from './http-history.js'
 import {
   type Answer,
@@ -36,6 +37,8 @@ type Entry =
       from: number
       to: number
     }
+  /** A claim that nobody knows of, because the answer got lost: its process gives it back as soon as it can. */
+  | { is: 'ghost'; process: string; route: Route; attempt: number; since: number; to: number }
   | { is: 'done'; run: string; route: Route; payload: string; from: number; to: number }
 
 /** The longest step in which time passes without a look at the model. */
@@ -269,21 +272,23 @@ export class PluginModel implements Witness {
     this.#seen(asked, code === undefined ? `${status} ${what}` : `${status} ${code}`)
   }
 
-  lost(process: Process, call: Call, key: string, takeover: boolean): void {
+  lost(process: Process, call: Call, stored: string, takeover: boolean): void {
     this.#say(`an answer is lost to ${process.name}: ${call}`)
     if (call !== 'acquire') return
     for (const asked of process.asked) {
-      if (asked.answer === null && asked.run === null) this.#mayFail.add(asked)
-    }
-    // A claim that nobody knows of is given back.
-    void key
-    if (!takeover) return
-    for (const [name, states] of this.#states) {
+      if (asked.answer !== null || asked.run !== null || storageKey(null, asked.key) !== stored) continue
+      this.#mayFail.add(asked)
+      const ghost = (attempt: number): Entry => {
+        const since = this.#now
+        return { is: 'ghost', process: process.name, route: asked.route, attempt, since, to: since + process.lease }
+      }
       this.#put(
-        name,
-        states.flatMap((state) => {
-          if (state.entry.is !== 'claim' || this.#now < state.entry.from) return [state]
-          return [state, this.#beat(state, { is: 'free' })]
+        asked.key,
+        this.#of(asked.key).flatMap((state) => {
+          const { entry } = state
+          if (entry.is === 'free') return [state, this.#beat(state, ghost(1))]
+          if (entry.is !== 'claim' || !takeover || this.#now < entry.from) return [state]
+          return [state, this.#beat(state, ghost(entry.attempt + 1)), this.#beat(state, { is: 'free' })]
         })
       )
     }
@@ -369,7 +374,8 @@ export class PluginModel implements Witness {
     if (this.#now <= Math.max(since, this.#changedAt.get(key) ?? 0) + lag) return true
     if (process.cut) return this.#isAtWork(process, key)
     return this.#of(key).some(
-      ({ entry }) => entry.is === 'claim' && (this.#now <= entry.to + LAG || this.#isAtWork(process, key))
+      ({ entry }) =>
+        (entry.is === 'claim' || entry.is === 'ghost') && (this.#now <= entry.to + LAG || this.#isAtWork(process, key))
     )
   }
 
@@ -426,6 +432,11 @@ export class PluginModel implements Witness {
       found.push(...this.#claimed(state, asked, 1))
     } else if (entry.is === 'done') {
       found.push(done(entry.run, entry))
+    } else if (entry.is === 'ghost') {
+      // What the ghost had wanted may be known, and something else.
+      found.push(refuse(REUSED))
+      if (entry.route === route) found.push(...busy())
+      if (entry.route === route && this.#now >= entry.to) found.push(...this.#claimed(state, asked, entry.attempt + 1))
     } else {
       if (entry.route !== route) return [...found, refuse(REUSED)]
       const own = this.#isAtWork(process, key)
@@ -528,6 +539,11 @@ export class PluginModel implements Witness {
       if (entry.is === 'done' && this.#now >= entry.from) {
         later.push({ ...state, entry: { is: 'free' } })
         if (this.#now > entry.to) continue
+      }
+      if (entry.is === 'ghost') {
+        later.push({ ...state, entry: { is: 'free' } })
+        const giver = [...this.#processes].find(([{ name }]) => name === entry.process)?.[1]
+        if (giver?.healthy && this.#now > Math.max(entry.since, giver.since) + LAG) continue
       }
       if (entry.is === 'claim') {
         const retain = entry.route === '/short' ? SHORT_TTL : TTL
