@@ -17,7 +17,7 @@ import { settled } from './virtual-time.js'
 
 /** One thing that happens. What does not apply when it is its turn does not happen. */
 export type Event =
-  | { do: 'send'; to: number; key: string; payload: string; route: Route }
+  | { do: 'send'; to: number; key: string; payload: string; route: Route | 'same' }
   | { do: 'end'; which: number; how: End }
   | { do: 'hang up'; which: number }
   | { do: 'pass'; ms: number }
@@ -34,7 +34,11 @@ const send = fc.record(
     to: process,
     key,
     payload: fc.oneof({ weight: 5, arbitrary: fc.constant('p') }, { weight: 1, arbitrary: fc.constant('q') }),
-    route: fc.oneof(fc.constantFrom<Route>('/reject', '/wait'), fc.constantFrom(...ROUTES))
+    // The last one with the key, for the most part: two routes are two different requests.
+    route: fc.oneof(
+      { weight: 3, arbitrary: fc.constant('same' as const) },
+      { weight: 1, arbitrary: fc.constantFrom(...ROUTES) }
+    )
   },
   { noNullPrototype: true }
 )
@@ -104,7 +108,8 @@ async function happen(
   switch (event.do) {
     case 'send': {
       const process = world.processes[event.to] as Process
-      const asked = world.asked(process, event.key, event.payload, event.route)
+      const last = model.asked.findLast(({ key }) => key === event.key)?.route ?? '/wait'
+      const asked = world.asked(process, event.key, event.payload, event.route === 'same' ? last : event.route)
       model.sent(asked)
       process.send(asked)
       return

@@ -62,8 +62,8 @@ interface RunInfo {
 interface ProcessInfo {
   healthy: boolean
   since: number
-  /** Replies that could not be stored, or may not have been. */
-  unstored: Map<string, string>
+  /** Replies that could not be stored, and those that may have been in the meantime. */
+  unstored: Map<string, { run: string; sure: boolean }>
 }
 
 type Verdict = { is: string; state: State }
@@ -145,7 +145,8 @@ export class PluginModel implements Witness {
     }
     const own = this.#info(process)
     own.since = this.#now
-    if (call === 'complete' && states.some((state) => knows(state, run.id))) own.unstored.set(key, run.id)
+    if (call === 'complete' && states.some((state) => knows(state, run.id)))
+      own.unstored.set(key, { run: run.id, sure: process.cut })
     if (process.cut) return
     // The store may have done it, only nobody knows.
     const { route, payload } = run.asked
@@ -190,6 +191,7 @@ export class PluginModel implements Witness {
     info.healthy = !process.stopped && !process.cut
     info.since = this.#now
     if (!info.healthy) return
+    for (const reply of info.unstored.values()) reply.sure = false
     // Until it has renewed its claims.
     for (const absence of this.#absences) {
       if (absence.worker === process.name) absence.to = Math.min(absence.to, this.#now + process.lease / 3 + LAG)
@@ -257,6 +259,8 @@ export class PluginModel implements Witness {
     const exchange = this.#exchanges.get(asked) as Exchange
     Object.assign(exchange, { got: this.#tick(), status, code, text, replayed })
     this.#sameLife(exchange.key, asked.key)
+    // Its process may still have what was forgotten elsewhere.
+    for (const run of this.#seenRuns.values()) if (run.text === text && replayed) this.#sameLife(run.key, asked.key)
     if (asked.run !== null) {
       const { ended, id } = asked.run
       if (ended === null) {
@@ -418,9 +422,9 @@ export class PluginModel implements Witness {
     const found: Verdict[] = []
     const unstored = this.#info(process).unstored.get(key)
     if (unstored !== undefined) {
-      const { run } = this.#runs.get(unstored) as RunInfo
-      found.push(done(unstored, run.asked))
-      if (process.cut) return found
+      const { run } = this.#runs.get(unstored.run) as RunInfo
+      found.push(done(unstored.run, run.asked))
+      if (process.cut && unstored.sure) return found
     }
     if (this.#mayFail.has(asked)) {
       found.push(refuse(UNAVAILABLE))
