@@ -136,6 +136,8 @@ export class PluginModel implements Witness {
     const claims = process.losing.has('acquire') && call === 'complete' && states.some(isFree)
     info.intent = call
     info.tries = process.cut || claims || process.losing.has(call)
+    // What is said and not stored yet is more than one can see from outside.
+    if (info.tries) this.#except(run)
     if (!info.tries) {
       this.#put(
         key,
@@ -164,10 +166,6 @@ export class PluginModel implements Witness {
   died(process: Process): void {
     this.#say(`${process.name} dies`)
     this.#away(process)
-    // What was said already, and not stored, is lost with it.
-    for (const { run, tries } of this.#runs.values()) {
-      if (tries && run.asked.process === process && !this.#isOver(process)) this.#except(run)
-    }
     this.#weaken(process)
     this.#info(process).unstored.clear()
     for (const [key, states] of this.#states) {
@@ -248,7 +246,6 @@ export class PluginModel implements Witness {
       started,
       ended: null
     })
-    for (const other of this.#runs.values()) if (other.tries && other.run.asked.key === key) this.#except(other.run)
     this.#runs.set(id, { run, intent: null, tries: false })
   }
 
@@ -452,7 +449,9 @@ export class PluginModel implements Witness {
         else found.push(...busy())
       }
       if (own && payload !== this.#atWork(process, key)[0]?.run.asked.payload) found.push(refuse(REUSED))
-      if (this.#now >= entry.from && this.#processOf(entry.run) !== process) {
+      const { run, intent } = this.#runs.get(entry.run) as RunInfo
+      // A process does not take over from itself, but for what it is about to give back.
+      if (this.#now >= entry.from && (run.asked.process !== process || intent === 'release')) {
         if (isOther) found.push(refuse(REUSED))
         else found.push(...this.#claimed(state, asked, entry.attempt + 1))
       }
