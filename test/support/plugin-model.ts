@@ -446,7 +446,8 @@ export class PluginModel implements Witness {
         // Who is refused at once is so before there is a body.
         const isSeen = route === '/wait' || route === '/preHandler'
         if (isOther && isSeen) found.push(refuse(REUSED))
-        else found.push(...busy())
+        // Who waits already does not look at who has the key next.
+        if (!(isOther && isSeen) || route === '/wait') found.push(...busy())
       }
       if (own && payload !== this.#atWork(process, key)[0]?.run.asked.payload) found.push(refuse(REUSED))
       const { run, intent } = this.#runs.get(entry.run) as RunInfo
