@@ -147,8 +147,9 @@ export class PluginModel implements Witness {
     }
     const own = this.#info(process)
     own.since = this.#now
-    if (call === 'complete' && states.some((state) => knows(state, run.id)))
-      own.unstored.set(key, { run: run.id, sure: process.cut })
+    if (call === 'complete' && states.some((state) => knows(state, run.id))) {
+      own.unstored.set(key, { run: run.id, sure: process.cut && states.every((state) => owner(state) === run.id) })
+    }
     if (process.cut) return
     // The store may have done it, only nobody knows.
     const { route, payload } = run.asked
