@@ -257,8 +257,11 @@ export class PluginModel implements Witness {
     const exchange = this.#exchanges.get(asked) as Exchange
     Object.assign(exchange, { got: this.#tick(), status, code, text, replayed })
     this.#sameLife(exchange.key, asked.key)
-    // Its process may still have what was forgotten elsewhere.
-    for (const run of this.#seenRuns.values()) if (run.text === text && replayed) this.#sameLife(run.key, asked.key)
+    // A process may still have what was forgotten elsewhere, or be at work on it.
+    for (const { run } of this.#runs.values()) {
+      const { key: life, text: said } = this.#seenRuns.get(run.id) as Run
+      if (run.asked.key === asked.key && (run.ended === null || said === text)) this.#sameLife(life, asked.key)
+    }
     if (asked.run !== null) {
       const { ended, id } = asked.run
       if (ended === null) {
