@@ -57,10 +57,12 @@ const refused = (answer: string, change: Partial<Exchange> = {}): Exchange => {
 const history = (runs: Run[], exchanges: Exchange[], ...absences: Absence[]): History => ({ runs, exchanges, absences })
 const away = (from: number, to = Number.POSITIVE_INFINITY): Absence => ({ worker: 'a', from, to })
 
+/** Those that hold in any case; the others are asked for where they are due. */
+const ALWAYS = ALL.filter((name) => name !== 'one run' && name !== 'last word')
+
 /** The names of the guarantees that did not hold. */
 function broken(history: History, rules: Partial<Rules> = {}): string[] {
-  const guarantees = ALL.filter((name) => name !== 'one run')
-  const found = violations(history, { guarantees, answers: ANSWERS, excuses: [UNAVAILABLE], ...rules })
+  const found = violations(history, { guarantees: ALWAYS, answers: ANSWERS, excuses: [UNAVAILABLE], ...rules })
   return [...new Set(found.map(({ guarantee }) => guarantee))]
 }
 
@@ -235,19 +237,31 @@ const bad: Record<Guarantee, Record<string, History>> = {
       [got({ got: 55, text: 'second' })],
       away(15, 58)
     )
+  },
+  'last word': {
+    'the late reply of an owner that was overtaken is replayed': history(
+      [run({ ended: 110 }), second()],
+      [got({ got: null }), replay({ sent: 120, got: 125 })],
+      away(15, 105)
+    )
   }
 }
 
 for (const [guarantee, cases] of Object.entries(bad)) {
   t.test(`reports what is against: ${guarantee}`, async (t) => {
     for (const [name, history] of Object.entries(cases)) {
-      const rules = guarantee === 'one run' ? { guarantees: ALL } : {}
-      t.strictSame(broken(history, rules), [guarantee], name)
+      const guarantees = [...new Set([...ALWAYS, guarantee as Guarantee])]
+      t.strictSame(broken(history, { guarantees }), [guarantee], name)
     }
   })
 }
 
 const fine: Record<string, History> = {
+  'the reply of who took over is replayed, however late the owner replies': history(
+    [run({ ended: 110 }), second()],
+    [got({ got: null }), replay({ sent: 120, got: 125, text: 'second' })],
+    away(15, 105)
+  ),
   'a run begins at the moment in which the one before has ended': history(
     [run({ final: false }), second({ started: 20, attempt: 1 })],
     [got({ got: 55, text: 'second' })]
