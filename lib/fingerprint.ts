@@ -162,11 +162,46 @@ const SUSPICIOUS_COUNT = 100_000
 const OPAQUE = Symbol('opaque')
 
 /**
- * JSON with the members of every object in order. Without recursion, because the depth of a body is the
- * client's choice. A custom parser can make what JSON cannot: a cycle is written as a mark, and who meets the
- * same objects too often is opaque, because there may be no end to it.
+ * JSON with the members of every object in order. Ordinary bodies are written by recursion, which costs least; how
+ * deep or large a body is, however, is its client's choice.
  */
 export function canonicalJson(root: unknown): string {
+  budget = SUSPICIOUS_COUNT
+  return write(root, 0) ?? writeCarefully(root)
+}
+
+/** How many more objects are written without suspicion. */
+let budget = 0
+
+/** `null` for what is suspiciously deep or large. */
+function write(value: unknown, depth: number): string | null {
+  const scalar = scalarJson(value)
+  if (scalar !== null) return scalar
+  if (depth === SUSPICIOUS_DEPTH || budget-- === 0) return null
+  const names = Array.isArray(value) ? null : namesOf(value as object)
+  if (names === null) {
+    let out = '['
+    for (const item of value as Iterable<unknown>) {
+      const json = write(item, depth + 1)
+      if (json === null) return null
+      out += out === '[' ? json : `,${json}`
+    }
+    return `${out}]`
+  }
+  let out = '{'
+  for (const name of names) {
+    const json = write((value as Record<string, unknown>)[name], depth + 1)
+    if (json === null) return null
+    out += `${out === '{' ? '' : ','}${JSON.stringify(name)}:${json}`
+  }
+  return `${out}}`
+}
+
+/**
+ * The same without recursion. A custom parser can make what JSON cannot: a cycle is written as a mark, and who meets
+ * the same objects too often is opaque, because there may be no end to it.
+ */
+function writeCarefully(root: unknown): string {
   const levels: Level[] = []
   let ancestors: Set<object> | null = null
   let opened = 0
@@ -219,21 +254,40 @@ function scalarJson(value: unknown): string | null {
 }
 
 function open(value: object): Level {
-  if (Array.isArray(value)) return { value, close: ']', names: null, items: value, next: 0 }
-  // Map, Set, URLSearchParams, FormData.
-  if (Symbol.iterator in value) {
-    return { value, close: ']', names: null, items: [...(value as Iterable<unknown>)], next: 0 }
+  const names = Array.isArray(value) ? null : namesOf(value)
+  if (names === null) {
+    const items = Array.isArray(value) ? value : [...(value as Iterable<unknown>)]
+    return { value, close: ']', names, items, next: 0 }
   }
-  const names = Object.keys(value)
-  if (names.length === 0 && !isPlain(value)) throw OPAQUE
-  if (!inOrder(names)) names.sort()
   const members = value as Record<string, unknown>
   return { value, close: '}', names, items: names.map((name) => members[name]), next: 0 }
+}
+
+/** The names of an object's members in order; `null` for Map, Set, URLSearchParams, FormData. */
+function namesOf(value: object): string[] | null {
+  if (Symbol.iterator in value) return null
+  const names = Object.keys(value)
+  if (names.length === 0 && !isPlain(value)) throw OPAQUE
+  return sort(names)
 }
 
 function isPlain(value: object): boolean {
   const prototype = Object.getPrototypeOf(value)
   return prototype === null || Object.getPrototypeOf(prototype) === null
+}
+
+/** Above this number of names insertion is slower than the engine's sort, which needs memory of its own. */
+const FEW_NAMES = 32
+
+function sort(names: string[]): string[] {
+  if (names.length > FEW_NAMES) return inOrder(names) ? names : names.sort()
+  for (let end = 1; end < names.length; end++) {
+    const name = names[end] as string
+    let at = end
+    for (; at > 0 && (names[at - 1] as string) > name; at--) names[at] = names[at - 1] as string
+    names[at] = name
+  }
+  return names
 }
 
 function inOrder(names: readonly string[]): boolean {

@@ -1,6 +1,7 @@
 import type { ServerResponse } from 'node:http'
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import type { StoredRecord, TombstoneReason } from '../types/index.js'
+import type { Maybe } from './at-hand.js'
 import {
   asStream,
   CapturedStream,
@@ -16,7 +17,7 @@ import { KeyMissing, type Refusal, ScopeFailed } from './errors.js'
 import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
 import { NowhereResponse } from './nowhere-response.js'
-import { Operation } from './operation.js'
+import { Operation, type Verdict } from './operation.js'
 import { isFinal, type Policy } from './options.js'
 import { PROBLEM_TYPE, problemOf } from './problem.js'
 import type { Registration } from './registration.js'
@@ -31,7 +32,6 @@ export const kRefusal = Symbol('fastify-idempotency.refusal')
 export const kSight = Symbol('fastify-idempotency.sight')
 
 const SKIPPED = Symbol('skipped')
-const CLOSED = Symbol('closed')
 const HANDLER_TIMEOUT = 'FST_ERR_HANDLER_TIMEOUT'
 
 declare module 'fastify' {
@@ -98,8 +98,6 @@ interface Timeout {
   end(): void
 }
 
-const exchanges = new WeakMap<object, Exchange | typeof CLOSED>()
-
 function exchangeOf(request: FastifyRequest): Exchange | null {
   const exchange = request[kExchange]
   return exchange instanceof Exchange ? exchange : null
@@ -122,18 +120,17 @@ export class Lifecycle {
   readonly claim = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
     const { skip, getKey } = this.#policy
     if (!this.#covers(request)) return done()
-    if (skip === null && getKey === null) {
-      // Without a key there is nothing to wait for, and no promise to pay for.
-      let raw: string | undefined
-      try {
-        raw = this.#keyBeforeBody(request)
-        if (raw === undefined) this.#missing(this.#claimsLate)
-      } catch (error) {
-        return done(this.#refuse(request, reply, error))
-      }
-      return raw === undefined ? done() : this.#guarded(request, reply, this.#begin(request, reply, raw, false))
+    if (skip !== null || getKey !== null) return this.#guarded(request, reply, this.#claim(request, reply, false))
+    // A promise is paid for only where there is something to wait for.
+    let begun: Maybe<void> | undefined
+    try {
+      const raw = this.#keyBeforeBody(request)
+      if (raw === undefined) this.#missing(this.#claimsLate)
+      else begun = this.#begin(request, reply, raw, false)
+    } catch (error) {
+      return done(this.#refuse(request, reply, error))
     }
-    return this.#guarded(request, reply, this.#claim(request, reply, false))
+    return begun instanceof Promise ? this.#guarded(request, reply, begun) : done()
   }
 
   readonly claimInPreParsing = (request: FastifyRequest, reply: FastifyReply, _payload: unknown, done: Done): unknown =>
@@ -162,10 +159,22 @@ export class Lifecycle {
     const exchange = exchangeOf(request)
     if (exchange === null) {
       if (!this.#claimsLate || request[kExchange] === SKIPPED) return done()
-    } else if (exchange.operation.phase === 'held' && typeof this.#policy.fingerprint !== 'function') {
-      return done()
+      return this.#guarded(request, reply, this.#claimAndSettle(request, reply))
     }
-    return this.#guarded(request, reply, this.#settle(request, reply, exchange))
+    if (typeof this.#policy.fingerprint === 'function') {
+      return this.#guarded(request, reply, this.#learnAndSettle(request, exchange))
+    }
+    if (exchange.operation.phase === 'held') return done()
+    let answer: Maybe<FastifyReply | undefined>
+    try {
+      answer = this.#settle(exchange)
+    } catch (error) {
+      return done(this.#refuse(request, reply, error))
+    }
+    if (answer instanceof Promise) return this.#guarded(request, reply, answer)
+    // Behind a reply that is on its way nothing more is to come.
+    if (answer === undefined) done()
+    return undefined
   }
 
   /** In the handler's place: starts the operation, and sees how the handler ends. */
@@ -237,7 +246,7 @@ export class Lifecycle {
       const { timeout } = exchange
       return timeout.over.then(() => {
         if (exchange.timeout !== null) goOnNowhere(exchange, timeout)
-        return this.#send(exchange, request, payload)
+        return this.#sendLate(exchange, request, payload)
       })
     }
     if (exchange.sending === 'passed') {
@@ -245,7 +254,13 @@ export class Lifecycle {
       exchange.stream?.destroy()
       return done()
     }
-    return this.#send(exchange, request, payload)
+    let kept: Maybe<unknown>
+    try {
+      kept = this.#keep(exchange, request, payload)
+    } catch (error) {
+      return done(this.#refuse(request, reply, error))
+    }
+    return kept instanceof Promise ? this.#guarded(request, reply, kept) : done(null, kept)
   }
 
   readonly onError = (
@@ -310,51 +325,75 @@ export class Lifecycle {
   }
 
   /** A key has been found: the request becomes an operation. */
-  async #begin(request: FastifyRequest, reply: FastifyReply, raw: unknown, late: boolean): Promise<void> {
-    const policy = this.#policy
-    const key = parseKey(raw, policy)
-    // Before the first await: who leaves from here on is noticed.
-    if (isClosed(reply)) exchanges.set(reply.raw, CLOSED)
-    else reply.raw.once('close', onClose)
-    // A response that waits behind another on its connection is not told when the connection ends.
-    if (reply.raw.socket === null) watchConnection(reply)
-    const scope = policy.scope === null ? null : await scopeOf(request, policy.scope)
-    const sight = request[kSight]
-    const head = sight?.head ?? headOf(request, scope !== null)
-    const operation = new Operation(request, policy, this.#registration, key, scope, head)
-    const exchange = new Exchange(operation, reply)
-    const alreadyClosed = exchanges.has(reply.raw)
-    exchanges.set(reply.raw, exchange)
-    request[kExchange] = exchange
-    request.idempotency = new RequestContext(operation)
-    if (alreadyClosed) {
-      await operation.cancel()
-      stop(reply)
-      return
-    }
-    if (typeof policy.fingerprint === 'function' && policy.hook === 'preHandler') {
-      operation.learn(hashOf(await policy.fingerprint(request)))
-    } else if (sight !== null) {
-      operation.learn(sight.payload)
-    } else if (late && policy.fingerprint === true) {
-      // Nobody saw the key coming: a hook has provided it.
-      operation.learn(await payloadOfBody(request))
-    }
-    if ((await operation.claim()) === 'gone') stop(reply)
+  #begin(request: FastifyRequest, reply: FastifyReply, raw: unknown, late: boolean): Maybe<void> {
+    const { scope } = this.#policy
+    const key = parseKey(raw, this.#policy)
+    if (scope !== null) return this.#beginScoped(request, reply, key, scope, late)
+    return this.#open(request, reply, key, null, late)
   }
 
-  async #settle(request: FastifyRequest, reply: FastifyReply, early: Exchange | null): Promise<unknown> {
-    const { fingerprint } = this.#policy
-    if (early === null) await this.#claim(request, reply, true)
+  async #beginScoped(
+    request: FastifyRequest,
+    reply: FastifyReply,
+    key: string,
+    scope: NonNullable<Policy['scope']>,
+    late: boolean
+  ): Promise<void> {
+    return this.#open(request, reply, key, await scopeOf(request, scope), late)
+  }
+
+  #open(request: FastifyRequest, reply: FastifyReply, key: string, scope: string | null, late: boolean): Maybe<void> {
+    const { fingerprint, hook } = this.#policy
+    const sight = request[kSight]
+    const head = sight?.head ?? headOf(request, scope !== null)
+    const operation = new Operation(request, this.#policy, this.#registration, key, scope, head)
+    const exchange = new Exchange(operation, reply)
+    request[kExchange] = exchange
+    request.idempotency = new RequestContext(operation)
+    if (isClosed(reply)) return operation.cancel().then(() => stop(reply))
+    watchClient(exchange)
+    if (typeof fingerprint === 'function' && hook === 'preHandler') {
+      return claimKnowing(operation, reply, Promise.resolve(fingerprint(request)).then(hashOf))
+    }
+    if (sight !== null) {
+      operation.learn(sight.payload)
+    } else if (late && fingerprint === true) {
+      // Nobody saw the key coming: a hook has provided it.
+      return claimKnowing(operation, reply, payloadOfBody(request))
+    }
+    const verdict = operation.claim()
+    if (verdict instanceof Promise) return verdict.then((verdict) => obey(verdict, reply))
+    obey(verdict, reply)
+  }
+
+  async #claimAndSettle(request: FastifyRequest, reply: FastifyReply): Promise<unknown> {
+    await this.#claim(request, reply, true)
     const exchange = exchangeOf(request)
-    if (exchange === null) return
-    if (typeof fingerprint === 'function' && this.#policy.hook !== 'preHandler') {
+    return exchange === null ? undefined : this.#learnAndSettle(request, exchange)
+  }
+
+  async #learnAndSettle(request: FastifyRequest, exchange: Exchange): Promise<unknown> {
+    const { fingerprint, hook } = this.#policy
+    if (typeof fingerprint === 'function' && hook !== 'preHandler') {
       exchange.operation.learn(hashOf(await fingerprint(request)))
     }
-    const { operation } = exchange
-    const verdict = await operation.settle()
+    return this.#settle(exchange)
+  }
+
+  /** The verdict, and the reply if it is on its way now. */
+  #settle(exchange: Exchange): Maybe<FastifyReply | undefined> {
+    const verdict = exchange.operation.settle()
+    return verdict instanceof Promise ? this.#answerLater(verdict, exchange) : this.#answer(verdict, exchange)
+  }
+
+  async #answerLater(verdict: Promise<Verdict>, exchange: Exchange): Promise<FastifyReply | undefined> {
+    return this.#answer(await verdict, exchange)
+  }
+
+  #answer(verdict: Verdict, exchange: Exchange): FastifyReply | undefined {
+    const { operation, reply } = exchange
     if (verdict === 'gone') stop(reply)
-    if (verdict !== 'replay' || operation.reply === null) return
+    if (verdict !== 'replay' || operation.reply === null) return undefined
     exchange.headersBefore = snapshot(reply)
     putOn(reply, operation.reply, this.#policy.replayHeader)
     return reply.send(payloadOf(operation.reply))
@@ -383,12 +422,16 @@ export class Lifecycle {
     return error as Error
   }
 
-  async #send(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
-    return this.#guarded(request, exchange.reply, this.#keep(exchange, request, payload))
+  async #sendLate(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
+    try {
+      return await this.#keep(exchange, request, payload)
+    } catch (error) {
+      throw this.#refuse(request, exchange.reply, error)
+    }
   }
 
   /** The handler's reply has come: decides what is kept of it. */
-  async #keep(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
+  #keep(exchange: Exchange, request: FastifyRequest, payload: Payload): Maybe<unknown> {
     const { operation, reply, timeout } = exchange
     if (timeout !== null && (timeout.isNew || reply.statusCode === 503)) return passTimeout(exchange, timeout)
     const { fingerprint } = operation
@@ -413,6 +456,15 @@ export class Lifecycle {
   }
 }
 
+async function claimKnowing(operation: Operation, reply: FastifyReply, payload: Maybe<string>): Promise<void> {
+  operation.learn(await payload)
+  obey(await operation.claim(), reply)
+}
+
+function obey(verdict: Verdict, reply: FastifyReply): void {
+  if (verdict === 'gone') stop(reply)
+}
+
 function learn(request: FastifyRequest, payload: string): void {
   exchangeOf(request)?.operation.learn(payload)
   if (request[kSight] !== null) request[kSight].payload = payload
@@ -424,13 +476,21 @@ function stop(reply: FastifyReply): void {
 }
 
 /** Ends the claim, by a record or a release, while the reply waits; and hands the reply on as it was. */
-async function finish(exchange: Exchange, payload: Payload, record: StoredRecord | null): Promise<Payload> {
-  const { operation, reply } = exchange
+function finish(exchange: Exchange, payload: Payload, record: StoredRecord | null): Maybe<Payload> {
+  const { operation } = exchange
+  exchange.sending = 'storing'
+  const ended = record === null ? operation.release() : operation.complete(record, exchange.failed)
+  if (ended instanceof Promise) return finishLater(exchange, payload, ended)
+  exchange.sending = 'passed'
+  return payload
+}
+
+async function finishLater(exchange: Exchange, payload: Payload, ended: Promise<void>): Promise<Payload> {
+  const { reply } = exchange
   const { statusCode } = reply
   const headers = reply.getHeaders()
-  exchange.sending = 'storing'
   try {
-    await (record === null ? operation.release() : operation.complete(record, exchange.failed))
+    await ended
   } catch (error) {
     // A transaction that was not committed: nothing of this reply is true, and the error is another reply.
     restoreAll(reply, exchange.headersBefore)
@@ -465,7 +525,7 @@ function sendStream(exchange: Exchange, payload: Payload, final: boolean): Paylo
       drain: !isEventStream
     },
     {
-      ended: (body) => {
+      ended: async (body) => {
         if (!final) return operation.release()
         if (body === null) return bury(operation, 'too-large')
         return operation.complete(replyRecord(operation.fingerprint, statusCode, headers, body), failed)
@@ -478,7 +538,7 @@ function sendStream(exchange: Exchange, payload: Payload, final: boolean): Paylo
 }
 
 /** The operation has run, but its reply cannot be kept. */
-function bury(operation: Operation, reason: TombstoneReason): Promise<void> {
+async function bury(operation: Operation, reason: TombstoneReason): Promise<void> {
   return operation.complete(tombstone(operation.fingerprint, reason))
 }
 
@@ -650,33 +710,38 @@ function statusOf(error: unknown, current: number): number {
   return [statusCode, status, current].find(isError) ?? 500
 }
 
-/** The responses that wait behind another on their connection, by the connection's socket. */
-const queued = new WeakMap<object, Set<ServerResponse>>()
+/** The exchanges whose responses wait behind another on their connection, by the connection's socket. */
+const queued = new WeakMap<object, Set<Exchange>>()
 
-function watchConnection({ raw, request: { socket } }: FastifyReply): void {
-  let responses = queued.get(socket)
-  if (responses === undefined) {
-    responses = new Set()
-    queued.set(socket, responses)
+/** From now on it is noticed when the client leaves. */
+function watchClient(exchange: Exchange): void {
+  const { raw } = exchange.reply
+  // Less than what it takes to find the exchange by its response.
+  raw.on('close', () => onClose(exchange, raw))
+  // A response that waits behind another on its connection is not told when the connection ends.
+  if (raw.socket === null) watchConnection(exchange)
+}
+
+function watchConnection(exchange: Exchange): void {
+  const { socket } = exchange.reply.request
+  let exchanges = queued.get(socket)
+  if (exchanges === undefined) {
+    exchanges = new Set()
+    queued.set(socket, exchanges)
     socket.once('close', onConnectionClose)
   }
-  responses.add(raw)
+  exchanges.add(exchange)
 }
 
 function onConnectionClose(this: object): void {
-  for (const response of queued.get(this) ?? []) onClose.call(response)
+  for (const exchange of queued.get(this) ?? []) onClose(exchange, exchange.reply.raw)
 }
 
-/** The response's 'close', in whatever way the exchange ended: `this` is the raw response. */
-function onClose(this: ServerResponse): void {
-  if (this.req?.socket) queued.get(this.req.socket)?.delete(this)
-  const exchange = exchanges.get(this)
-  if (!(exchange instanceof Exchange)) {
-    exchanges.set(this, CLOSED)
-    return
-  }
+/** A response's 'close', in whatever way it ended. */
+function onClose(exchange: Exchange, response: ServerResponse): void {
+  if (response.req?.socket) queued.get(response.req.socket)?.delete(exchange)
   const { operation, reply } = exchange
-  if (reply.raw !== this) {
+  if (reply.raw !== response) {
     // The response of a timeout: the handler has another one now.
   } else if (exchange.handler === 'waiting') {
     void operation.cancel()
@@ -685,10 +750,10 @@ function onClose(this: ServerResponse): void {
     // The handler has not ended, only its time.
     if (exchange.timeout !== null) passTimeout(exchange, exchange.timeout, true)
     // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
-    else if (this.writableEnded && exchange.failed) void operation.release()
-    else if (this.writableEnded || isHijacked(reply)) buryHijacked(operation)
+    else if (response.writableEnded && exchange.failed) void operation.release()
+    else if (response.writableEnded || isHijacked(reply)) buryHijacked(operation)
     // Else the client has left, and the handler is still at work: its reply will be stored, or its raw end seen.
-    else this.once('prefinish', onClose)
+    else response.once('prefinish', () => onClose(exchange, response))
   } else {
     // Nobody reads a stream any more that is still going on: it is read to its end for the record.
     exchange.stream?.destroy()

@@ -10,6 +10,7 @@ import type {
   TransactionClient,
   TransactionOutcome
 } from '../types/index.js'
+import { type Maybe, reveal } from './at-hand.js'
 import {
   Abandoned,
   InProgress,
@@ -147,17 +148,19 @@ export class Operation implements Subject, Waiter, Renewable {
     this.#payload = payload
   }
 
+  // What can be decided at once is decided at once: a promise is paid for only where there is something to wait for.
+
   /** Asks for the key. `'later'`: the verdict needs the payload, ask `settle` when it is known. */
-  claim(): Promise<Verdict> {
+  claim(): Maybe<Verdict> {
     this.#registration.operations.add(this)
-    return this.#judge(async () => this.#decide(await this.#acquire(false), false))
+    return this.#judge(this.#acquire(false), false)
   }
 
   /** The verdict, when everything is known. */
-  async settle(): Promise<Verdict> {
+  settle(): Maybe<Verdict> {
     const found = this.#found
     this.#found = null
-    if (found !== null) return this.#judge(() => this.#decide(found, true))
+    if (found !== null) return this.#judge(found, true)
     if (this.phase === 'over') return this.#gone ? 'gone' : this.refuseLost()
     return 'run'
   }
@@ -183,16 +186,22 @@ export class Operation implements Subject, Waiter, Renewable {
    * not known.
    * @param failed The reply is that of an error: of a transaction nothing but the record is committed.
    */
-  async complete(record: StoredRecord, failed = false): Promise<void> {
+  complete(record: StoredRecord, failed = false): Maybe<void> {
     if (this.phase === 'over' || this.phase === 'ending') return
     if (this.discarded) return this.release()
     this.phase = 'ending'
     if (this.#transaction !== null) return this.#commit(this.#transaction, record, failed)
-    const { storeTimeout, lease } = this.policy
     const step = () => this.#complete(record)
-    let stored: boolean | null
+    const stored = reveal(within(this.policy.storeTimeout, step))
+    if (stored instanceof Promise) return this.#completeLater(stored, step, record)
+    this.#completed(stored, record)
+  }
+
+  async #completeLater(answer: Promise<boolean>, step: () => Promise<boolean>, record: StoredRecord): Promise<void> {
+    const { storeTimeout, lease } = this.policy
+    let stored: boolean
     try {
-      stored = await within(storeTimeout, step)
+      stored = await answer
     } catch (error) {
       this.#report(error)
       // What is to be forgotten is no answer to anybody.
@@ -273,7 +282,7 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   /** Asks the store once for a duplicate that waits. */
-  look(): Promise<Found> {
+  async look(): Promise<Found> {
     return this.#acquire(false)
   }
 
@@ -288,58 +297,82 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
-  async #judge(decide: () => Promise<Verdict>): Promise<Verdict> {
+  #judge(found: Maybe<Found>, final: boolean): Maybe<Verdict> {
     try {
-      const verdict = await decide()
-      if (verdict === 'replay' || verdict === 'gone') this.#end()
-      return verdict
+      const verdict = found instanceof Promise ? this.#decideLater(found, final) : this.#decide(found, final)
+      return verdict instanceof Promise ? this.#judgeLater(verdict) : this.#judged(verdict)
     } catch (error) {
-      this.#end()
-      if (!(error instanceof StoreFailure)) throw error
-      if (this.#gone) return 'gone'
-      // To run unprotected is one thing, to run beside another that is known to run is quite another.
-      if (!this.policy.bypasses || this.#taken) {
-        throw this.#unavailable(error.cause)
-      }
-      this.phase = 'unprotected'
-      publish('bypassed', this, error.cause)
-      this.#log('bypassed')
-      return 'run'
+      return this.#judgedFailed(error)
     }
   }
 
-  /** `final`: everything that can be known of this request is known. */
-  async #decide(first: Acquisition, final: boolean): Promise<Verdict> {
-    for (let found = first; ; ) {
-      if (found.state === 'acquired') return this.#hold(found.attempt)
-      if (this.#gone) return 'gone'
-      this.#taken = found.state !== 'abandoned'
-      const theirs = found.state === 'completed' ? found.record.fingerprint : found.fingerprint
-      if (!agree(theirs, this.fingerprint)) {
-        publish('mismatch', this)
-        this.#log('mismatch')
-        throw new KeyReused()
-      }
-      switch (found.state) {
-        case 'completed':
-          if (!final) return this.#postpone(found)
-          if (found.record.kind === 'tombstone') throw this.#conflict(new NotReplayable())
-          return this.#replay(found.record)
-        case 'running': {
-          if (!this.policy.waits) throw this.#conflict(withRetryAfter(new InProgress(), 1))
-          if (!final) return this.#postpone(found)
-          const result = this.#registration.closing ? 'left' : await this.#store.waiting.wait(this)
-          if (result === 'left' && this.#gone) return 'gone'
-          if (result === 'timeout' || result === 'left') throw this.#conflict(withRetryAfter(new InProgress(), 1))
-          found = result
-          break
-        }
-        case 'abandoned':
-          if (!this.policy.reruns) throw this.#conflict(new Abandoned())
-          if (!final && knowsPayload(theirs) && !knowsPayload(this.fingerprint)) return this.#postpone(found)
-          found = await this.#acquire(true)
-      }
+  async #judgeLater(verdict: Promise<Verdict>): Promise<Verdict> {
+    try {
+      return this.#judged(await verdict)
+    } catch (error) {
+      return this.#judgedFailed(error)
     }
+  }
+
+  #judged(verdict: Verdict): Verdict {
+    if (verdict === 'replay' || verdict === 'gone') this.#end()
+    return verdict
+  }
+
+  #judgedFailed(error: unknown): Verdict {
+    this.#end()
+    if (!(error instanceof StoreFailure)) throw error
+    if (this.#gone) return 'gone'
+    // To run unprotected is one thing, to run beside another that is known to run is quite another.
+    if (!this.policy.bypasses || this.#taken) {
+      throw this.#unavailable(error.cause)
+    }
+    this.phase = 'unprotected'
+    publish('bypassed', this, error.cause)
+    this.#log('bypassed')
+    return 'run'
+  }
+
+  async #decideLater(found: Promise<Found>, final: boolean): Promise<Verdict> {
+    return this.#decide(await found, final)
+  }
+
+  /** `final`: everything that can be known of this request is known. */
+  #decide(found: Acquisition, final: boolean): Maybe<Verdict> {
+    if (found.state === 'acquired') return this.#hold(found.attempt)
+    if (this.#gone) return 'gone'
+    this.#taken = found.state !== 'abandoned'
+    const theirs = found.state === 'completed' ? found.record.fingerprint : found.fingerprint
+    if (!agree(theirs, this.fingerprint)) {
+      publish('mismatch', this)
+      this.#log('mismatch')
+      throw new KeyReused()
+    }
+    switch (found.state) {
+      case 'completed':
+        if (!final) return this.#postpone(found)
+        if (found.record.kind === 'tombstone') throw this.#conflict(new NotReplayable())
+        return this.#replay(found.record)
+      case 'running':
+        if (!this.policy.waits) throw this.#conflict(withRetryAfter(new InProgress(), 1))
+        if (!final) return this.#postpone(found)
+        return this.#wait()
+      case 'abandoned':
+        if (!this.policy.reruns) throw this.#conflict(new Abandoned())
+        if (!final && knowsPayload(theirs) && !knowsPayload(this.fingerprint)) return this.#postpone(found)
+        return this.#takeOver(final)
+    }
+  }
+
+  async #wait(): Promise<Verdict> {
+    const result = this.#registration.closing ? 'left' : await this.#store.waiting.wait(this)
+    if (result === 'left' && this.#gone) return 'gone'
+    if (result === 'timeout' || result === 'left') throw this.#conflict(withRetryAfter(new InProgress(), 1))
+    return this.#decide(result, true)
+  }
+
+  async #takeOver(final: boolean): Promise<Verdict> {
+    return this.#decide(await this.#acquire(true), final)
   }
 
   #postpone(found: Acquisition): Verdict {
@@ -348,19 +381,17 @@ export class Operation implements Subject, Waiter, Renewable {
     return 'later'
   }
 
-  async #hold(attempt: number): Promise<Verdict> {
+  #hold(attempt: number): Maybe<Verdict> {
     if (this.#transaction?.lost.aborted) throw new StoreFailure('The key was lost again', { cause: undefined })
     this.attempt = attempt
     this.phase = 'held'
     this.#store.live.set(this.storageKey, this)
-    this.#transaction?.lost.addEventListener('abort', this.#onTransactionLost)
+    this.#transaction?.lost.addEventListener('abort', this)
     keepAlive(this)
     publish('acquired', this)
     if (attempt > 1) publish('takeover', this)
     this.#log(attempt > 1 ? 'taken over' : 'acquired')
-    if (!this.#gone) return 'run'
-    await this.release()
-    return 'gone'
+    return this.#gone ? this.release().then(() => 'gone') : 'run'
   }
 
   #replay(reply: StoredReply): Verdict {
@@ -381,8 +412,11 @@ export class Operation implements Subject, Waiter, Renewable {
    * Asks the store. Of those in this process who want the same key in a transaction one at a time does: it takes a
    * connection to ask, and the owner may have the last one.
    */
-  async #acquire(takeover: boolean): Promise<Found> {
-    if (!this.policy.transaction) return this.#askStore(takeover)
+  #acquire(takeover: boolean): Maybe<Found> {
+    return this.policy.transaction ? this.#acquireInTurn(takeover) : this.#askStore(takeover)
+  }
+
+  async #acquireInTurn(takeover: boolean): Promise<Found> {
     const { asking } = this.#store
     // The answer to who has asked before may be older than this request: only what is final is still true.
     let isOld = true
@@ -391,7 +425,7 @@ export class Operation implements Subject, Waiter, Renewable {
       if (found !== null && (!isOld || found.state === 'completed')) return found
       isOld = false
     }
-    const answer = this.#askStore(takeover)
+    const answer = Promise.resolve(this.#askStore(takeover))
     const forOthers = answer.then((found) => (found.state === 'acquired' ? null : found))
     forOthers.catch(() => {})
     asking.set(this.storageKey, forOthers)
@@ -402,7 +436,7 @@ export class Operation implements Subject, Waiter, Renewable {
     }
   }
 
-  async #askStore(takeover: boolean): Promise<Found> {
+  #askStore(takeover: boolean): Maybe<Found> {
     const other = this.#store.live.get(this.storageKey)
     // The reply is there, only the store does not have it yet.
     if (other !== undefined && other.#unstored !== null) {
@@ -411,24 +445,39 @@ export class Operation implements Subject, Waiter, Renewable {
     const running = other !== undefined && other !== this && !other.#releasing ? other.#asRunning() : null
     // Nobody else sees what a transaction holds, nor can it be lost to another unnoticed.
     if (running !== null && other !== undefined && other.#transaction !== null) return running
-    const token = this.#token
     const answer = attempt(() => this.#ask(takeover))
+    const found = reveal(answer)
+    if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, other, running)
+    return this.#understand(found, other, running)
+  }
+
+  /** What the answer means to this process, which knows more than the store. */
+  #understand(found: Found, other: Operation | undefined, running: Acquisition | null): Found {
+    if ('transaction' in found) {
+      this.#transaction = found.transaction
+      this.#store.live.set(this.storageKey, this)
+    }
+    // Others cannot see into a transaction, but this process can, if it is its own.
+    if (found.state === 'running' && found.fingerprint === '') {
+      const owner = this.#store.live.get(this.storageKey)
+      return owner === undefined ? found : owner.#asRunning()
+    }
+    if (found.state !== 'abandoned' || running === null) return found
+    // The owner is alive in this very process, which has stalled for longer than the lease.
+    other?.renew()
+    return running
+  }
+
+  async #awaitAnswer(
+    answer: Promise<Found>,
+    other: Operation | undefined,
+    running: Acquisition | null
+  ): Promise<Found> {
+    const token = this.#token
     try {
       const found = await within(this.policy.storeTimeout, () => answer)
       if (!isAcquisition(found)) throw new TypeError('The idempotency store gave no valid answer')
-      if ('transaction' in found) {
-        this.#transaction = found.transaction
-        this.#store.live.set(this.storageKey, this)
-      }
-      // Others cannot see into a transaction, but this process can, if it is its own.
-      if (found.state === 'running' && found.fingerprint === '') {
-        const owner = this.#store.live.get(this.storageKey)
-        return owner === undefined ? found : owner.#asRunning()
-      }
-      if (found.state !== 'abandoned' || running === null) return found
-      // The owner is alive in this very process, which has stalled for longer than the lease.
-      other?.renew()
-      return running
+      return this.#understand(found, other, running)
     } catch (error) {
       this.#report(error)
       // The claim may have been written all the same, or be about to be.
@@ -468,9 +517,15 @@ export class Operation implements Subject, Waiter, Renewable {
     return { token: this.#token, fingerprint: this.fingerprint, leaseMs, retainMs, takeover }
   }
 
-  async #complete(record: StoredRecord): Promise<boolean> {
+  #complete(record: StoredRecord): Promise<boolean> {
     const { store, ttl } = this.policy
-    if (await store.complete(this.storageKey, this.#token, record, ttl)) return true
+    const stored = attempt(() => store.complete(this.storageKey, this.#token, record, ttl))
+    return reveal(stored) === true ? stored : this.#completeAnew(stored, record)
+  }
+
+  async #completeAnew(stored: Promise<boolean>, record: StoredRecord): Promise<boolean> {
+    const { store, ttl } = this.policy
+    if (await stored) return true
     return (await this.#reclaim()) && store.complete(this.storageKey, this.#token, record, ttl)
   }
 
@@ -544,7 +599,8 @@ export class Operation implements Subject, Waiter, Renewable {
     return state === 'acquired'
   }
 
-  readonly #onTransactionLost = () => {
+  /** The connection of the transaction is lost. An operation listens itself, so that none has to carry a listener. */
+  handleEvent(): void {
     if (!this.#isHeld()) return
     if (this.phase === 'held') this.#end()
     this.#lost()

@@ -1,27 +1,17 @@
+import { isAtHand } from './at-hand.js'
 import { Deadlines } from './deadlines.js'
 import { StoreTimeout } from './errors.js'
 
-/** A store call that has not answered yet. */
-class PendingCall<T> {
-  readonly promise: Promise<T>
-  resolve!: (value: T) => void
-  reject!: (error: unknown) => void
-
-  constructor() {
-    this.promise = new Promise((resolve, reject) => {
-      this.resolve = resolve
-      this.reject = reject
-    })
-  }
-}
+/** Rejects a store call that has not answered yet. */
+type Reject = (error: unknown) => void
 
 // One timer for all calls with the same limit; there are as many limits as `storeTimeout` options.
-const limits = new Map<number, Deadlines<PendingCall<never>>>()
+const limits = new Map<number, Deadlines<Reject>>()
 
-function limit(ms: number): Deadlines<PendingCall<never>> {
+function limit(ms: number): Deadlines<Reject> {
   let deadlines = limits.get(ms)
   if (deadlines === undefined) {
-    deadlines = new Deadlines(ms, (call) => call.reject(new StoreTimeout(ms)), true)
+    deadlines = new Deadlines(ms, (reject) => reject(new StoreTimeout(ms)), true)
     limits.set(ms, deadlines)
   }
   return deadlines
@@ -29,24 +19,25 @@ function limit(ms: number): Deadlines<PendingCall<never>> {
 
 /**
  * The answer of a store call, or a `StoreTimeout` when there is none after `ms` milliseconds. A call that
- * throws has rejected.
+ * throws has rejected. One that is at hand needs no limit.
  */
 export function within<T>(ms: number, ask: () => Promise<T>): Promise<T> {
+  const answer = attempt(ask)
+  if (isAtHand(answer)) return answer
   const deadlines = limit(ms)
-  const call = new PendingCall<T>()
-  const pending = call as unknown as PendingCall<never>
-  deadlines.add(pending)
-  attempt(ask).then(
-    (value) => {
-      deadlines.delete(pending)
-      call.resolve(value)
-    },
-    (error) => {
-      deadlines.delete(pending)
-      call.reject(error)
-    }
-  )
-  return call.promise
+  return new Promise((resolve, reject) => {
+    deadlines.add(reject)
+    answer.then(
+      (value) => {
+        deadlines.delete(reject)
+        resolve(value)
+      },
+      (error) => {
+        deadlines.delete(reject)
+        reject(error)
+      }
+    )
+  })
 }
 
 /** Resolves when the work is done, or when it has taken so long that nobody should wait for it any more. */

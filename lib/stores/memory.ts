@@ -1,4 +1,5 @@
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
+import { atHand } from '../at-hand.js'
 import { InvalidOption } from '../errors.js'
 import { RELEASE_MEMORY_MS } from './released.js'
 
@@ -75,27 +76,14 @@ export class MemoryStore implements IdempotencyStore {
     this.#maxBytes = bound('maxBytes', options.maxBytes ?? 67_108_864)
   }
 
-  // The methods are async only to the outside: none of them awaits, so each is one atomic step.
+  // Promises are for the outside only: nothing is awaited, so each method is one atomic step, and its answer at hand.
 
-  async acquire(key: string, claim: Claim): Promise<Acquisition> {
-    const now = performance.now()
-    const held = this.#claimOf(key, now)
-    if (held === undefined) {
-      const done = this.#doneOf(key, now)
-      if (done !== undefined) return completed(done.record, done.expires, now)
-      this.#makeRoom()
-      this.#released.delete(key)
-      this.#claims.set(key, newClaim(claim, 1, now))
-      return { state: 'acquired', attempt: 1 }
+  acquire(key: string, claim: Claim): Promise<Acquisition> {
+    try {
+      return atHand(this.#acquire(key, claim))
+    } catch (error) {
+      return Promise.reject(error)
     }
-    if (held.token === claim.token) {
-      held.leaseEnd = now + claim.leaseMs
-      return { state: 'acquired', attempt: held.attempt }
-    }
-    if (held.leaseEnd > now || !claim.takeover) return state(held, now)
-    const attempt = held.attempt + 1
-    this.#claims.set(key, newClaim(claim, attempt, now))
-    return { state: 'acquired', attempt }
   }
 
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
@@ -106,21 +94,12 @@ export class MemoryStore implements IdempotencyStore {
     return true
   }
 
-  async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
-    const now = performance.now()
-    if (this.#claimOf(key, now)?.token !== token) {
-      return this.#doneOf(key, now)?.token === token
+  complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+    try {
+      return atHand(this.#complete(key, token, record, ttlMs))
+    } catch (error) {
+      return Promise.reject(error)
     }
-    this.#claims.delete(key)
-    let kept = keep(record)
-    let size = sizeOf(key, kept)
-    if (size > this.#maxBytes) {
-      kept = { kind: 'tombstone', reason: 'too-large', fingerprint: record.fingerprint, createdAt: record.createdAt }
-      size = sizeOf(key, kept)
-    }
-    this.#put(key, { token, record: kept, expires: ttlMs === null ? Infinity : now + ttlMs, size })
-    this.#wake(key)
-    return true
   }
 
   async release(key: string, token: string): Promise<boolean> {
@@ -176,6 +155,44 @@ export class MemoryStore implements IdempotencyStore {
   async close(): Promise<void> {
     if (this.#sweeper !== null) clearInterval(this.#sweeper)
     this.#sweeper = null
+  }
+
+  #acquire(key: string, claim: Claim): Acquisition {
+    const now = performance.now()
+    const held = this.#claimOf(key, now)
+    if (held === undefined) {
+      const done = this.#doneOf(key, now)
+      if (done !== undefined) return completed(done.record, done.expires, now)
+      this.#makeRoom()
+      this.#released.delete(key)
+      this.#claims.set(key, newClaim(claim, 1, now))
+      return { state: 'acquired', attempt: 1 }
+    }
+    if (held.token === claim.token) {
+      held.leaseEnd = now + claim.leaseMs
+      return { state: 'acquired', attempt: held.attempt }
+    }
+    if (held.leaseEnd > now || !claim.takeover) return state(held, now)
+    const attempt = held.attempt + 1
+    this.#claims.set(key, newClaim(claim, attempt, now))
+    return { state: 'acquired', attempt }
+  }
+
+  #complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): boolean {
+    const now = performance.now()
+    if (this.#claimOf(key, now)?.token !== token) {
+      return this.#doneOf(key, now)?.token === token
+    }
+    this.#claims.delete(key)
+    let kept = keep(record)
+    let size = sizeOf(key, kept)
+    if (size > this.#maxBytes) {
+      kept = { kind: 'tombstone', reason: 'too-large', fingerprint: record.fingerprint, createdAt: record.createdAt }
+      size = sizeOf(key, kept)
+    }
+    this.#put(key, { token, record: kept, expires: ttlMs === null ? Infinity : now + ttlMs, size })
+    this.#wake(key)
+    return true
   }
 
   #claimOf(key: string, now: number): ClaimEntry | undefined {
