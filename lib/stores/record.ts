@@ -2,13 +2,16 @@ import type { StoredHeader, StoredRecord, TombstoneReason } from '../../types/in
 
 /*
  * A record as bytes: four bytes for the length of the head and four for that of the body, the head as JSON, and
- * the body as it is.
+ * the body as it is. A byte of a length holds seven bits of it, so that a record of ASCII text is ASCII text itself, which
+ * clients send for less than bytes.
  *
  *   reply      [fingerprint, createdAt, statusCode, text (1 or 0), [[name, value], …]]
  *   tombstone  [fingerprint, createdAt, reason]
  */
 
 const LENGTH_BYTES = 8
+/** What fits into 28 bits, which is more than most servers take. */
+const LONGEST = 2 ** 28 - 1
 const REASONS: readonly unknown[] = ['too-large', 'stream-failed', 'hijacked'] satisfies TombstoneReason[]
 
 /** The bytes of a record, behind `prefix`. The body is copied once, into the place that it is sent from. */
@@ -22,10 +25,12 @@ export function encodeRecord(record: StoredRecord, prefix: Buffer): Buffer {
   const headLength = Buffer.byteLength(head)
   const body = record.kind === 'reply' ? record.body : null
   const start = prefix.length + LENGTH_BYTES
-  const bytes = Buffer.allocUnsafe(start + headLength + (body?.length ?? 0))
+  const bodyLength = body?.length ?? 0
+  if (headLength > LONGEST || bodyLength > LONGEST) throw new RangeError('The reply is too large to be stored')
+  const bytes = Buffer.allocUnsafe(start + headLength + bodyLength)
   prefix.copy(bytes)
-  bytes.writeUInt32BE(headLength, prefix.length)
-  bytes.writeUInt32BE(body?.length ?? 0, prefix.length + 4)
+  writeLength(bytes, headLength, prefix.length)
+  writeLength(bytes, bodyLength, prefix.length + 4)
   bytes.write(head, start)
   body?.copy(bytes, start + headLength)
   return bytes
@@ -38,8 +43,8 @@ export function encodeRecord(record: StoredRecord, prefix: Buffer): Buffer {
 export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
   const start = offset + LENGTH_BYTES
   if (bytes.length < start) throw undecodable()
-  const end = start + bytes.readUInt32BE(offset)
-  if (bytes.length !== end + bytes.readUInt32BE(offset + 4)) throw undecodable()
+  const end = start + readLength(bytes, offset)
+  if (bytes.length !== end + readLength(bytes, offset + 4)) throw undecodable()
   let head: unknown
   try {
     head = JSON.parse(bytes.toString('utf8', start, end))
@@ -59,6 +64,17 @@ export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
     body: bytes.subarray(end),
     text: text === 1
   }
+}
+
+/** Four bytes of seven bits each, the highest first. */
+export function writeLength(bytes: Buffer, length: number, offset: number): void {
+  for (let at = 0; at < 4; at++) bytes[offset + at] = (length >>> (21 - 7 * at)) & 0x7f
+}
+
+export function readLength(bytes: Buffer, offset: number): number {
+  let length = 0
+  for (let at = 0; at < 4; at++) length = length * 128 + (bytes[offset + at] as number)
+  return length
 }
 
 export function isReason(value: unknown): value is TombstoneReason {

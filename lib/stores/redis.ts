@@ -1,6 +1,8 @@
+import { isAscii } from 'node:buffer'
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
 import { InvalidOption } from '../errors.js'
 import { decodeRecord, encodeRecord } from './record.js'
+import { ClaimBatches, type Pipeline, type Result } from './redis-batches.js'
 import { warnOfEviction } from './redis-eviction.js'
 import { ACQUIRE, DELETE, FINISH, RENEW, type Script, WATCH } from './redis-scripts.js'
 import { RedisSubscriptions } from './redis-subscriptions.js'
@@ -34,20 +36,11 @@ export interface RedisStoreOptions {
   replicaTimeout?: number
 }
 
-/** The part of an ioredis pipeline that is used here. */
-interface Pipeline {
-  setBuffer(key: string, value: Buffer, ...options: (string | number)[]): Pipeline
-  getBuffer(key: string): Pipeline
-  pttl(key: string): Pipeline
-  set(key: string, value: string, ...options: (string | number)[]): Pipeline
-  wait(replicas: number, timeout: number): Pipeline
-  exec(): Promise<[error: Error | null, result: unknown][] | null>
-}
-
 type Evaluate = (script: string, keys: number, key: string, ...args: (string | Buffer)[]) => Promise<unknown>
 
 const VERSION = '1'
 const LONGEST_TOKEN = 255
+const LONGEST_STRING = 16_384
 const CLAIM = 0x50 // P
 const RECORD = 0x43 // C
 const RELEASED = 0x52 // R
@@ -63,6 +56,8 @@ export class RedisStore implements IdempotencyStore {
   readonly #replicas: number
   readonly #replicaTimeout: number
   readonly #subscriptions: RedisSubscriptions
+  /** `null` in a Cluster, where the keys of a pipeline must be neighbours. */
+  readonly #batches: ClaimBatches | null
   /** Does the server take SET with NX and GET together? Redis does from 7.0 on. */
   #setNxGet = true
   /** Has it been looked at whether the server may evict what is stored? */
@@ -83,7 +78,8 @@ export class RedisStore implements IdempotencyStore {
     if (!Number.isSafeInteger(replicas) || replicas < 0) {
       throw new InvalidOption(`RedisStore option "replicas" takes a number of replicas, got ${String(replicas)}`)
     }
-    if (replicas > 0 && (client as { isCluster?: boolean }).isCluster === true) {
+    const { isCluster = false } = client as { isCluster?: boolean }
+    if (replicas > 0 && isCluster) {
       throw new InvalidOption(
         'RedisStore option "replicas" takes no Cluster, where WAIT has no one connection to go to'
       )
@@ -97,48 +93,59 @@ export class RedisStore implements IdempotencyStore {
     this.#replicas = replicas
     this.#replicaTimeout = replicaTimeout
     this.#subscriptions = new RedisSubscriptions(client)
+    this.#batches = isCluster ? null : new ClaimBatches(client)
   }
 
-  async acquire(key: string, given: Claim): Promise<Acquisition> {
-    // It may be asked for in two round trips, between which the caller may change what is the caller's.
-    const claim = { ...given }
+  // What is the caller's is read before anything is waited for: it may change meanwhile.
+  async acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
     this.#eviction ??= warnOfEviction(this.#client)
-    if (!this.#setNxGet) return this.#acquireCarefully(key, claim)
-    const owner = ownerOf(CLAIM, claim.token)
-    const value = Buffer.concat([owner, Buffer.from(`01:${claim.retainMs}:${claim.fingerprint}`)])
-    const [set, pttl] = await this.#pipeline((pipeline) =>
-      pipeline
-        .setBuffer(this.#prefix + key, value, 'PX', claim.retainMs + claim.leaseMs, 'NX', 'GET')
-        .pttl(this.#prefix + key)
-    )
+    const owner = ownerOf(CLAIM, token)
+    const expiry = String(retainMs + leaseMs)
+    const rest = `:${retainMs}:${fingerprint}`
+    const found = this.#setNxGet ? await this.#acquireQuickly(key, owner, rest, expiry) : null
+    return found ?? this.#acquireCarefully(key, owner, rest, expiry, takeover)
+  }
+
+  /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
+  async #acquireQuickly(
+    key: string,
+    owner: string | Buffer,
+    rest: string,
+    expiry: string
+  ): Promise<Acquisition | null> {
+    const [set, pttl] = await this.#setOrGet(key, join(owner, `01${rest}`), expiry)
     if (set?.[0]) {
       if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
       this.#setNxGet = false
-      return this.#acquireCarefully(key, claim)
+      return null
     }
     const held = set?.[1]
     if (held === null) return { state: 'acquired', attempt: 1 }
     if (pttl?.[0]) throw discreet(pttl[0])
+    if (!Buffer.isBuffer(held)) return null
     const left = Number(pttl?.[1])
-    // What was read in two commands is enough to see a record or a live claim; all else is asked in one step.
-    if (Buffer.isBuffer(held) && (held[0] === RECORD || (held[0] === CLAIM && !lapsed(held, left)))) {
-      if (held[0] === RECORD || !startsWith(held, owner)) return decode(held, left, false)
+    const isElses = held[0] === CLAIM && !lapsed(held, left) && !startsWith(held, Buffer.from(owner))
+    return held[0] === RECORD || isElses ? decode(held, left, false) : null
+  }
+
+  async #setOrGet(key: string, value: string | Buffer, expiry: string): Promise<(Result | undefined)[]> {
+    const name = this.#prefix + key
+    try {
+      if (this.#batches !== null) return await this.#batches.ask(name, value, expiry)
+    } catch (error) {
+      throw discreet(error)
     }
-    return this.#acquireCarefully(key, claim)
+    return this.#pipeline((pipeline) => pipeline.setBuffer(name, value, 'PX', expiry, 'NX', 'GET').pttl(name))
   }
 
   async #acquireCarefully(
     key: string,
-    { token, fingerprint, leaseMs, retainMs, takeover }: Claim
+    owner: string | Buffer,
+    rest: string,
+    expiry: string,
+    takeover: boolean
   ): Promise<Acquisition> {
-    const reply = await this.#run(
-      ACQUIRE,
-      key,
-      ownerOf(CLAIM, token),
-      `:${retainMs}:${fingerprint}`,
-      String(retainMs + leaseMs),
-      takeover ? '1' : '0'
-    )
+    const reply = await this.#run(ACQUIRE, key, owner, rest, expiry, takeover ? '1' : '0')
     // Numbers may come as strings: ioredis has an option for that.
     const [attempt, value, left, abandoned] = reply as [unknown, Buffer, unknown, unknown]
     if (Number(attempt) > 0) return { state: 'acquired', attempt: Number(attempt) }
@@ -150,7 +157,7 @@ export class RedisStore implements IdempotencyStore {
   }
 
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
-    const value = encodeRecord(record, ownerOf(RECORD, token))
+    const value = cheapest(encodeRecord(record, Buffer.from(ownerOf(RECORD, token))))
     const connection = this.#connection
     const stored = await this.#finish(key, token, value, ttlMs === null ? '' : String(ttlMs))
     if (stored && this.#replicas > 0) await this.#replicated(connection)
@@ -193,7 +200,7 @@ export class RedisStore implements IdempotencyStore {
     return this.#subscriptions.close()
   }
 
-  async #finish(key: string, token: string, value: Buffer, expiry: string): Promise<boolean> {
+  async #finish(key: string, token: string, value: string | Buffer, expiry: string): Promise<boolean> {
     return this.#test(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
   }
 
@@ -217,7 +224,7 @@ export class RedisStore implements IdempotencyStore {
     if (!(reached >= this.#replicas)) throw new Error(`${reached} of ${this.#replicas} replicas have the reply`)
   }
 
-  async #pipeline(build: (pipeline: Pipeline) => Pipeline): Promise<[error: Error | null, result: unknown][]> {
+  async #pipeline(build: (pipeline: Pipeline) => Pipeline): Promise<Result[]> {
     try {
       return (await build(this.#client.pipeline() as Pipeline).exec()) ?? []
     } catch (error) {
@@ -256,15 +263,26 @@ function isWrongType(error: unknown): boolean {
   return /\bWRONGTYPE Operation\b/.test((error as Error).message)
 }
 
-function ownerOf(kind: number, token: string): Buffer {
+function ownerOf(kind: number, token: string): string | Buffer {
   const length = Buffer.byteLength(token)
   if (length === 0 || length > LONGEST_TOKEN) throw new RangeError('A token is 1 to 255 bytes long')
+  // ioredis sends strings for less than bytes.
+  if (length < 0x80) return String.fromCharCode(kind) + VERSION + String.fromCharCode(length) + token
   const owner = Buffer.allocUnsafe(3 + length)
   owner[0] = kind
   owner.write(VERSION, 1)
   owner[2] = length
   owner.write(token, 3)
   return owner
+}
+
+function join(owner: string | Buffer, rest: string): string | Buffer {
+  return typeof owner === 'string' ? owner + rest : Buffer.concat([owner, Buffer.from(rest)])
+}
+
+/** A record of ASCII text as a string, unless it is so long that bytes are cheaper after all. */
+function cheapest(value: Buffer): string | Buffer {
+  return value.length <= LONGEST_STRING && isAscii(value) ? value.toString('latin1') : value
 }
 
 function startsWith(value: Buffer, prefix: Buffer): boolean {

@@ -5,7 +5,7 @@ import t, { type Test } from 'tap'
 import { MemoryStore } from '../../index.js'
 import { type KeyRules, keyInBody, keyInHeader, keyInQuery, parseKey, storageKey } from '../../lib/key.js'
 import { StoreInUse } from '../../lib/store-in-use.js'
-import { decodeRecord, encodeRecord } from '../../lib/stores/record.js'
+import { decodeRecord, encodeRecord, readLength, writeLength } from '../../lib/stores/record.js'
 import type { StoredHeader, StoredRecord } from '../../types/index.js'
 import { build, codeOf, listen, post, REPLAYED, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
@@ -330,7 +330,7 @@ t.test('bytes put into a record, taken out of it or overwritten give an error or
         const added = insert.length - Math.min(remove, bytes.length - from)
         bytes = Buffer.concat([bytes.subarray(0, from), insert, bytes.subarray(from + remove)])
         // Some of the damage is such that the lengths still fit.
-        if (corrects && from >= 8) bytes.writeUInt32BE((bytes.readUInt32BE(0) + added) >>> 0)
+        if (corrects && from >= 8) writeLength(bytes, readLength(bytes, 0) + added, 0)
       }
       judge(bytes)
     }),

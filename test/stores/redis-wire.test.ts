@@ -3,6 +3,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import type { Redis } from 'ioredis'
 import t, { type Test } from 'tap'
 import { type RedisClient, RedisStore } from '../../index.js'
+import { readLength, writeLength } from '../../lib/stores/record.js'
 import { build } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 import { type RedisServer, startRedis } from '../support/redis.js'
@@ -611,7 +612,7 @@ for (const headers of [{}, { location: '/charges/1' }, { location: '/charges/1',
 /** A record that says that its head is longer than it is. */
 function longerHead(record: Buffer, at: number, by = 1): Buffer {
   const changed = Buffer.from(record)
-  changed.writeUInt32BE(record.readUInt32BE(at) + by, at)
+  writeLength(changed, readLength(record, at) + by, at)
   return changed
 }
 
