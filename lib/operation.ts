@@ -298,17 +298,19 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
   #judge(found: Maybe<Found>, final: boolean): Maybe<Verdict> {
+    if (found instanceof Promise) return this.#judgeLater(found, final)
     try {
-      const verdict = found instanceof Promise ? this.#decideLater(found, final) : this.#decide(found, final)
-      return verdict instanceof Promise ? this.#judgeLater(verdict) : this.#judged(verdict)
+      const verdict = this.#decide(found, final)
+      return verdict instanceof Promise ? this.#judgeLater(verdict, final) : this.#judged(verdict)
     } catch (error) {
       return this.#judgedFailed(error)
     }
   }
 
-  async #judgeLater(verdict: Promise<Verdict>): Promise<Verdict> {
+  async #judgeLater(pending: Promise<Found | Verdict>, final: boolean): Promise<Verdict> {
     try {
-      return this.#judged(await verdict)
+      const found = await pending
+      return this.#judged(typeof found === 'string' ? found : await this.#decide(found, final))
     } catch (error) {
       return this.#judgedFailed(error)
     }
@@ -331,10 +333,6 @@ export class Operation implements Subject, Waiter, Renewable {
     publish('bypassed', this, error.cause)
     this.#log('bypassed')
     return 'run'
-  }
-
-  async #decideLater(found: Promise<Found>, final: boolean): Promise<Verdict> {
-    return this.#decide(await found, final)
   }
 
   /** `final`: everything that can be known of this request is known. */

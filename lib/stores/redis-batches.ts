@@ -1,4 +1,5 @@
 import type { RedisClient } from './redis.js'
+import { discreet } from './redis-errors.js'
 
 /** What one command of a pipeline gave. */
 export type Result = [error: Error | null, result: unknown]
@@ -54,7 +55,7 @@ export class ClaimBatches {
         }
       },
       (error) => {
-        for (const { reject } of askers) reject(error)
+        for (const { reject } of askers) reject(discreet(error))
       }
     )
   }

@@ -3,6 +3,7 @@ import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../t
 import { InvalidOption } from '../errors.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { ClaimBatches, type Pipeline, type Result } from './redis-batches.js'
+import { discreet, isWrongType } from './redis-errors.js'
 import { warnOfEviction } from './redis-eviction.js'
 import { ACQUIRE, DELETE, FINISH, RENEW, type Script, WATCH } from './redis-scripts.js'
 import { RedisSubscriptions } from './redis-subscriptions.js'
@@ -102,18 +103,21 @@ export class RedisStore implements IdempotencyStore {
     const owner = ownerOf(CLAIM, token)
     const expiry = String(retainMs + leaseMs)
     const rest = `:${retainMs}:${fingerprint}`
-    const found = this.#setNxGet ? await this.#acquireQuickly(key, owner, rest, expiry) : null
-    return found ?? this.#acquireCarefully(key, owner, rest, expiry, takeover)
+    if (this.#setNxGet) {
+      const [set, pttl] = await this.#setOrGet(this.#prefix + key, join(owner, `01${rest}`), expiry)
+      const found = this.#understand(set, pttl, owner)
+      if (found !== null) return found
+    }
+    return this.#acquireCarefully(key, owner, rest, expiry, takeover)
+  }
+
+  #setOrGet(name: string, value: string | Buffer, expiry: string): Promise<readonly (Result | undefined)[]> {
+    if (this.#batches !== null) return this.#batches.ask(name, value, expiry)
+    return this.#pipeline((pipeline) => pipeline.setBuffer(name, value, 'PX', expiry, 'NX', 'GET').pttl(name))
   }
 
   /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
-  async #acquireQuickly(
-    key: string,
-    owner: string | Buffer,
-    rest: string,
-    expiry: string
-  ): Promise<Acquisition | null> {
-    const [set, pttl] = await this.#setOrGet(key, join(owner, `01${rest}`), expiry)
+  #understand(set: Result | undefined, pttl: Result | undefined, owner: string | Buffer): Acquisition | null {
     if (set?.[0]) {
       if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
       this.#setNxGet = false
@@ -126,16 +130,6 @@ export class RedisStore implements IdempotencyStore {
     const left = Number(pttl?.[1])
     const isElses = held[0] === CLAIM && !lapsed(held, left) && !startsWith(held, Buffer.from(owner))
     return held[0] === RECORD || isElses ? decode(held, left, false) : null
-  }
-
-  async #setOrGet(key: string, value: string | Buffer, expiry: string): Promise<(Result | undefined)[]> {
-    const name = this.#prefix + key
-    try {
-      if (this.#batches !== null) return await this.#batches.ask(name, value, expiry)
-    } catch (error) {
-      throw discreet(error)
-    }
-    return this.#pipeline((pipeline) => pipeline.setBuffer(name, value, 'PX', expiry, 'NX', 'GET').pttl(name))
   }
 
   async #acquireCarefully(
@@ -200,7 +194,7 @@ export class RedisStore implements IdempotencyStore {
     return this.#subscriptions.close()
   }
 
-  async #finish(key: string, token: string, value: string | Buffer, expiry: string): Promise<boolean> {
+  #finish(key: string, token: string, value: string | Buffer, expiry: string): Promise<boolean> {
     return this.#test(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
   }
 
@@ -250,17 +244,6 @@ export class RedisStore implements IdempotencyStore {
       throw discreet(error)
     }
   }
-}
-
-/** The error without the command that it carries: the command's arguments are somebody's reply, and errors are logged. */
-function discreet(error: unknown): Error {
-  const { name = 'Error', message = String(error) } = error instanceof Error ? error : {}
-  return Object.assign(new Error(message), { name })
-}
-
-/** Before Redis 7 a script's error says first that it is one. */
-function isWrongType(error: unknown): boolean {
-  return /\bWRONGTYPE Operation\b/.test((error as Error).message)
 }
 
 function ownerOf(kind: number, token: string): string | Buffer {

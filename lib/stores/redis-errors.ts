@@ -1,0 +1,10 @@
+/** The error without the command that it carries: the command's arguments are somebody's reply, and errors are logged. */
+export function discreet(error: unknown): Error {
+  const { name = 'Error', message = String(error) } = error instanceof Error ? error : {}
+  return Object.assign(new Error(message), { name })
+}
+
+/** Before Redis 7 a script's error says first that it is one. */
+export function isWrongType(error: unknown): boolean {
+  return /\bWRONGTYPE Operation\b/.test((error as Error).message)
+}
