@@ -64,17 +64,27 @@ redis.call('SET', KEYS[1], ARGV[1] .. flag .. string.format('%d', attempt + 1) .
 return {attempt + 1}`)
 
 /**
- *   KEYS[1]  the key
- *   ARGV[1]  the owner
- *   ARGV[2]  leaseMs
+ * Renews any number of claims.
  *
- * Returns 1 when the claim is the owner's, and was renewed.
+ *   KEYS[n]      a key
+ *   ARGV[2n-1]   its owner
+ *   ARGV[2n]     leaseMs
+ *
+ * Returns for each key 1 when the claim is the owner's, and was renewed, else 0; or what is wrong with it.
  */
 export const RENEW = script(`${PARSE_CLAIM}
-if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then return 0 end
-local _, _, retain = parse(redis.call('GET', KEYS[1]))
-redis.call('PEXPIRE', KEYS[1], string.format('%.0f', retain + tonumber(ARGV[2])))
-return 1`)
+local function renew(key, owner, lease)
+  if redis.call('GETRANGE', key, 0, #owner - 1) ~= owner then return 0 end
+  local _, _, retain = parse(redis.call('GET', key))
+  redis.call('PEXPIRE', key, string.format('%.0f', retain + tonumber(lease)))
+  return 1
+end
+local renewed = {}
+for n, key in ipairs(KEYS) do
+  local ok, result = pcall(renew, key, ARGV[2 * n - 1], ARGV[2 * n])
+  renewed[n] = ok and result or (type(result) == 'table' and result.err or tostring(result))
+end
+return renewed`)
 
 /**
  * Ends a claim: by a record, or by the mark of its release.

@@ -5,7 +5,9 @@ import { decodeRecord, encodeRecord } from './record.js'
 import { ClaimBatches, type Pipeline, type Result } from './redis-batches.js'
 import { discreet, isWrongType } from './redis-errors.js'
 import { warnOfEviction } from './redis-eviction.js'
-import { ACQUIRE, DELETE, FINISH, RENEW, type Script, WATCH } from './redis-scripts.js'
+import { Renewals } from './redis-renewals.js'
+import { type Argument, runScript } from './redis-run.js'
+import { ACQUIRE, DELETE, FINISH, type Script, WATCH } from './redis-scripts.js'
 import { RedisSubscriptions } from './redis-subscriptions.js'
 import { RELEASE_MEMORY_MS } from './released.js'
 
@@ -37,8 +39,6 @@ export interface RedisStoreOptions {
   replicaTimeout?: number
 }
 
-type Evaluate = (script: string, keys: number, key: string, ...args: (string | Buffer)[]) => Promise<unknown>
-
 const VERSION = '1'
 const LONGEST_TOKEN = 255
 const LONGEST_STRING = 16_384
@@ -59,6 +59,7 @@ export class RedisStore implements IdempotencyStore {
   readonly #subscriptions: RedisSubscriptions
   /** `null` in a Cluster, where the keys of a pipeline must be neighbours. */
   readonly #batches: ClaimBatches | null
+  readonly #renewals: Renewals
   /** Does the server take SET with NX and GET together? Redis does from 7.0 on. */
   #setNxGet = true
   /** Has it been looked at whether the server may evict what is stored? */
@@ -95,6 +96,7 @@ export class RedisStore implements IdempotencyStore {
     this.#replicaTimeout = replicaTimeout
     this.#subscriptions = new RedisSubscriptions(client)
     this.#batches = isCluster ? null : new ClaimBatches(client)
+    this.#renewals = new Renewals(client, isCluster)
   }
 
   // What is the caller's is read before anything is waited for: it may change meanwhile.
@@ -111,13 +113,13 @@ export class RedisStore implements IdempotencyStore {
     return this.#acquireCarefully(key, owner, rest, expiry, takeover)
   }
 
-  #setOrGet(name: string, value: string | Buffer, expiry: string): Promise<readonly (Result | undefined)[]> {
+  #setOrGet(name: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]> {
     if (this.#batches !== null) return this.#batches.ask(name, value, expiry)
     return this.#pipeline((pipeline) => pipeline.setBuffer(name, value, 'PX', expiry, 'NX', 'GET').pttl(name))
   }
 
   /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
-  #understand(set: Result | undefined, pttl: Result | undefined, owner: string | Buffer): Acquisition | null {
+  #understand(set: Result | undefined, pttl: Result | undefined, owner: Argument): Acquisition | null {
     if (set?.[0]) {
       if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
       this.#setNxGet = false
@@ -134,7 +136,7 @@ export class RedisStore implements IdempotencyStore {
 
   async #acquireCarefully(
     key: string,
-    owner: string | Buffer,
+    owner: Argument,
     rest: string,
     expiry: string,
     takeover: boolean
@@ -147,7 +149,7 @@ export class RedisStore implements IdempotencyStore {
   }
 
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
-    return this.#test(RENEW, key, ownerOf(CLAIM, token), String(leaseMs))
+    return this.#renewals.renew(this.#prefix + key, ownerOf(CLAIM, token), leaseMs)
   }
 
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
@@ -194,7 +196,7 @@ export class RedisStore implements IdempotencyStore {
     return this.#subscriptions.close()
   }
 
-  #finish(key: string, token: string, value: string | Buffer, expiry: string): Promise<boolean> {
+  #finish(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
     return this.#test(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
   }
 
@@ -227,26 +229,16 @@ export class RedisStore implements IdempotencyStore {
   }
 
   /** Runs a script that answers yes or no. */
-  async #test(script: Script, key: string, ...args: (string | Buffer)[]): Promise<boolean> {
+  async #test(script: Script, key: string, ...args: Argument[]): Promise<boolean> {
     return Number(await this.#run(script, key, ...args)) === 1
   }
 
-  async #run(script: Script, key: string, ...args: (string | Buffer)[]): Promise<unknown> {
-    const client = this.#client as unknown as { evalshaBuffer: Evaluate; evalBuffer: Evaluate }
-    try {
-      return await client.evalshaBuffer(script.sha, 1, this.#prefix + key, ...args)
-    } catch (error) {
-      if (!(error instanceof Error) || !error.message.startsWith('NOSCRIPT')) throw discreet(error)
-    }
-    try {
-      return await client.evalBuffer(script.source, 1, this.#prefix + key, ...args)
-    } catch (error) {
-      throw discreet(error)
-    }
+  #run(script: Script, key: string, ...args: Argument[]): Promise<unknown> {
+    return runScript(this.#client, script, [this.#prefix + key], args)
   }
 }
 
-function ownerOf(kind: number, token: string): string | Buffer {
+function ownerOf(kind: number, token: string): Argument {
   const length = Buffer.byteLength(token)
   if (length === 0 || length > LONGEST_TOKEN) throw new RangeError('A token is 1 to 255 bytes long')
   // ioredis sends strings for less than bytes.
@@ -259,12 +251,12 @@ function ownerOf(kind: number, token: string): string | Buffer {
   return owner
 }
 
-function join(owner: string | Buffer, rest: string): string | Buffer {
+function join(owner: Argument, rest: string): Argument {
   return typeof owner === 'string' ? owner + rest : Buffer.concat([owner, Buffer.from(rest)])
 }
 
 /** A record of ASCII text as a string, unless it is so long that bytes are cheaper after all. */
-function cheapest(value: Buffer): string | Buffer {
+function cheapest(value: Buffer): Argument {
   return value.length <= LONGEST_STRING && isAscii(value) ? value.toString('latin1') : value
 }
 

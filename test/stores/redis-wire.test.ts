@@ -145,6 +145,29 @@ t.test('completing, renewing and releasing is one EVALSHA each', async (t) => {
   }
 })
 
+t.test('claims that are due together are renewed by one EVALSHA, each for itself', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  await warm(store)
+  const own = await Promise.all(
+    Array.from({ length: 40 }, newKey).map(async (key) => ({ key, token: await take(store, key) }))
+  )
+  const lists = newKey()
+  await client.lpush(keyPrefix + lists, 'a list')
+  const { result, sent } = await shared.commands(() =>
+    Promise.allSettled([
+      ...own.map(({ key, token }) => store.renew(key, token, LONG)),
+      store.renew(newKey(), 'nobody', LONG),
+      store.renew((own[0] as { key: string }).key, 'somebody else', LONG),
+      store.renew(lists, 'nobody', LONG)
+    ])
+  )
+  t.strictSame(names(sent), ['evalsha'])
+  const told = result.map((renewal) => (renewal.status === 'fulfilled' ? renewal.value : renewal.reason.message))
+  t.strictSame(told.slice(0, -1), [...own.map(() => true), false, false])
+  t.match(told.at(-1), /WRONGTYPE/)
+  for (const { key } of own) t.ok((await client.pttl(keyPrefix + key)) > LONG)
+})
+
 t.test('a completed operation of a request that nobody repeats costs a SET, a PTTL and an EVALSHA', async (t) => {
   const { store, client } = await open(t)
   await warm(store)
