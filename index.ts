@@ -1,18 +1,28 @@
 import fp from 'fastify-plugin'
 import { plugin } from './lib/plugin.js'
+import { LocalCache } from './lib/stores/local-cache.js'
 import { MemoryStore } from './lib/stores/memory.js'
 import { PostgresStore } from './lib/stores/postgres.js'
 import { RedisStore } from './lib/stores/redis.js'
 
+export type { LocalCacheOptions } from './lib/stores/local-cache.js'
 export type { MemoryStoreOptions } from './lib/stores/memory.js'
 export type { PostgresPool, PostgresStoreOptions } from './lib/stores/postgres.js'
 export type { RedisClient, RedisStoreOptions } from './lib/stores/redis.js'
 export type * from './types/index.js'
 
 const wrapped = fp(plugin, { name: 'fastify-idempotency', fastify: '^5.11.0' })
-const stores = { MemoryStore, RedisStore, PostgresStore }
+const stores = { LocalCache, MemoryStore, RedisStore, PostgresStore }
 
 /** The plugin. Everything else hangs on it too, for those who `require()` it. */
 const idempotency = Object.assign(wrapped, { default: wrapped, idempotency: wrapped, ...stores })
 
-export { idempotency, idempotency as default, idempotency as 'module.exports', MemoryStore, PostgresStore, RedisStore }
+export {
+  idempotency,
+  idempotency as default,
+  idempotency as 'module.exports',
+  LocalCache,
+  MemoryStore,
+  PostgresStore,
+  RedisStore
+}

@@ -58,6 +58,8 @@ interface Rule {
   accepts: (value: unknown) => boolean
 }
 
+export const A_STORE = 'an IdempotencyStore (acquire, renew, complete and release)'
+
 const isPositiveInteger = (value: unknown) => Number.isSafeInteger(value) && (value as number) > 0
 const isFunction = (value: unknown) => typeof value === 'function'
 const isSyncFunction = (value: unknown) => typeof value === 'function' && value.constructor.name !== 'AsyncFunction'
@@ -83,7 +85,7 @@ const FUNCTION: Rule = { takes: 'a function', accepts: isFunction }
 const HEADER: Rule = { takes: 'a header name, or false', accepts: (value) => value === false || isHeaderName(value) }
 
 const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
-  store: { takes: 'an IdempotencyStore (acquire, renew, complete and release)', accepts: isStore },
+  store: { takes: A_STORE, accepts: isStore },
   skip: FUNCTION,
   header: HEADER,
   field: { takes: 'the name of a field', accepts: (value) => typeof value === 'string' && value !== '' },
@@ -275,7 +277,7 @@ function copyOf(value: unknown): unknown {
   return value instanceof RegExp ? new RegExp(value, value.flags.replace('g', '')) : value
 }
 
-function isStore(value: unknown): boolean {
+export function isStore(value: unknown): boolean {
   if (typeof value !== 'object' || value === null) return false
   const store = value as Record<string, unknown>
   return (

@@ -1,7 +1,9 @@
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
 import { atHand } from '../at-hand.js'
 import { InvalidOption } from '../errors.js'
+import { bound, Kept, sizeOf } from './kept.js'
 import { RELEASE_MEMORY_MS } from './released.js'
+import { Item, Shelf } from './shelf.js'
 
 /** Bounds of a `MemoryStore`. */
 export interface MemoryStoreOptions {
@@ -26,25 +28,28 @@ interface ClaimEntry {
   retainMs: number
 }
 
-/** A finished operation. */
-interface DoneEntry {
-  token: string
-  record: KeptRecord
-  expires: number
-  size: number
+/** A finished operation, and who finished it. */
+class Done extends Kept {
+  readonly token: string
+
+  constructor(key: string, token: string, record: StoredRecord, expires: number) {
+    super(key, record, expires)
+    this.token = token
+  }
 }
 
 /** Who released a key, which is free. */
-interface ReleasedEntry {
-  token: string
-  expires: number
+class Released extends Item {
+  readonly token: string
+  readonly expires: number
+
+  constructor(key: string, token: string, expires: number) {
+    super(key, 0)
+    this.token = token
+    this.expires = expires
+  }
 }
 
-/** One-byte text is kept as a string, which takes less memory and collects faster than a buffer. */
-type KeptRecord = Exclude<StoredRecord, StoredReply> | (Omit<StoredReply, 'body'> & { body: Buffer | string })
-
-/** What an entry takes beside its key, headers and body, roughly. */
-const ENTRY_OVERHEAD = 200
 /** More releases than these are not remembered. */
 const MAX_RELEASED = 10_000
 const SWEEP_EVERY_MS = 1_000
@@ -58,22 +63,18 @@ export class MemoryStore implements IdempotencyStore {
   readonly #maxEntries: number
   readonly #maxBytes: number
   readonly #claims = new Map<string, ClaimEntry>()
-  readonly #done = new Map<string, DoneEntry>()
-  readonly #released = new Map<string, ReleasedEntry>()
+  readonly #done = new Shelf<Done>()
+  readonly #released = new Shelf<Released>()
   readonly #listeners = new Map<string, Set<() => void>>()
-  #bytes = 0
   #sweeper: NodeJS.Timeout | null = null
-  // Kept over calls: a new iterator would walk over everything that was deleted before.
-  #oldest: MapIterator<[string, DoneEntry]> | null = null
-  #swept: MapIterator<[string, DoneEntry]> | null = null
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(options: MemoryStoreOptions = {}) {
     for (const name of Object.keys(options)) {
       if (name !== 'maxEntries' && name !== 'maxBytes') throw new InvalidOption(`MemoryStore has no option "${name}"`)
     }
-    this.#maxEntries = bound('maxEntries', options.maxEntries ?? 100_000)
-    this.#maxBytes = bound('maxBytes', options.maxBytes ?? 67_108_864)
+    this.#maxEntries = bound('MemoryStore', 'maxEntries', options.maxEntries ?? 100_000)
+    this.#maxBytes = bound('MemoryStore', 'maxBytes', options.maxBytes ?? 67_108_864)
   }
 
   // Promises are for the outside only: nothing is awaited, so each method is one atomic step, and its answer at hand.
@@ -109,8 +110,9 @@ export class MemoryStore implements IdempotencyStore {
       return released?.token === token && released.expires > now
     }
     this.#claims.delete(key)
-    this.#released.set(key, { token, expires: now + RELEASE_MEMORY_MS })
-    if (this.#released.size > MAX_RELEASED) this.#released.delete(firstOf(this.#released))
+    this.#released.put(new Released(key, token, now + RELEASE_MEMORY_MS))
+    const { oldest } = this.#released
+    if (this.#released.length > MAX_RELEASED && oldest !== null) this.#released.remove(oldest)
     this.#startSweeping()
     this.#wake(key)
     return true
@@ -139,14 +141,15 @@ export class MemoryStore implements IdempotencyStore {
     const held = this.#claimOf(key, now)
     if (held !== undefined) return state(held, now)
     const done = this.#doneOf(key, now)
-    return done === undefined ? null : completed(done.record, done.expires, now)
+    return done === undefined ? null : done.at(now)
   }
 
   async delete(key: string): Promise<boolean> {
     const now = performance.now()
     const existed = this.#claimOf(key, now) !== undefined || this.#doneOf(key, now) !== undefined
     this.#claims.delete(key)
-    this.#drop(key)
+    const done = this.#done.get(key)
+    if (done !== undefined) this.#done.remove(done)
     this.#wake(key)
     return existed
   }
@@ -162,9 +165,9 @@ export class MemoryStore implements IdempotencyStore {
     const held = this.#claimOf(key, now)
     if (held === undefined) {
       const done = this.#doneOf(key, now)
-      if (done !== undefined) return completed(done.record, done.expires, now)
+      if (done !== undefined) return done.at(now)
       this.#makeRoom()
-      this.#released.delete(key)
+      this.#forgetRelease(key)
       this.#claims.set(key, newClaim(claim, 1, now))
       return { state: 'acquired', attempt: 1 }
     }
@@ -184,13 +187,10 @@ export class MemoryStore implements IdempotencyStore {
       return this.#doneOf(key, now)?.token === token
     }
     this.#claims.delete(key)
-    let kept = keep(record)
-    let size = sizeOf(key, kept)
-    if (size > this.#maxBytes) {
-      kept = { kind: 'tombstone', reason: 'too-large', fingerprint: record.fingerprint, createdAt: record.createdAt }
-      size = sizeOf(key, kept)
-    }
-    this.#put(key, { token, record: kept, expires: ttlMs === null ? Infinity : now + ttlMs, size })
+    const { fingerprint, createdAt } = record
+    const isTooLarge = sizeOf(key, record) > this.#maxBytes
+    const kept: StoredRecord = isTooLarge ? { kind: 'tombstone', reason: 'too-large', fingerprint, createdAt } : record
+    this.#put(new Done(key, token, kept, ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs))
     this.#wake(key)
     return true
   }
@@ -202,18 +202,21 @@ export class MemoryStore implements IdempotencyStore {
     return undefined
   }
 
-  #doneOf(key: string, now: number): DoneEntry | undefined {
+  #doneOf(key: string, now: number): Done | undefined {
     const done = this.#done.get(key)
     if (done === undefined || done.expires > now) return done
-    this.#drop(key)
+    this.#done.remove(done)
     return undefined
   }
 
-  #put(key: string, entry: DoneEntry): void {
-    this.#drop(key)
-    while (this.#bytes + entry.size > this.#maxBytes && this.#evict()) {}
-    this.#done.set(key, entry)
-    this.#bytes += entry.size
+  #forgetRelease(key: string): void {
+    const released = this.#released.get(key)
+    if (released !== undefined) this.#released.remove(released)
+  }
+
+  #put(done: Done): void {
+    while (this.#done.bytes + done.size > this.#maxBytes && this.#evict()) {}
+    this.#done.put(done)
     this.#startSweeping()
   }
 
@@ -221,15 +224,8 @@ export class MemoryStore implements IdempotencyStore {
     this.#sweeper ??= setInterval(() => this.#sweep(), SWEEP_EVERY_MS).unref()
   }
 
-  #drop(key: string): void {
-    const done = this.#done.get(key)
-    if (done === undefined) return
-    this.#done.delete(key)
-    this.#bytes -= done.size
-  }
-
   #makeRoom(): void {
-    if (this.#claims.size + this.#done.size < this.#maxEntries || this.#evict()) return
+    if (this.#claims.size + this.#done.length < this.#maxEntries || this.#evict()) return
     for (const [other, held] of this.#claims) {
       if (held.leaseEnd <= performance.now()) {
         this.#claims.delete(other)
@@ -241,37 +237,23 @@ export class MemoryStore implements IdempotencyStore {
 
   /** Forgets the oldest reply. `false` when there is none. */
   #evict(): boolean {
-    for (let fresh = this.#oldest === null; ; fresh = true) {
-      this.#oldest ??= this.#done.entries()
-      const { value, done } = this.#oldest.next()
-      if (!done) {
-        this.#drop(value[0])
-        return true
-      }
-      this.#oldest = null
-      if (fresh) return false
-    }
+    const { oldest } = this.#done
+    if (oldest !== null) this.#done.remove(oldest)
+    return oldest !== null
   }
 
   #sweep(): void {
     const now = performance.now()
-    this.#swept ??= this.#done.entries()
-    for (let looked = 0; looked < SWEEP_AT_ONCE; looked++) {
-      const { value, done } = this.#swept.next()
-      if (done) {
-        this.#swept = null
-        break
-      }
-      if (value[1].expires <= now) this.#drop(value[0])
-    }
+    this.#done.walk(SWEEP_AT_ONCE, (done) => {
+      if (done.expires <= now) this.#done.remove(done)
+    })
     for (const [key, held] of this.#claims) {
       if (held.leaseEnd + held.retainMs <= now) this.#claims.delete(key)
     }
-    for (const [key, released] of this.#released) {
-      if (released.expires > now) break
-      this.#released.delete(key)
+    for (let { oldest } = this.#released; oldest !== null && oldest.expires <= now; oldest = this.#released.oldest) {
+      this.#released.remove(oldest)
     }
-    if (this.#done.size === 0 && this.#released.size === 0) void this.close()
+    if (this.#done.length === 0 && this.#released.length === 0) void this.close()
   }
 
   #wake(key: string): void {
@@ -282,18 +264,6 @@ export class MemoryStore implements IdempotencyStore {
   }
 }
 
-function firstOf(map: Map<string, unknown>): string {
-  for (const key of map.keys()) return key
-  throw new RangeError('The map is empty')
-}
-
-function bound(name: string, value: number): number {
-  if (Number.isSafeInteger(value) && value > 0) return value
-  throw new InvalidOption(
-    `MemoryStore option "${name}" takes a positive integer, got ${String(value)} (${typeof value})`
-  )
-}
-
 function newClaim({ token, fingerprint, leaseMs, retainMs }: Claim, attempt: number, now: number): ClaimEntry {
   return { token, fingerprint, attempt, leaseEnd: now + leaseMs, retainMs }
 }
@@ -302,37 +272,4 @@ function state({ fingerprint, attempt, leaseEnd }: ClaimEntry, now: number): Acq
   return leaseEnd > now
     ? { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now) }
     : { state: 'abandoned', fingerprint, attempt }
-}
-
-function completed(kept: KeptRecord, expires: number, now: number): Acquisition {
-  return { state: 'completed', record: give(kept), ttlMs: expires === Infinity ? null : Math.ceil(expires - now) }
-}
-
-/** A copy that nobody else can change. */
-function keep(record: StoredRecord): KeptRecord {
-  if (record.kind === 'tombstone') return { ...record }
-  const { body } = record
-  return { ...record, headers: copyHeaders(record.headers), body: record.text ? textOf(body) : Buffer.from(body) }
-}
-
-function give(kept: KeptRecord): StoredRecord {
-  if (kept.kind === 'tombstone') return { ...kept }
-  const body = typeof kept.body === 'string' ? Buffer.from(kept.body, 'latin1') : Buffer.from(kept.body)
-  return { ...kept, headers: copyHeaders(kept.headers), body }
-}
-
-function textOf(body: Buffer): string {
-  return body.toString('latin1')
-}
-
-function copyHeaders(headers: StoredReply['headers']): StoredReply['headers'] {
-  return headers.map(([name, value]) => [name, Array.isArray(value) ? [...value] : value])
-}
-
-function sizeOf(key: string, record: KeptRecord): number {
-  let size = ENTRY_OVERHEAD + key.length + record.fingerprint.length
-  if (record.kind === 'tombstone') return size
-  size += record.body.length
-  for (const [name, value] of record.headers) size += name.length + value.length + 40
-  return size
 }

@@ -1,0 +1,88 @@
+/** Something that stands on a shelf, between its neighbours. */
+export abstract class Item {
+  readonly key: string
+  /** Bytes, roughly. */
+  readonly size: number
+  older: this | null = null
+  newer: this | null = null
+
+  constructor(key: string, size: number) {
+    this.key = key
+    this.size = size
+  }
+}
+
+/**
+ * Items by key and in order, with their size: all in constant time. The iterators of a Map are no way to its oldest
+ * entry: a new one walks over everything that was deleted before, and a kept one keeps what it has not walked over.
+ */
+export class Shelf<T extends Item> {
+  readonly #items = new Map<string, T>()
+  #oldest: T | null = null
+  #newest: T | null = null
+  /** Where the last walk has come to. */
+  #next: T | null = null
+  /** Of all items together. */
+  bytes = 0
+
+  get length(): number {
+    return this.#items.size
+  }
+
+  get oldest(): T | null {
+    return this.#oldest
+  }
+
+  get(key: string): T | undefined {
+    return this.#items.get(key)
+  }
+
+  /** As the newest, in the place of the one with the same key. */
+  put(item: T): void {
+    const before = this.#items.get(item.key)
+    if (before !== undefined) this.remove(before)
+    this.#items.set(item.key, item)
+    this.bytes += item.size
+    this.#append(item)
+  }
+
+  remove(item: T): void {
+    this.#items.delete(item.key)
+    this.bytes -= item.size
+    this.#detach(item)
+  }
+
+  /** Makes it the newest. */
+  renew(item: T): void {
+    this.#detach(item)
+    this.#append(item)
+  }
+
+  /** Shows up to `count` items, from where the last walk has ended, each of which may be removed. */
+  walk(count: number, show: (item: T) => void): void {
+    this.#next ??= this.#oldest
+    for (let n = 0; n < count && this.#next !== null; n++) {
+      const item: T = this.#next
+      this.#next = item.newer
+      show(item)
+    }
+  }
+
+  #append(item: T): void {
+    item.older = this.#newest
+    item.newer = null
+    if (this.#newest === null) this.#oldest = item
+    else this.#newest.newer = item
+    this.#newest = item
+  }
+
+  #detach(item: T): void {
+    if (this.#next === item) this.#next = item.newer
+    if (item.older === null) this.#oldest = item.newer
+    else item.older.newer = item.newer
+    if (item.newer === null) this.#newest = item.older
+    else item.newer.older = item.older
+    item.older = null
+    item.newer = null
+  }
+}
