@@ -1,0 +1,75 @@
+import { randomUUID } from 'node:crypto'
+import { HttpLoad, requestsOf } from './http-load.mjs'
+import { bodyOf, windowOf } from './paths.mjs'
+import { spread } from './statistics.mjs'
+import { COVERED, UNCOVERED } from './subjects/route.mjs'
+
+/*
+ * The measuring: in each round every subject does one short window of equally many requests, neighbours in the table
+ * right after each other, and the next round goes the other way round. What is compared are the windows of one round,
+ * so that what happens to the machine over seconds happens to both; the result is the median of the rounds' ratios,
+ * and their quartiles.
+ */
+
+/** Connections of an HTTP window. */
+const CONNECTIONS = 32
+
+/** Windows in process: requests go through `inject`, no socket but the store's. */
+export async function measurePath(contestants, servers, { path, size, rounds }) {
+  for (const one of contestants) await one.ask('start', { path, size })
+  const samples = await inRounds(contestants, servers, rounds, async (one) => {
+    const count = Math.max(8, Math.floor(windowOf(size) / (one.definition.slow ?? 1)))
+    return { ...(await one.ask('window', { count })), count }
+  })
+  for (const one of contestants) await one.ask('close')
+  return samples
+}
+
+/** Windows over HTTP: the client is this process, so that the CPU of the subject's is the server's alone. */
+export async function measureHttp(contestants, servers, { path, size, rounds }) {
+  const body = bodyOf(size)
+  const url = path === 'uncovered' ? UNCOVERED : COVERED
+  const loads = new Map()
+  const keys = Array.from({ length: 64 }, () => randomUUID())
+  for (const one of contestants) {
+    await one.ask('start', { path: 'first', size })
+    const load = await HttpLoad.connect(await one.ask('listen'), CONNECTIONS)
+    loads.set(one, load)
+    if (path === 'replay') await load.run(requestsOf('replay', keys.length, url, body, keys), 200)
+    await load.run(requestsOf(path, 1_000, url, body, keys), 200)
+  }
+  const samples = await inRounds(contestants, servers, rounds, async (one) => {
+    const count = Math.max(8, Math.floor(windowOf(size) / (one.definition.slow ?? 1)))
+    const requests = requestsOf(path, count, url, body, keys)
+    await one.ask('clock')
+    await loads.get(one).run(requests, 200)
+    return { ...(await one.ask('stop')), count }
+  })
+  for (const one of contestants) {
+    loads.get(one).close()
+    await one.ask('close')
+  }
+  return samples
+}
+
+/** Per subject one sample a round: CPU of both sides and time, each per request, in microseconds. */
+async function inRounds(contestants, servers, rounds, window) {
+  const samples = new Map(contestants.map((one) => [one.name, []]))
+  for (let round = 0; round < rounds; round++) {
+    for (const one of round % 2 === 0 ? contestants : [...contestants].reverse()) {
+      const { store } = one.definition
+      const before = await servers.cpuOf(store)
+      const { cpu, wall, delay, count } = await window(one)
+      const server = (await servers.cpuOf(store)) - before
+      samples.get(one.name).push({ cpu: cpu / count, wall: wall / count, server: server / count, delay: delay.p99 })
+    }
+  }
+  return samples
+}
+
+/** What one subject's windows are to another's of the same round. */
+export function ratio(samples, name, reference, what) {
+  const [ours, theirs] = [samples.get(name), samples.get(reference)]
+  if (ours === undefined || theirs === undefined) return null
+  return spread(ours.map((sample, round) => sample[what] / theirs[round][what]))
+}

@@ -1,0 +1,163 @@
+import { goalsTable } from './goals.mjs'
+import { ratio } from './measure.mjs'
+import { paths, sizes } from './paths.mjs'
+import { subjectNamed } from './subjects/index.mjs'
+import { number, ratioCell, table } from './table.mjs'
+
+/** All of a run as Markdown. Only ratios, and what is exact. */
+export function report(results, { machine, command, minutes }) {
+  return `# Benchmark
+
+${new Date().toISOString().slice(0, 10)}; ${machine}. ${minutes} minutes. Run it again: \`${command}\`.
+
+Each subject runs in a process of its own; in each round every subject does one short window of equally many requests,
+and what is compared are the windows of one round. A cell is the median of the rounds' ratios, with the quartiles behind
+it: where they are far apart, the machine had other things to do. Smaller is better everywhere. All ioredis clients have
+\`enableAutoPipelining\`; 64 requests are in flight; replies are 0.5 KiB of JSON unless a heading says otherwise.
+
+*By hand* is the least that works on one route: one hook that claims (Redis: \`SET … NX GET PX\`), compares and replays,
+one that stores the reply before it leaves (Redis: a script that compares and sets). It has no leases, scopes, streams
+or options.
+
+## Goals
+
+${goalsTable(results)}
+
+## CPU per request
+
+${pathTables(results.paths, 'process')}
+
+## Over HTTP
+
+The client is another process; CPU is the server's.
+
+${pathTables(results.http, 'HTTP')}
+
+## Waiting for a running request
+
+As many duplicates as the first column says, until all are answered by the one run; ÷ as many replays at once.
+
+${waitingTable(results.waiting)}
+
+## What the store hears and keeps
+
+Exact, one request at a time. Commands are those that Redis executes, in scripts too.
+
+${countsTable(results.counts)}
+
+Per stored reply with a body of 500 bytes:
+
+${recordsTable(results.records)}
+`
+}
+
+function pathTables(runs, where) {
+  const sections = []
+  for (const [key, samples] of runs) {
+    const [path, size] = key.split(' ')
+    const heading = `### ${paths[path].title}${size === 'small' ? '' : `, ${sizes[size].title}`}${where === 'HTTP' ? ', HTTP' : ''}`
+    const head = ['', 'CPU ÷ bare', 'CPU ÷ by hand', "server's CPU ÷ by hand", 'time ÷ bare', 'time ÷ by hand']
+    if (where === 'HTTP') head.push('event-loop delay (p99) ÷ bare')
+    const rows = [...samples.keys()].map((name) => {
+      const floor = floorOf(name)
+      const per = (reference, what) => (reference === null ? '–' : cell(ratio(samples, name, reference, what)))
+      const row = [
+        subjectNamed(name).title,
+        name === 'bare' ? '1' : per('bare', 'cpu'),
+        name === floor ? '1' : per(floor, 'cpu'),
+        subjectNamed(name).store !== 'redis' ? '–' : name === floor ? '1' : per(floor, 'server'),
+        name === 'bare' ? '1' : per('bare', 'wall'),
+        name === floor ? '1' : per(floor, 'wall')
+      ]
+      if (where === 'HTTP') row.push(name === 'bare' ? '1' : per('bare', 'delay'))
+      return row
+    })
+    sections.push(`${heading}\n\n${table(head, rows)}`)
+  }
+  return sections.join('\n\n')
+}
+
+const cell = (value) => (value === null ? '–' : ratioCell(value))
+
+/** The version by hand on the same store. */
+function floorOf(name) {
+  const { store } = subjectNamed(name)
+  if (store === 'none') return null
+  return store === 'memory' ? 'floor-memory' : 'floor-redis'
+}
+
+function waitingTable(waiting) {
+  const rows = [...waiting].map(([key, { wall, cpu, gathered, delay, channels }]) => {
+    const [name, waiters] = key.split(' ')
+    const cells = [wall, cpu, gathered, delay].map(ratioCell)
+    return [subjectNamed(name).title, Number(waiters).toLocaleString('en'), ...cells, channels ?? '–']
+  })
+  return table(
+    [
+      '',
+      'waiters',
+      'time ÷ replays',
+      'CPU to answer ÷ replays',
+      'CPU to gather ÷ replays',
+      'longest event-loop delay ÷ replays',
+      'subscriptions'
+    ],
+    rows
+  )
+}
+
+function countsTable(counts) {
+  const rows = []
+  for (const [name, byPath] of counts) {
+    for (const [path, { trips, commands, scripts, writes, sent, received }] of Object.entries(byPath)) {
+      const cells = [trips, commands, scripts, writes].map(number)
+      rows.push([subjectNamed(name).title, paths[path].title, ...cells, Math.round(sent), Math.round(received)])
+    }
+  }
+  return table(['', '', 'round trips', 'commands', 'scripts', 'writes', 'bytes to the store', 'bytes from it'], rows)
+}
+
+function recordsTable(records) {
+  const rows = [...records].map(([name, { process, server, overhead, usage }]) => {
+    const cells = [process, server, usage, overhead].map((value) => (value === undefined ? '–' : Math.round(value)))
+    return [subjectNamed(name).title, ...cells]
+  })
+  return table(
+    [
+      '',
+      "bytes of the process's heap",
+      'bytes of Redis in all',
+      'of that `MEMORY USAGE`',
+      'value beside body and content-type'
+    ],
+    rows
+  )
+}
+
+export function growthReport(rows, { machine, command, minutes }) {
+  const order = ['stored keys', 'running claims', 'waiters', 'processes']
+  const sections = order.map((what) => {
+    const cells = rows
+      .filter((row) => row.what === what)
+      .map(({ subject, path, step, cpu, server, wall }) => [
+        subject,
+        path,
+        step.toLocaleString('en'),
+        ratioCell(cpu),
+        server === null ? '–' : ratioCell(server),
+        ratioCell(wall)
+      ])
+    const unit = what === 'waiters' ? 'as many replays' : 'the first step'
+    return `## ${what}\n\n${table(['', '', what, `CPU ÷ ${unit}`, `Redis's CPU ÷ ${unit}`, `time ÷ ${unit}`], cells)}`
+  })
+  return `# Growth
+
+${new Date().toISOString().slice(0, 10)}; ${machine}. ${minutes} minutes. Run it again: \`${command}\`.
+
+Cost per request as there is more of everything, against the first step of each row; median of the rounds, with the
+quartiles behind it. Flat is good. With several processes on one machine, time and caches are shared: there, Redis's CPU
+per request is what says something.
+
+${sections.join('\n\n')}
+`
+}
