@@ -14,6 +14,9 @@ import { COVERED, UNCOVERED } from './subjects/route.mjs'
 /** Connections of an HTTP window. */
 const CONNECTIONS = 32
 
+/** Rounds that do not count. */
+const WARM_ROUNDS = 2
+
 /** Windows in process: requests go through `inject`, no socket but the store's. */
 export async function measurePath(contestants, servers, { path, size, rounds }) {
   for (const one of contestants) await one.ask('start', { path, size })
@@ -55,13 +58,14 @@ export async function measureHttp(contestants, servers, { path, size, rounds }) 
 /** Per subject one sample a round: CPU of both sides and time, each per request, in microseconds. */
 async function inRounds(contestants, servers, rounds, window) {
   const samples = new Map(contestants.map((one) => [one.name, []]))
-  for (let round = 0; round < rounds; round++) {
+  for (let round = -WARM_ROUNDS; round < rounds; round++) {
     for (const one of round % 2 === 0 ? contestants : [...contestants].reverse()) {
       const { store } = one.definition
       const before = await servers.cpuOf(store)
       const { cpu, wall, delay, count } = await window(one)
       const server = (await servers.cpuOf(store)) - before
-      samples.get(one.name).push({ cpu: cpu / count, wall: wall / count, server: server / count, delay: delay.p99 })
+      if (round >= 0)
+        samples.get(one.name).push({ cpu: cpu / count, wall: wall / count, server: server / count, delay: delay.p99 })
     }
   }
   return samples

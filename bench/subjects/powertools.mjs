@@ -12,9 +12,12 @@ import { served } from './served.mjs'
 export async function powertoolsOnRedis({ route, redis }) {
   const client = await createClient({ socket: { path: redis.path }, database: redis.db }).connect()
   const app = Fastify()
+  const config = new IdempotencyConfig({})
+  // Without one it warns at each request.
+  config.registerLambdaContext({ getRemainingTimeInMillis: () => 30_000 })
   const run = makeIdempotent((_key) => route.handle(), {
     persistenceStore: new CachePersistenceLayer({ client }),
-    config: new IdempotencyConfig({})
+    config
   })
   app.post(COVERED, async (request, reply) => {
     const key = request.headers['idempotency-key']
