@@ -12,8 +12,7 @@ import { measureWaiting } from './waiting.mjs'
 
 const PATHS = ['first', 'replay']
 
-export async function measureGrowth(servers, { quick, log }) {
-  const rounds = quick ? 8 : 30
+export async function measureGrowth(servers, { quick, rounds, log }) {
   const rows = []
   for (const name of ['memory', 'redis']) {
     const keys = quick ? [1_000, 10_000, 100_000] : [1_000, 10_000, 100_000, 1_000_000]
@@ -139,9 +138,4 @@ async function processes(servers, counts, { rounds, log }) {
   }
   for (const one of all) await one.end()
   return rows
-}
-
-/** Is the last step within what noise makes of the first? */
-export function isFlat(rows, limit = 1.25) {
-  return rows.every(({ cpu }) => cpu.median <= limit)
 }

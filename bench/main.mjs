@@ -57,7 +57,7 @@ try {
 process.exit()
 
 async function growth(machine) {
-  const rows = await measureGrowth(servers, { quick, log })
+  const rows = await measureGrowth(servers, { quick, log, rounds: Number(options.rounds ?? (quick ? 8 : 30)) })
   publish('growth.md', growthReport(rows, { machine, command, minutes: minutes() }))
 }
 
@@ -77,22 +77,28 @@ async function ratios(machine) {
   const wanted = (name) => options.only === undefined || options.only.split(',').some((part) => name.startsWith(part))
 
   const results = { paths: new Map(), http: new Map(), counts: new Map(), records: new Map(), waiting: new Map() }
+  const scale = quick ? 0.25 : 1
   const rounds = (key) => {
     if (options.rounds !== undefined) return Number(options.rounds)
-    if (quick) return 10
+    if (quick) return 8
     return key.endsWith('small') ? 50 : 24
   }
   for (const [key, names] of plan) {
     if (!wanted(key)) continue
     log(key)
     const [path, size] = key.split(' ')
-    results.paths.set(key, await measurePath(present(names), servers, { path, size, rounds: rounds(key) }))
+    results.paths.set(key, await measurePath(present(names), servers, { path, size, rounds: rounds(key), scale }))
     await flush()
   }
   for (const path of ['uncovered', 'first', 'replay']) {
     if (!wanted(`http-${path}`)) continue
     log(`${path}, HTTP`)
-    const samples = await measureHttp(present(overHttp), servers, { path, size: 'small', rounds: quick ? 8 : 40 })
+    const samples = await measureHttp(present(overHttp), servers, {
+      path,
+      size: 'small',
+      rounds: quick ? 8 : 40,
+      scale
+    })
     results.http.set(`${path} small`, samples)
     await flush()
   }
@@ -101,7 +107,7 @@ async function ratios(machine) {
       ? [
           [1, 10],
           [100, 5],
-          [5_000, 2]
+          [5_000, 1]
         ]
       : [
           [1, 40],
@@ -133,7 +139,10 @@ async function ratios(machine) {
       if (definition.store !== 'memory' && definition.store !== 'redis') continue
       if (definition.name.startsWith('express')) continue
       const environment = environmentOf(definition, servers)
-      results.records.set(definition.name, await measureRecord(definition, servers, environment))
+      results.records.set(
+        definition.name,
+        await measureRecord(definition, servers, environment, quick ? 5_000 : 20_000)
+      )
     }
   }
   publish('results.md', report(results, { machine, command, minutes: minutes() }))

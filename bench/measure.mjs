@@ -18,10 +18,10 @@ const CONNECTIONS = 32
 const WARM_ROUNDS = 2
 
 /** Windows in process: requests go through `inject`, no socket but the store's. */
-export async function measurePath(contestants, servers, { path, size, rounds }) {
+export async function measurePath(contestants, servers, { path, size, rounds, scale = 1 }) {
   for (const one of contestants) await one.ask('start', { path, size })
   const samples = await inRounds(contestants, servers, rounds, async (one) => {
-    const count = Math.max(8, Math.floor(windowOf(size) / (one.definition.slow ?? 1)))
+    const count = Math.max(8, Math.floor((windowOf(size) * scale) / (one.definition.slow ?? 1)))
     return { ...(await one.ask('window', { count })), count }
   })
   for (const one of contestants) await one.ask('close')
@@ -29,7 +29,7 @@ export async function measurePath(contestants, servers, { path, size, rounds }) 
 }
 
 /** Windows over HTTP: the client is this process, so that the CPU of the subject's is the server's alone. */
-export async function measureHttp(contestants, servers, { path, size, rounds }) {
+export async function measureHttp(contestants, servers, { path, size, rounds, scale = 1 }) {
   const body = bodyOf(size)
   const url = path === 'uncovered' ? UNCOVERED : COVERED
   const loads = new Map()
@@ -42,7 +42,7 @@ export async function measureHttp(contestants, servers, { path, size, rounds }) 
     await load.run(requestsOf(path, 1_000, url, body, keys), 200)
   }
   const samples = await inRounds(contestants, servers, rounds, async (one) => {
-    const count = Math.max(8, Math.floor(windowOf(size) / (one.definition.slow ?? 1)))
+    const count = Math.max(8, Math.floor((windowOf(size) * scale) / (one.definition.slow ?? 1)))
     const requests = requestsOf(path, count, url, body, keys)
     await one.ask('clock')
     await loads.get(one).run(requests, 200)

@@ -1,9 +1,7 @@
 import { Contestant } from './contestant.mjs'
 
-const RECORDS = 20_000
-
 /** Bytes per stored reply with a body of 500 bytes: of the process's memory, or of the server's. */
-export async function measureRecord(definition, servers, environment, records = RECORDS) {
+export async function measureRecord(definition, servers, environment, records) {
   const contestant = await Contestant.start(definition, environment)
   let result
   if (definition.store === 'memory') {
