@@ -81,5 +81,6 @@ function exact(value, limit) {
 
 function around(value) {
   if (value === null) return 'not measured'
-  return value.low <= 1.01 && value.high >= 0.99 ? 'met' : '**not met**'
+  if (value.low > 1.02 || value.high < 0.98) return '**not met**'
+  return Math.abs(value.median - 1) <= 0.03 ? 'met' : 'within noise'
 }

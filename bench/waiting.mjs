@@ -17,7 +17,7 @@ export async function measureWaiting(contestant, servers, { waiters, repeats }) 
     seen.wall.push(answered.wall / replayed.wall)
     seen.cpu.push(answered.cpu / replayed.cpu)
     seen.gathered.push(gathered.cpu / replayed.cpu)
-    seen.delay.push(answered.delay.max / Math.max(replayed.delay.max, 0.001))
+    seen.delay.push(longest(answered) / longest(replayed))
     if (channels !== null) seen.channels.push(channels)
   }
   return {
@@ -27,4 +27,9 @@ export async function measureWaiting(contestant, servers, { waiters, repeats }) 
     delay: spread(seen.delay),
     channels: seen.channels.length > 0 ? Math.max(...seen.channels) : null
   }
+}
+
+/** The longest delay of the event loop, in milliseconds. What is shorter than the clock's own step is that step. */
+function longest({ delay }) {
+  return Math.max(delay.max, 1)
 }

@@ -143,8 +143,7 @@ const tasks = {
   async memory({ count, size }) {
     await tasks.start({ path: 'uncovered', size })
     await run(count)
-    const { subject: same } = { subject }
-    way = await paths.first.start({ body: bodyOf(size), subject: same, route, subjectName })
+    way = await paths.first.start({ body: bodyOf(size), subject, route, subjectName })
     await run(count)
     await sleep(100)
     const before = memory()
@@ -211,7 +210,6 @@ const tasks = {
     const { promise, resolve } = withResolvers()
     const body = bodyOf(size)
     const held = []
-    const { handle } = route
     const { runs } = route
     route.gate = promise
     for (let i = 0; i < count; i++) held.push(subject.inject(requestTo(COVERED, body, randomUUID())).then((r) => r))
@@ -223,7 +221,6 @@ const tasks = {
       await Promise.all(held)
       await end?.()
     }
-    return handle !== undefined
   },
 
   /** What goes on when nothing is asked of the process. */
