@@ -77,7 +77,7 @@ async function ratios(machine) {
   const wanted = (name) => options.only === undefined || options.only.split(',').some((part) => name.startsWith(part))
 
   const results = { paths: new Map(), http: new Map(), counts: new Map(), records: new Map(), waiting: new Map() }
-  const scale = quick ? 0.25 : 1
+  const scale = quick ? 0.5 : 1
   const rounds = (key) => {
     if (options.rounds !== undefined) return Number(options.rounds)
     if (quick) return 8

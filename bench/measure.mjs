@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import { HttpLoad, requestsOf } from './http-load.mjs'
 import { bodyOf, windowOf } from './paths.mjs'
-import { spread } from './statistics.mjs'
+import { quantile, spread } from './statistics.mjs'
 import { COVERED, UNCOVERED } from './subjects/route.mjs'
 
 /*
@@ -76,4 +76,19 @@ export function ratio(samples, name, reference, what) {
   const [ours, theirs] = [samples.get(name), samples.get(reference)]
   if (ours === undefined || theirs === undefined) return null
   return spread(ours.map((sample, round) => sample[what] / theirs[round][what]))
+}
+
+/**
+ * The same of each one's quiet windows, a tenth of the way up from the fastest: what else goes on in the machine only
+ * ever adds. Steadier than the pairs where the machine is busy, but blind to what comes by bursts, such as collections.
+ */
+export function quietRatio(samples, name, reference, what) {
+  const [ours, theirs] = [samples.get(name), samples.get(reference)]
+  if (ours === undefined || theirs === undefined) return null
+  const quiet = (list) =>
+    quantile(
+      list.map((sample) => sample[what]),
+      0.1
+    )
+  return quiet(ours) / quiet(theirs)
 }

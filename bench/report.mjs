@@ -1,5 +1,5 @@
 import { goalsTable } from './goals.mjs'
-import { ratio } from './measure.mjs'
+import { quietRatio, ratio } from './measure.mjs'
 import { paths, sizes } from './paths.mjs'
 import { subjectNamed } from './subjects/index.mjs'
 import { number, ratioCell, table } from './table.mjs'
@@ -12,7 +12,8 @@ ${new Date().toISOString().slice(0, 10)}; ${machine}. ${minutes} minutes. Run it
 
 Each subject runs in a process of its own; in each round every subject does one short window of equally many requests,
 and what is compared are the windows of one round. A cell is the median of the rounds' ratios, with the quartiles behind
-it: where they are far apart, the machine had other things to do. Smaller is better everywhere. All ioredis clients have
+it: where they are far apart, the machine had other things to do. *Quiet windows* is the CPU ÷ by hand of each one's
+fastest tenth. Smaller is better everywhere. All ioredis clients have
 \`enableAutoPipelining\`; 64 requests are in flight; replies are 0.5 KiB of JSON unless a heading says otherwise.
 
 *By hand* is the least that works on one route: one hook that claims (Redis: \`SET … NX GET PX\`), compares and replays,
@@ -56,7 +57,15 @@ function pathTables(runs, where) {
   for (const [key, samples] of runs) {
     const [path, size] = key.split(' ')
     const heading = `### ${paths[path].title}${size === 'small' ? '' : `, ${sizes[size].title}`}${where === 'HTTP' ? ', HTTP' : ''}`
-    const head = ['', 'CPU ÷ bare', 'CPU ÷ by hand', "server's CPU ÷ by hand", 'time ÷ bare', 'time ÷ by hand']
+    const head = [
+      '',
+      'CPU ÷ bare',
+      'CPU ÷ by hand',
+      'quiet windows',
+      "server's CPU ÷ by hand",
+      'time ÷ bare',
+      'time ÷ by hand'
+    ]
     if (where === 'HTTP') head.push('event-loop delay (p99) ÷ bare')
     const rows = [...samples.keys()].map((name) => {
       const floor = floorOf(name)
@@ -65,6 +74,7 @@ function pathTables(runs, where) {
         subjectNamed(name).title,
         name === 'bare' ? '1' : per('bare', 'cpu'),
         name === floor ? '1' : per(floor, 'cpu'),
+        floor === null || name === floor ? '–' : number(quietRatio(samples, name, floor, 'cpu')),
         subjectNamed(name).store !== 'redis' ? '–' : name === floor ? '1' : per(floor, 'server'),
         name === 'bare' ? '1' : per('bare', 'wall'),
         name === floor ? '1' : per(floor, 'wall')
