@@ -181,13 +181,20 @@ async function prepare(
   const signal = init.signal === undefined ? (input instanceof Request ? input.signal : null) : init.signal
   signal?.throwIfAborted()
   // Without the signal, to which each attempt listens by itself.
-  const request = new Request(input, { ...init, signal: null })
+  const kept = input instanceof Request ? referrerOf(input) : {}
+  const request = new Request(input, { ...kept, ...init, signal: null })
   if (request.mode === 'no-cors') throw new TypeError('A request in mode no-cors cannot carry an idempotency key')
   const key = idempotencyKey ?? unquoted(request.headers.get(header)) ?? generateKey()
   if (typeof key !== 'string' || key.trim() === '') throw new TypeError('An idempotency key must not be blank')
   request.headers.set(header, quoted ? quote(key) : key)
-  const bytes = request.body === null ? null : await request.arrayBuffer()
-  return { request, body: bytes?.byteLength ? bytes : null, key, signal }
+  const bytes = await request.arrayBuffer()
+  // Not all browsers tell no body from an empty one before it is read.
+  return { request, body: request.bodyUsed ? bytes : null, key, signal }
+}
+
+/** What a request that is made of another one does not have from there. */
+function referrerOf({ referrer, referrerPolicy }: Request): Pick<RequestInit, 'referrer' | 'referrerPolicy'> {
+  return { referrer, referrerPolicy }
 }
 
 /** One attempt: rejects when there is no reply, or not all of it. */
@@ -202,10 +209,8 @@ async function send(settings: Settings, { request, body, signal }: Operation, ti
   signal?.addEventListener('abort', onAbort)
   let streaming = false
   try {
-    // A request that is made of another one keeps everything but these.
-    const { headers, referrer, referrerPolicy } = request
-    const init = { headers, body, referrer, referrerPolicy, signal: controller.signal }
-    const response = await fetch(new Request(request, init as RequestInit))
+    const init: RequestInit = { ...referrerOf(request), body, signal: controller.signal }
+    const response = await fetch(new Request(request, init))
     const replayed = response.headers.get(replayHeader) === 'true'
     streaming = (streamReplies || /^text\/event-stream\b/i.test(typeOf(response))) && response.status !== 409
     const text = streaming ? '' : await arrival(response)
