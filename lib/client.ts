@@ -264,8 +264,8 @@ function pauseAfter({ minDelay, maxDelay }: Settings, attempts: number, answer: 
 /** RFC 9110 §10.2.3: whole seconds, or a date. In milliseconds; 0 when there is none. */
 function retryAfter(value: string): number {
   if (/^\d+$/.test(value)) return Number(value) * 1_000
-  const time = /^[A-Za-z]/.test(value) ? Date.parse(value) : Number.NaN
-  return Number.isNaN(time) ? 0 : time - Date.now()
+  const ms = Date.parse(value) - Date.now()
+  return ms > 0 ? ms : 0
 }
 
 async function sleep(ms: number, signal: AbortSignal | null): Promise<void> {

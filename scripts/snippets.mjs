@@ -1,23 +1,40 @@
-// Makes a module of every snippet of README.md, under test/readme/snippets, so that it is compiled and run like any test.
+// Makes a module of every snippet of README.md, under test/readme/snippets, and of docs/*.md, under test/docs/snippets, so
+// that it is compiled and run like any test.
 //
 // A snippet is a fenced block of ts or js under a comment `<!-- snippet: name -->`. Its imports stay on top, the rest
 // becomes the function `run(given)`, which returns what the snippet declares. What the snippet uses but does not
 // declare, such as `app`, it gets from `given`.
 
-import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 
 const root = new URL('..', import.meta.url)
-const folder = new URL('test/readme/snippets/', root)
-const readme = readFileSync(new URL('README.md', root), 'utf8')
+/** What snippets use without declaring it: see the `given.ts` beside them. */
+const GIVEN = ['app', 'idempotency', 'handler', 'verifySession', 'chargeCard', 'MapStore', 'send', 'sessionStorage']
+const docs = readdirSync(new URL('docs/', root)).filter((file) => file.endsWith('.md'))
 
-rmSync(folder, { recursive: true, force: true })
-mkdirSync(folder, { recursive: true })
+extract(['README.md'], 'test/readme/snippets/')
+extract(
+  docs.map((file) => `docs/${file}`),
+  'test/docs/snippets/'
+)
 
-const blocks = [...readme.matchAll(/(?:<!-- snippet: ([\w-]+) -->\n)?```(ts|js)\n([\s\S]*?)```/g)]
-for (const [, name, language, code = ''] of blocks) {
-  if (name === undefined) throw new Error(`README.md has a snippet without a name:\n${code}`)
-  if (language === 'js') writeFileSync(new URL(`${name}.cts`, folder), commonJsOf(code))
-  else writeFileSync(new URL(`${name}.ts`, folder), moduleOf(code))
+/** @param {string[]} pages @param {string} into */
+function extract(pages, into) {
+  const folder = new URL(into, root)
+  rmSync(folder, { recursive: true, force: true })
+  mkdirSync(folder, { recursive: true })
+  const names = new Set()
+  for (const page of pages) {
+    const text = readFileSync(new URL(page, root), 'utf8')
+    const blocks = [...text.matchAll(/(?:<!-- snippet: ([\w-]+) -->\n)?```(ts|js)\n([\s\S]*?)```/g)]
+    for (const [, name, language, code = ''] of blocks) {
+      if (name === undefined) throw new Error(`${page} has a snippet without a name:\n${code}`)
+      if (names.has(name)) throw new Error(`${page} has a snippet of a name that is taken: ${name}`)
+      names.add(name)
+      if (language === 'js') writeFileSync(new URL(`${name}.cts`, folder), commonJsOf(code))
+      else writeFileSync(new URL(`${name}.ts`, folder), moduleOf(code))
+    }
+  }
 }
 
 /** @param {string} code */
@@ -27,9 +44,7 @@ function moduleOf(code) {
   const body = lines.filter((line) => !line.startsWith('import ') && !line.includes('app.listen(')).join('\n')
   const declared = [...body.matchAll(/^(?:const|let|class|function|async function) (\w+)/gm)].map(([, name]) => name)
   const known = new Set([...declared, ...imports.flatMap((line) => line.match(/\w+/g) ?? [])])
-  const needed = ['app', 'idempotency', 'handler', 'verifySession', 'chargeCard', 'MapStore'].filter(
-    (name) => !known.has(name) && new RegExp(`(?<!\\.)\\b${name}\\b(?!:)`).test(body)
-  )
+  const needed = GIVEN.filter((name) => !known.has(name) && new RegExp(`(?<!\\.)\\b${name}\\b(?![:-])`).test(body))
   return `${[...imports, "import type { Given } from '../given.js'"].join('\n')}
 
 export async function run(${needed.length > 0 ? 'given' : '_given'}: Given) {
@@ -50,4 +65,5 @@ function toSource(line) {
   return line
     .replace("'fastify-idempotency'", "'../../../index.js'")
     .replace("'fastify-idempotency/testkit'", "'../../../lib/testkit.js'")
+    .replace("'fastify-idempotency/client'", "'../../../lib/client.js'")
 }

@@ -263,7 +263,7 @@ t.test('shouldRetry has the first word, reads a copy, and may leave it to the de
   const IN_USE = { error: { code: 'idempotency_key_in_use' } }
   const busy = Response.json(IN_USE, { status: 409 })
   const shouldRetry = async (reply: Response) => {
-    if (reply.status === 500) return false
+    if (reply.status === 500) return (await reply.text()) !== 'boom'
     if (reply.status !== 409) return undefined
     return ((await reply.json()) as typeof IN_USE).error.code === IN_USE.error.code
   }
@@ -364,6 +364,14 @@ t.test('the signal aborts an attempt and a pause, with its reason, and nothing m
     t.equal(time.pending(), 0, 'no timer is left')
     t.equal(getEventListeners(controller.signal, 'abort').length, 0, 'no listener is left')
   }
+})
+
+t.test('a signal that aborts the last attempt is the reason for its end, not the number of attempts', async (t) => {
+  const { sender, time } = server(t, silence)
+  const controller = new AbortController()
+  time.at(500, () => controller.abort(new Error('enough')))
+  const sent = sender({ maxAttempts: 1 })(URL_, { ...order, signal: controller.signal })
+  await t.rejects(time.run(sent), { message: 'enough' })
 })
 
 t.test('a signal that has aborted already, or that came with a Request, counts as well', async (t) => {

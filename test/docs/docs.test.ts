@@ -1,0 +1,272 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import Fastify, { type FastifyInstance } from 'fastify'
+import t from 'tap'
+import idempotency, { type Acquisition, type IdempotencyStore, MemoryStore } from '../../index.js'
+import { type IdempotentFetch, type IdempotentResponse, idempotentFetch } from '../../lib/client.js'
+import * as errors from '../../lib/errors.js'
+import { storageKey } from '../../lib/key.js'
+import { storeConformance } from '../../lib/testkit.js'
+import { build, codeOf, REPLAYED } from '../support/app.js'
+import { latch } from '../support/latch.js'
+import type { Given } from './given.js'
+
+/* The pages under docs/ say what is so: their snippets run, their tables are complete, their links lead somewhere. */
+
+type Tap = { teardown(fn: () => unknown): void }
+
+const docs = new URL('../../../docs/', import.meta.url)
+const page = (name: string) => readFileSync(new URL(name, docs), 'utf8')
+const tried = new Set<string>()
+
+async function snippet<T>(name: string, given: Partial<Given> = {}): Promise<T> {
+  tried.add(name)
+  const { run } = (await import(`./snippets/${name}.js`)) as { run(given: Partial<Given>): Promise<T> }
+  return run({ idempotency, ...given })
+}
+
+/** A shop behind `fetch`, which loses the first reply; and a way to make it lose others. */
+async function shop(t: Tap) {
+  const app = await build(t)
+  let runs = 0
+  for (const path of ['/charges', '/orders', '/orders/1/pay']) {
+    app.post(path, { config: { idempotency: { required: true } } }, async (_request, reply) =>
+      reply.code(201).send({ run: ++runs })
+    )
+  }
+  app.addContentTypeParser('text/plain', (_request, payload, done) => payload.resume().on('end', () => done(null)))
+  const base = await app.listen({ host: '127.0.0.1', port: 0 })
+  const { fetch } = globalThis
+  const network = { losses: 1, runs: () => runs }
+  globalThis.fetch = async (input, init) => {
+    const request = new Request(input, init)
+    const { pathname } = new URL(request.url)
+    const response = await fetch(new Request(`${base}${pathname}`, request as RequestInit))
+    if (network.losses-- <= 0) return response
+    await response.text()
+    throw new TypeError('fetch failed')
+  }
+  t.teardown(() => {
+    globalThis.fetch = fetch
+  })
+  const send = idempotentFetch({ minDelay: 1, maxAttempts: 2 })
+  return { network, send }
+}
+
+t.test('plain-fetch: a lost reply is asked for again, with the same key', async (t) => {
+  const { network } = await shop(t)
+  const { post } = await snippet<{ post(url: string, body: object): Promise<Response> }>('plain-fetch')
+  const response = await post('https://api.example.com/charges', { amount: 1 })
+  t.same([await response.json(), response.headers.get(REPLAYED), network.runs()], [{ run: 1 }, 'true', 1])
+  t.equal((await post('https://api.example.com/charges', { amount: 1 })).headers.get(REPLAYED), null)
+})
+
+t.test('plain-fetch: while the first still runs, 409 is asked again; another 409 is the answer', async (t) => {
+  const { fetch } = globalThis
+  t.teardown(() => {
+    globalThis.fetch = fetch
+  })
+  const { post } = await snippet<{ post(url: string, body: object): Promise<Response> }>('plain-fetch')
+  const replies = [
+    Response.json({ code: 'FST_IDEMPOTENCY_IN_PROGRESS' }, { status: 409 }),
+    Response.json({ code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE' }, { status: 409 }),
+    Response.json({})
+  ]
+  globalThis.fetch = async () => replies.shift() as Response
+  t.match(await (await post('https://x.example', {})).json(), { code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE' })
+  t.equal(replies.length, 1)
+})
+
+t.test('helper: it tells key, attempts and whether it is a replay', async (t) => {
+  const { network } = await shop(t)
+  const told = await snippet<{ response: IdempotentResponse; charge: object }>('helper')
+  t.match(told.response.idempotency, { attempts: 2, replayed: true, key: String })
+  t.same([told.charge, network.runs()], [{ run: 1 }, 1])
+})
+
+t.test('kept-key: a page that is loaded again goes on with its order, and then begins another', async (t) => {
+  const { network, send } = await shop(t)
+  const items = new Map<string, string>()
+  const sessionStorage = {
+    getItem: (name: string) => items.get(name) ?? null,
+    setItem: (name: string, value: string) => void items.set(name, value),
+    removeItem: (name: string) => void items.delete(name)
+  }
+  network.losses = 2
+  const order = () => snippet<{ response: IdempotentResponse }>('kept-key', { send, sessionStorage })
+  await t.rejects(order(), { name: 'IdempotentFetchError' })
+  t.equal(items.size, 1)
+  t.match((await order()).response.idempotency, { replayed: true })
+  t.equal(items.size, 0)
+  t.match((await order()).response.idempotency, { replayed: false })
+  t.equal(network.runs(), 2)
+})
+
+t.test('unknown-outcome: what was not answered is asked for later', async (t) => {
+  const { network, send } = await shop(t)
+  type Pay = (order: { id: string; key: string }) => ReturnType<IdempotentFetch> | Promise<null>
+  const { pay } = await snippet<{ pay: Pay }>('unknown-outcome', { send })
+  network.losses = 2
+  t.equal(await pay({ id: '1', key: 'k' }), null)
+  t.equal((await pay({ id: '1', key: 'k' }))?.idempotency.replayed, true)
+  t.equal(network.runs(), 1)
+})
+
+t.test('documentation-url: the errors say where they are documented', async (t) => {
+  const app = Fastify() as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  await snippet('documentation-url', { app })
+  app.post('/', { config: { idempotency: { required: true } } }, async () => 'x')
+  const refused = await app.inject({ method: 'POST', url: '/' })
+  t.equal(refused.headers.link, '<https://example.com/errors>; rel="describedby"')
+  t.match(refused.json(), { type: 'https://example.com/errors', code: 'FST_IDEMPOTENCY_KEY_MISSING' })
+})
+
+type Moving = { moving(from: MemoryStore, to: IdempotencyStore): IdempotencyStore }
+
+t.test('moving: the new store has the replies of the old one, and a store it is', async (t) => {
+  const { moving } = await snippet<Moving>('moving')
+  const [from, to] = [new MemoryStore(), new MemoryStore()]
+  let runs = 0
+  const open = async (store: IdempotencyStore) => {
+    const app = await build(t, { store })
+    app.post('/', { config: { idempotency: true } }, async () => ({ run: ++runs }))
+    return (key: string) => app.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': key } })
+  }
+  await (await open(from))('a')
+  const send = await open(moving(from, to))
+  t.match([(await send('a')).json(), (await send('a')).headers[REPLAYED]], [{ run: 1 }, 'true'])
+  t.same([(await send('b')).json(), (await send('b')).json()], [{ run: 2 }, { run: 2 }])
+  const later = await open(to)
+  t.equal((await later('a')).headers[REPLAYED], 'true', 'the old store is not needed any more')
+  t.equal(runs, 2)
+  for (const { name, about, run } of storeConformance(() => moving(new MemoryStore(), new MemoryStore()))) {
+    if (about !== 'wake-ups') await t.resolves(run(), name)
+  }
+})
+
+t.test('moving: claims that the old store still has count', async (t) => {
+  const { moving } = await snippet<Moving>('moving')
+  const [from, to] = [new MemoryStore(), new MemoryStore()]
+  const claim = { token: 'a', fingerprint: 'f', leaseMs: 60_000, retainMs: 60_000, takeover: false }
+  const store = moving(from, to)
+  await from.acquire('running', claim)
+  await from.acquire('dead', { ...claim, leaseMs: 1 })
+  await new Promise((resolve) => setTimeout(resolve, 5))
+  t.match(await store.acquire('running', { ...claim, token: 'b' }), { state: 'running' })
+  t.match(await store.acquire('dead', { ...claim, token: 'b' }), { state: 'abandoned', attempt: 1 })
+  t.same([await to.get('running'), await to.get('dead')], [null, null])
+  const taken: Acquisition = await store.acquire('dead', { ...claim, token: 'b', takeover: true })
+  t.same(taken, { state: 'acquired', attempt: 2 })
+})
+
+t.test('support: what became of a request, in words', async (t) => {
+  const store = new MemoryStore()
+  const app = await build(t, { store, scope: () => 'alice', maxReplySize: 10 })
+  const [entered, leave] = [latch(), latch()]
+  app.post('/:what', { config: { idempotency: true } }, async (request, reply) => {
+    const { what } = request.params as { what: string }
+    if (what === 'runs') {
+      entered.open()
+      await leave.promise
+    }
+    return what === 'large' ? 'x'.repeat(11) : reply.code(201).send('x')
+  })
+  const post = async (what: string) =>
+    await app.inject({ method: 'POST', url: `/${what}`, headers: { 'idempotency-key': what } })
+  const { lookUp, letRunAgain } = await snippet<{
+    lookUp(key: string, scope: string): Promise<string>
+    letRunAgain(key: string, scope: string): Promise<boolean>
+  }>('support', { app })
+  await post('done')
+  await post('large')
+  const running = post('runs')
+  await entered.promise
+  const claim = { token: 'dead', fingerprint: '', leaseMs: 1, retainMs: 60_000, takeover: true }
+  await store.acquire(storageKey('alice', 'dies'), claim)
+  await new Promise((resolve) => setTimeout(resolve, 5))
+  t.match(await lookUp('done', 'alice'), /^answered with 201 at \d{4}-/)
+  t.match(await lookUp('"done"', 'alice'), /^answered with 201/, 'quotes and all')
+  t.match(await lookUp('large', 'alice'), /^carried out by \d{4}-.*: too-large$/)
+  t.match(await lookUp('runs', 'alice'), /^running/)
+  t.match(await lookUp('dies', 'alice'), /^attempt 1 died/)
+  t.match(await lookUp('done', 'bob'), /^not known/)
+  leave.open()
+  await running
+  t.equal(codeOf(await post('large')), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+  t.same([await letRunAgain('large', 'alice'), await letRunAgain('large', 'alice')], [true, false])
+  t.equal((await post('large')).statusCode, 200)
+})
+
+t.test('no snippet was left out', async (t) => {
+  const all = readdirSync(new URL('snippets/', import.meta.url)).filter((file) => file.endsWith('.js'))
+  t.same([...tried].sort(), all.map((file) => file.replace('.js', '')).sort())
+})
+
+t.test('errors.md has every code, each with its status, and no other', async (t) => {
+  type ErrorClass = new (...args: string[]) => { code?: string; statusCode?: number }
+  const documented = [...page('errors.md').matchAll(/^### (FST_\w+)\n\nStatus (\d{3})\b/gm)]
+  const classes = Object.values(errors).filter((value) => /^[A-Z]|FastifyError/.test(value.name))
+  const known = classes
+    .map((value) => new (value as unknown as ErrorClass)())
+    .filter(({ code }) => code?.startsWith('FST_'))
+    .map(({ code, statusCode }) => `${code} ${statusCode}`)
+  t.ok(known.length > 10)
+  t.same(documented.map(([, code, status]) => `${code} ${status}`).sort(), known.sort())
+  const codes = new Set(page('errors.md').match(/FST_IDEMPOTENCY_\w+/g))
+  t.equal(codes.size, known.length)
+})
+
+t.test('each error says what the client is to do, and what the operator', async (t) => {
+  for (const section of page('errors.md').split('\n### ').slice(1)) {
+    const [code = ''] = section.split('\n')
+    t.match(section, /\n- \*\*Client:\*\* /, code)
+    t.match(section, /\n- \*\*Operator:\*\* /, code)
+  }
+})
+
+t.test("clients.md has every code that a client can do something about, with errors.md's status", async (t) => {
+  const statuses = new Map(
+    [...page('errors.md').matchAll(/^### (FST_\w+)\n\nStatus (\d{3})/gm)].map(([, c, s]) => [c, s])
+  )
+  const rows = [...page('clients.md').matchAll(/^\| (\d{3}) \| \[`(FST_\w+)`\]/gm)]
+  for (const [, status, code = ''] of rows) t.equal(status, statuses.get(code), code)
+  const below500 = [...statuses].filter(([, status]) => status !== '500').map(([code]) => code)
+  t.same(rows.map(([, , code]) => code).sort(), below500.sort())
+})
+
+t.test('clients.md has the options of the helper, each with its default', async (t) => {
+  const source = readFileSync(new URL('../lib/client.ts', docs), 'utf8')
+  const [declared = ''] = /interface IdempotentFetchOptions \{[\s\S]*?\n\}/.exec(source) ?? []
+  const options = [...declared.matchAll(/\/\*\*([\s\S]*?)\*\/\n {2}(\w+)\?:/g)].map(([, comment = '', name = '']) => {
+    return [name, /@default (.*)/.exec(comment)?.[1]?.trim()] as const
+  })
+  t.ok(options.length > 10)
+  const table = page('clients.md')
+  const names: string[] = []
+  for (const [, first = '', defaults = ''] of table.matchAll(/^\| ((?:`\w+`(?:, )?)+) \|([^|]*)\|/gm)) {
+    const values = defaults.split(', ').map((value) => value.trim().replaceAll('`', ''))
+    for (const [n, name] of [...first.matchAll(/`(\w+)`/g)].map(([, name = '']) => name).entries()) {
+      names.push(name)
+      t.equal(values[n] || undefined, options.find(([option]) => option === name)?.[1], name)
+    }
+  }
+  t.same(names.sort(), options.map(([name]) => name).sort())
+})
+
+t.test('links between the pages lead to headings that are there', async (t) => {
+  const slug = (heading: string) =>
+    heading
+      .toLowerCase()
+      .replaceAll(/[^\w\- ]/g, '')
+      .replaceAll(' ', '-')
+  const anchors = (text: string) => new Set([...text.matchAll(/^#+ (.+)$/gm)].map(([, heading = '']) => slug(heading)))
+  let links = 0
+  for (const file of readdirSync(docs).filter((file) => file.endsWith('.md'))) {
+    for (const [link, path = '', anchor] of page(file).matchAll(/\]\(((?!https?:)[^)#]*)(?:#([^)]*))?\)/g)) {
+      links++
+      const target = path === '' ? page(file) : page(path)
+      if (anchor !== undefined) t.ok(anchors(target).has(anchor), `${file}: ${link}`)
+    }
+  }
+  t.ok(links > 10)
+})
