@@ -1,3 +1,4 @@
+import type { FastifyError } from 'fastify'
 import t from 'tap'
 import type { IdempotencyOptions, IdempotencyStore } from '../../index.js'
 import { MemoryStore } from '../../index.js'
@@ -17,6 +18,9 @@ const post = (key?: string, url = '/') => ({
   url,
   headers: key === undefined ? {} : { 'idempotency-key': key }
 })
+
+const fail = () => Promise.reject(new Error('down'))
+const down: IdempotencyStore = { acquire: fail, renew: fail, complete: fail, release: fail }
 
 /** Every refusal, as a client gets it. */
 async function refusals(t: Tap, options: IdempotencyOptions) {
@@ -123,6 +127,15 @@ t.test(
     )
   }
 )
+
+t.test("an error handler of the application's own finds Link and Retry-After on the reply", async (t) => {
+  const app = await build(t, { documentationUrl: DOCS, problemDetails: true, store: down })
+  app.setErrorHandler((error: FastifyError, _request, reply) => reply.code(503).send({ mine: error.code }))
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  const { headers, body } = await app.inject(post('k'))
+  t.same(JSON.parse(body), { mine: 'FST_IDEMPOTENCY_STORE_UNAVAILABLE' })
+  t.same([headers.link, headers['retry-after']], [LINK, '2'])
+})
 
 t.test('a route may have a page of its own', async (t) => {
   const app = await build(t, { required: true, documentationUrl: DOCS })
