@@ -1,7 +1,12 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import Fastify, { type FastifyInstance } from 'fastify'
 import t from 'tap'
-import idempotency, { type Acquisition, type IdempotencyStore, MemoryStore } from '../../index.js'
+import idempotency, {
+  type Acquisition,
+  type IdempotencyOptions,
+  type IdempotencyStore,
+  MemoryStore
+} from '../../index.js'
 import { type IdempotentFetch, type IdempotentResponse, idempotentFetch } from '../../lib/client.js'
 import * as errors from '../../lib/errors.js'
 import { storageKey } from '../../lib/key.js'
@@ -74,6 +79,17 @@ t.test('plain-fetch: while the first still runs, 409 is asked again; another 409
   globalThis.fetch = async () => replies.shift() as Response
   t.match(await (await post('https://x.example', {})).json(), { code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE' })
   t.equal(replies.length, 1)
+})
+
+t.test('plain-fetch: a 500 that is a replay is the answer', async (t) => {
+  const { fetch } = globalThis
+  t.teardown(() => {
+    globalThis.fetch = fetch
+  })
+  const { post } = await snippet<{ post(url: string, body: object): Promise<Response> }>('plain-fetch')
+  const replies = [new Response('no', { status: 500, headers: { [REPLAYED]: 'true' } })]
+  globalThis.fetch = async () => replies.shift() ?? Response.json({})
+  t.equal((await post('https://x.example', {})).status, 500)
 })
 
 t.test('helper: it tells key, attempts and whether it is a replay', async (t) => {
@@ -195,6 +211,37 @@ t.test('support: what became of a request, in words', async (t) => {
   t.equal(codeOf(await post('large')), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
   t.same([await letRunAgain('large', 'alice'), await letRunAgain('large', 'alice')], [true, false])
   t.equal((await post('large')).statusCode, 200)
+})
+
+/** operations.md, "Rolling deploys": what a retry meets whose first attempt another version has answered. */
+const DEPLOYS: Record<string, [before: IdempotencyOptions, after: IdempotencyOptions, outcome: string]> = {
+  'scope is added': [{}, { scope: () => 'alice' }, 'runs again'],
+  'scope gives another string': [{ scope: () => 'alice' }, { scope: () => '1' }, 'runs again'],
+  'another store': [{}, { store: new MemoryStore() }, 'runs again'],
+  'the key is elsewhere': [{}, { header: 'X-Key' }, 'runs again'],
+  'the key is elsewhere, and required': [{}, { header: 'X-Key', required: true }, 'FST_IDEMPOTENCY_KEY_MISSING'],
+  'another fingerprint function': [{}, { fingerprint: () => 'x' }, 'FST_IDEMPOTENCY_KEY_REUSED'],
+  'another path': [{}, {}, 'FST_IDEMPOTENCY_KEY_REUSED'],
+  'a stricter keyFormat': [{}, { keyFormat: 'uuid' }, 'FST_IDEMPOTENCY_KEY_INVALID'],
+  'a shorter maxKeyLength': [{}, { maxKeyLength: 1 }, 'FST_IDEMPOTENCY_KEY_INVALID'],
+  'another ttl and lease': [{}, { ttl: 1, lease: 1 }, 'replayed'],
+  'other decisions': [{}, { onConflict: 'wait', onAbandoned: 'reject', shouldStore: () => false }, 'replayed'],
+  'a smaller maxReplySize': [{}, { maxReplySize: 1 }, 'replayed']
+}
+
+t.test('a deploy changes what the table of operations.md says', async (t) => {
+  for (const [change, [before, after, outcome]] of Object.entries(DEPLOYS)) {
+    const store = new MemoryStore()
+    const send = async (options: IdempotencyOptions, url: string) => {
+      const app = await build(t, { store, ...options })
+      app.post('/*', { config: { idempotency: true } }, async () => 'done')
+      return app.inject({ method: 'POST', url, headers: { 'idempotency-key': 'key' }, payload: { a: 1 } })
+    }
+    await send(before, '/v1')
+    const reply = await send(after, change === 'another path' ? '/v2' : '/v1')
+    const met = reply.statusCode >= 400 ? codeOf(reply) : reply.headers[REPLAYED] === 'true' ? 'replayed' : 'runs again'
+    t.equal(met, outcome, change)
+  }
 })
 
 t.test('no snippet was left out', async (t) => {
