@@ -219,14 +219,14 @@ export class Lifecycle {
     // Fastify's own error handler has answered, with this very error; a custom one decides for itself.
     if (refusal !== null && answered.has(refusal) && isAnswer(reply, refusal)) {
       reply.removeHeader('content-length').header('content-type', PROBLEM_TYPE)
-      return done(null, problemOf(refusal, documentationUrl))
+      payload = problemOf(refusal, documentationUrl)
     }
     const exchange = exchangeOf(request)
-    if (exchange === null) return done()
+    if (exchange === null) return done(null, payload)
     const { operation } = exchange
     if (operation.reply !== null) {
       // The replay could not be sent: this is the error's reply.
-      if (exchange.failed) return done()
+      if (exchange.failed) return done(null, payload)
       // The instance's hooks have seen this payload before, when it was stored: what they made of it now is void.
       // So is the type that Fastify gave to a payload that had none.
       restore(reply, 'content-type', exchange.headersBefore)
@@ -234,8 +234,8 @@ export class Lifecycle {
       return done(null, payloadOf(operation.reply) ?? (isNothing(payload) ? undefined : ''))
     }
     if (exchange.handler === 'waiting') {
-      if (operation.phase === 'over' || operation.phase === 'unprotected') return done()
-      return operation.cancel()
+      if (operation.phase === 'over' || operation.phase === 'unprotected') return done(null, payload)
+      return operation.cancel().then(() => payload)
     }
     if (exchange.sending === 'storing') {
       // Somebody sends twice, or the handler's timeout strikes: the first reply is on its way.
@@ -252,7 +252,7 @@ export class Lifecycle {
     if (exchange.sending === 'passed') {
       // Sending the first reply failed: a stream that nobody reads any more is read to its end for the record.
       exchange.stream?.destroy()
-      return done()
+      return done(null, payload)
     }
     let kept: Maybe<unknown>
     try {

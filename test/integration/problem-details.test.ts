@@ -1,3 +1,4 @@
+import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyError } from 'fastify'
 import t from 'tap'
 import type { IdempotencyOptions, IdempotencyStore } from '../../index.js'
@@ -135,6 +136,24 @@ t.test("an error handler of the application's own finds Link and Retry-After on 
   const { headers, body } = await app.inject(post('k'))
   t.same(JSON.parse(body), { mine: 'FST_IDEMPOTENCY_STORE_UNAVAILABLE' })
   t.same([headers.link, headers['retry-after']], [LINK, '2'])
+})
+
+t.test('an error before the handler gives the key back before it leaves, as problem details too', async (t) => {
+  for (const problemDetails of [false, true]) {
+    const store = new MemoryStore()
+    const release = store.release.bind(store)
+    let released = false
+    store.release = async (...args) => {
+      await sleep(20)
+      released = await release(...args)
+      return released
+    }
+    const app = await build(t, { store, problemDetails, fingerprint: (() => 1) as never })
+    app.post('/', { config: { idempotency: true } }, async () => 'x')
+    const { statusCode, headers, body } = await app.inject(post('k'))
+    t.same([statusCode, JSON.parse(body).code, released], [500, 'FST_IDEMPOTENCY_INVALID_OPTION', true])
+    t.match(headers['content-type'], problemDetails ? /^application\/problem/ : /^application\/json/)
+  }
 })
 
 t.test('a route may have a page of its own', async (t) => {
