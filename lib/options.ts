@@ -21,6 +21,8 @@ export interface Policy extends KeyRules {
   readonly route: string
   /** The methods of the route that are covered; `null` for all of them. */
   readonly methods: ReadonlySet<string> | null
+  /** The header of the key as it was configured, for people; `null` for none. */
+  readonly headerName: string | null
   readonly store: IdempotencyStore
   readonly skip: ((request: FastifyRequest) => boolean | Promise<boolean>) | null
   readonly getKey: ((request: FastifyRequest) => string | undefined | Promise<string | undefined>) | null
@@ -39,6 +41,8 @@ export interface Policy extends KeyRules {
   readonly maxReplySize: number
   readonly excludeHeaders: ReadonlySet<string>
   readonly replayHeader: string | null
+  /** The same as it was configured, for people. */
+  readonly replayHeaderName: string | null
   readonly bypasses: boolean
   readonly storeTimeout: number
   readonly problemDetails: boolean
@@ -213,6 +217,7 @@ function complete(
     store: options.store ?? store,
     skip: options.skip ?? null,
     header: header === false ? null : header.toLowerCase(),
+    headerName: header === false ? null : header,
     field: field ?? null,
     getKey: getKey ?? null,
     keyFormat,
@@ -232,6 +237,7 @@ function complete(
     maxReplySize: options.maxReplySize ?? 1_048_576,
     excludeHeaders: new Set(options.excludeHeaders?.map((name) => name.toLowerCase())),
     replayHeader: replayHeader === false ? null : replayHeader.toLowerCase(),
+    replayHeaderName: replayHeader === false ? null : replayHeader,
     bypasses: options.onStoreError === 'bypass',
     storeTimeout: options.storeTimeout ?? 2_000,
     problemDetails: options.problemDetails ?? false,

@@ -1,5 +1,6 @@
 import type { FastifyInstance, RouteOptions } from 'fastify'
 import type { IdempotencyOptions } from '../types/index.js'
+import { cover } from './covered-routes.js'
 import { routesDeclaredOn } from './early-routes.js'
 import { RouteTooEarly } from './errors.js'
 import { InstanceApi } from './instance-api.js'
@@ -32,6 +33,7 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
     const policy = routePolicy(route, registration.options)
     if (policy === null) return
     registration.cover(policy)
+    cover(route, policy)
     rememberUrl(route)
     const lifecycle = new Lifecycle(policy, registration)
     route.handler = lifecycle.wrap(route.handler as never)
