@@ -64,7 +64,7 @@ export class Keyring {
 }
 
 /** One secret, with what is made of it. */
-class Secret {
+export class Secret {
   /** Tells secrets apart, and nothing of what they are. */
   readonly name: number
   readonly #key: KeyObject

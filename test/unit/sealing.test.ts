@@ -1,0 +1,106 @@
+import { createSecretKey, randomBytes } from 'node:crypto'
+import t from 'tap'
+import { Keyring, Secret, secretOf } from '../../lib/stores/sealing.js'
+
+const keyOf = (fill: number) => createSecretKey(Buffer.alloc(32, fill))
+
+t.test('the cipher is XAES-256-GCM, by the examples of its specification', (t) => {
+  // https://c2sp.org/XAES-256-GCM, Test Vectors.
+  const vectors = [
+    [0x01, '', 'ce546ef63c9cc60765923609b33a9a1974e96e52daf2fcf7075e2271'],
+    [0x03, 'c2sp.org/XAES-256-GCM', '986ec1832593df5443a179437fd083bf3fdb41abd740a21f71eb769d']
+  ] as const
+  for (const [fill, about, sealed] of vectors) {
+    const secret = new Secret(keyOf(fill))
+    const nonce = Buffer.from('ABCDEFGHIJKLMNOPQRSTUVWX')
+    const parts = secret.encrypt(Buffer.from('XAES-256-GCM'), nonce, Buffer.from(about))
+    t.equal(Buffer.concat(parts).toString('hex'), sealed)
+  }
+  t.end()
+})
+
+t.test('what was sealed is opened again, of any length', (t) => {
+  const keyring = new Keyring([keyOf(1)])
+  for (const length of [0, 1, 15, 16, 17, 1_000, 1_000_000]) {
+    const plain = randomBytes(length)
+    t.ok(keyring.open(keyring.seal(plain, 'this'), 'this').equals(plain), `${length} bytes`)
+  }
+  t.end()
+})
+
+t.test('the same sealed twice is never the same', (t) => {
+  const keyring = new Keyring([keyOf(1)])
+  const sealed = new Set(Array.from({ length: 1_000 }, () => keyring.seal(Buffer.from('a'), '').toString('hex')))
+  t.equal(sealed.size, 1_000)
+  t.end()
+})
+
+t.test('nothing is opened that was changed in any bit, cut, made longer, or is about something else', (t) => {
+  const keyring = new Keyring([keyOf(1), keyOf(2)])
+  const sealed = keyring.seal(Buffer.from('secret'), 'this')
+  const refused = (bytes: Buffer, about = 'this') => {
+    try {
+      keyring.open(bytes, about)
+      return false
+    } catch (error) {
+      return error instanceof Error && error.message.startsWith('A stored idempotency record or claim ')
+    }
+  }
+  for (let bit = 0; bit < sealed.length * 8; bit++) {
+    const damaged = Buffer.from(sealed)
+    damaged[bit >> 3] = (damaged[bit >> 3] as number) ^ (1 << (bit % 8))
+    if (!refused(damaged)) t.fail(`bit ${bit} flipped`)
+  }
+  for (let end = 0; end < sealed.length; end++) if (!refused(sealed.subarray(0, end))) t.fail(`cut to ${end}`)
+  t.ok(refused(Buffer.concat([sealed, Buffer.from([0])])))
+  t.ok(refused(sealed, 'that'))
+  t.equal(keyring.open(sealed, 'this').toString(), 'secret', 'unchanged')
+  t.end()
+})
+
+t.test('the first key seals, every key opens, and an unknown key is named', (t) => {
+  const [old, current, other] = [keyOf(1), keyOf(2), keyOf(3)]
+  const sealed = new Keyring([old]).seal(Buffer.from('secret'), '')
+  t.equal(new Keyring([current, old]).open(sealed, '').toString(), 'secret')
+  t.equal(new Keyring([other, current, old]).open(sealed, '').toString(), 'secret')
+  t.throws(() => new Keyring([current]).open(sealed, ''), { message: /not among the keys \(its name is [0-9a-f]{8}\)/ })
+  const renewed = new Keyring([current, old]).seal(Buffer.from('secret'), '')
+  t.throws(() => new Keyring([old]).open(renewed, ''), { message: /not among the keys/ })
+  t.end()
+})
+
+t.test('a key may be bytes, base64, base64url, hex or a KeyObject, of 32 bytes', (t) => {
+  const bytes = randomBytes(32)
+  const base64 = bytes.toString('base64')
+  const forms = [
+    bytes,
+    new Uint8Array(bytes),
+    base64,
+    base64.slice(0, -1),
+    bytes.toString('base64url'),
+    bytes.toString('hex'),
+    bytes.toString('hex').toUpperCase(),
+    createSecretKey(bytes)
+  ]
+  for (const form of forms) t.ok(secretOf(form)?.equals(createSecretKey(bytes)))
+  const none = [
+    bytes.subarray(1),
+    randomBytes(33),
+    createSecretKey(randomBytes(16)),
+    bytes.toString('hex').slice(2),
+    base64.slice(4),
+    `${base64}=`,
+    `${base64.slice(0, -1)}\n`,
+    `*${base64.slice(1)}`,
+    randomBytes(48).toString('base64'),
+    'correct horse battery staple, 32',
+    '',
+    null,
+    undefined,
+    32,
+    {},
+    [...bytes]
+  ]
+  for (const form of none) t.equal(secretOf(form), null)
+  t.end()
+})
