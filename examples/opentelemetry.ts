@@ -1,0 +1,62 @@
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import { type Span, SpanStatusCode, trace } from '@opentelemetry/api'
+import type { FastifyInstance, FastifyRequest } from 'fastify'
+// In a project of your own: import type { … } from 'fastify-idempotency'
+import type { IdempotencyEvent, IdempotencyEventName } from '../index.js'
+
+const EVENTS: readonly IdempotencyEventName[] = [
+  'acquired',
+  'replayed',
+  'conflict',
+  'mismatch',
+  'stored',
+  'released',
+  'tombstoned',
+  'takeover',
+  'lease-lost',
+  'store-error',
+  'bypassed'
+]
+
+/**
+ * Notes on the span of each request with a key what the plugin does with it: as span events, and as attributes by which
+ * traces are found. A trace of a replay leads to that of the first request: both have the same `idempotency.key`.
+ *
+ * @param spanOf The span of a request: with @fastify/otel `(request) => request.opentelemetry().span`.
+ */
+export function traceIdempotency(
+  app: FastifyInstance,
+  spanOf: (request: FastifyRequest) => Span | null | undefined = () => trace.getActiveSpan()
+): void {
+  // Looked up on arrival: what is told later may come from a timer, or from another request that wakes this one.
+  const spans = new WeakMap<FastifyRequest, Span>()
+  app.addHook('onRequest', (request, _reply, done) => {
+    const span = spanOf(request)
+    if (span) spans.set(request, span)
+    done()
+  })
+
+  const note = (name: IdempotencyEventName, { request, key, attempt, error }: IdempotencyEvent) => {
+    const span = spans.get(request)
+    // A reply may be stored when its request, and the span, is long over.
+    if (!span?.isRecording()) return
+    const code = (error as { code?: string } | undefined)?.code
+    span.addEvent(`idempotency.${name}`, { 'idempotency.attempt': attempt, ...(code && { 'error.type': code }) })
+    // A hash: the client's key is nowhere in the messages.
+    span.setAttributes({ 'idempotency.key': key, 'idempotency.outcome': name, 'idempotency.attempt': attempt })
+    if (name === 'replayed') span.setAttribute('idempotency.replayed', true)
+    if (name === 'lease-lost' || name === 'store-error') {
+      if (error instanceof Error) span.recordException(error)
+      span.setStatus({ code: SpanStatusCode.ERROR, message: `idempotency ${name}` })
+    }
+  }
+
+  const subscriptions = EVENTS.map((name) => ({
+    channel: `fastify-idempotency:${name}`,
+    listener: (message: unknown) => note(name, message as IdempotencyEvent)
+  }))
+  for (const { channel, listener } of subscriptions) subscribe(channel, listener)
+  app.addHook('onClose', async () => {
+    for (const { channel, listener } of subscriptions) unsubscribe(channel, listener)
+  })
+}
