@@ -231,17 +231,20 @@ export class Operation implements Subject, Waiter, Renewable {
       const released = await within(storeTimeout, () =>
         transaction === null ? store.release(this.storageKey, this.#token) : transaction.rollback().then(() => true)
       )
-      if (released) {
-        publish('released', this)
-        this.#log('released')
-      } else {
-        this.#lost()
-      }
+      if (released) this.#released()
+      else this.#lost()
     } catch (error) {
       this.#report(error)
+      if (this.#transaction === null) {
+        void this.#giveBack(this.#token).then((given) => {
+          this.#end()
+          if (given) this.#released()
+        })
+        return
+      }
       // A transaction needs no more than that its connection ends.
-      if (this.#transaction !== null) this.#transaction.abandon()
-      else return void this.#giveBack(this.#token).then(() => this.#end())
+      this.#transaction.abandon()
+      this.#released()
     }
     this.#end()
   }
@@ -506,7 +509,7 @@ export class Operation implements Subject, Waiter, Renewable {
     return { state: 'running', fingerprint: this.fingerprint, leaseMs: this.lease }
   }
 
-  #giveBack(token: string): Promise<void> {
+  #giveBack(token: string): Promise<boolean> {
     return this.#store.disown(this.storageKey, token, this.policy.storeTimeout)
   }
 
@@ -562,6 +565,11 @@ export class Operation implements Subject, Waiter, Renewable {
     if (stored === null) return
     if (stored) this.#stored(record)
     else this.#lost()
+  }
+
+  #released(): void {
+    publish('released', this)
+    this.#log('released')
   }
 
   #stored(record: StoredRecord): void {

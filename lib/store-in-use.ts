@@ -15,8 +15,8 @@ interface Disowned {
   readonly key: string
   readonly token: string
   readonly timeout: number
-  /** Called when the claim was given back, or is no longer to be. */
-  readonly done: () => void
+  /** Called when the claim was given back (`true`), or is no longer to be. */
+  readonly done: (given: boolean) => void
   isUnderWay: boolean
 }
 
@@ -57,26 +57,26 @@ export class StoreInUse {
   /** One registration less; the last one closes the store. */
   async leave(): Promise<void> {
     if (--this.#users > 0) return
-    for (const claim of this.#disowned) this.#drop(claim)
+    for (const claim of this.#disowned) this.#drop(claim, false)
     await this.#store.close?.()
   }
 
-  /** Gives a claim back in the background, as soon as the store can be reached. Resolves when that is done. */
-  disown(key: string, token: string, timeout: number): Promise<void> {
-    const given = new Promise<void>((done) => {
+  /** Gives a claim back in the background, as soon as the store can be reached. `false` when that is not tried any more. */
+  disown(key: string, token: string, timeout: number): Promise<boolean> {
+    const given = new Promise<boolean>((done) => {
       this.#disowned.add({ key, token, timeout, done, isUnderWay: false })
     })
     for (const oldest of this.#disowned) {
       if (this.#disowned.size <= MAX_DISOWNED) break
-      this.#drop(oldest)
+      this.#drop(oldest, false)
     }
     if (this.#lanes === 0) void this.#giveBack()
     return given
   }
 
-  #drop(claim: Disowned): void {
+  #drop(claim: Disowned, given: boolean): void {
     this.#disowned.delete(claim)
-    claim.done()
+    claim.done(given)
   }
 
   async #giveBack(): Promise<void> {
@@ -87,7 +87,7 @@ export class StoreInUse {
       claim.isUnderWay = true
       try {
         await within(claim.timeout, () => this.#store.release(claim.key, claim.token))
-        this.#drop(claim)
+        this.#drop(claim, true)
         pause = FIRST_PAUSE_MS
         // One after the other, what a slow store has gathered would take longer than the leases.
         if (this.#lanes < MAX_LANES) void this.#giveBack()

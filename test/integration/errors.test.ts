@@ -346,6 +346,25 @@ t.test('the key is in no message and no log line', async (t) => {
   t.equal(levelOf('idempotency store failed'), 50)
 })
 
+t.test('a claim that could not be given back at once is told to be released when it was', async (t) => {
+  const { memory, store, failing } = breakable()
+  const app = await build(t, { store })
+  app.post('/', { config: { idempotency: true } }, async (_request, reply) => reply.code(500).send())
+  const seen: string[] = []
+  for (const name of ['store-error', 'released']) {
+    const listener = () => seen.push(name)
+    subscribe(`fastify-idempotency:${name}`, listener)
+    t.teardown(() => unsubscribe(`fastify-idempotency:${name}`, listener))
+  }
+  failing.release = () => Promise.reject(new Error('down'))
+  await app.inject(keyed)
+  t.same(seen, ['store-error'])
+  delete failing.release
+  await until(() => seen.length > 1)
+  t.same(seen, ['store-error', 'released'])
+  t.equal(await memory.get(storageKey(null, keyed.headers['idempotency-key'])), null)
+})
+
 t.test('every event is on its diagnostics channel, with the hashed key', async (t) => {
   const names =
     'acquired replayed conflict mismatch stored released tombstoned takeover lease-lost store-error bypassed'
