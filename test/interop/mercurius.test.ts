@@ -2,8 +2,8 @@ import Fastify, { type FastifyInstance } from 'fastify'
 import mercurius, { type MercuriusOptions } from 'mercurius'
 import t, { type Test } from 'tap'
 import idempotency, { type IdempotencyOptions } from '../../index.js'
-import { codeOf } from '../support/app.js'
-import { isReplay, type Order, orders, post, register } from './kit.js'
+import { KeyReused } from '../../lib/errors.js'
+import { isReplay, type Order, post, register } from './kit.js'
 
 const schema = `
   type Charge { id: Int!, amount: Int! }
@@ -46,26 +46,29 @@ async function server(t: Test, { order = 'before', options = {}, graphql = {} }:
   return { app, state, charge, count }
 }
 
-for (const order of orders) {
-  t.test(`a mutation runs once for its key, registered ${order} mercurius`, async (t) => {
-    // GraphQL is part of the same instance, and the routes are declared by it: the plugin has to be there first.
-    if (order === 'after') {
-      await t.rejects(
-        server(t, { order }).then(({ app }) => app.ready()),
-        { code: 'FST_IDEMPOTENCY_ROUTE_TOO_EARLY' }
-      )
-      return
-    }
-    const { charge, count } = await server(t, { order })
-    const [first, replay] = [await charge('a'), await charge('a')]
-    t.same(first.json(), { data: { charge: { id: 1, amount: 1 } } })
-    t.ok(isReplay(replay))
-    t.equal(replay.body, first.body)
-    t.equal(codeOf(await charge('a', 2)), 'FST_IDEMPOTENCY_KEY_REUSED', 'the variables are compared')
-    t.same((await charge('b')).json(), { data: { charge: { id: 2, amount: 1 } } })
-    t.equal(await count(), 2)
-  })
+/** The plugin's own error, in the form that mercurius gives to errors. */
+function messageOf(reply: { json(): { errors?: { message: string }[] } }): string | undefined {
+  return reply.json().errors?.[0]?.message
 }
+
+t.test('a mutation runs once for its key', async (t) => {
+  const { charge, count } = await server(t)
+  const [first, replay] = [await charge('a'), await charge('a')]
+  t.same(first.json(), { data: { charge: { id: 1, amount: 1 } } })
+  t.ok(isReplay(replay))
+  t.equal(replay.body, first.body)
+  const reused = await charge('a', 2)
+  t.same([reused.statusCode, messageOf(reused)], [422, new KeyReused().message], 'the variables are compared')
+  t.same((await charge('b')).json(), { data: { charge: { id: 2, amount: 1 } } })
+  t.equal(await count(), 2)
+})
+
+t.test('mercurius declares its route itself: registered before the plugin, it fails the boot', async (t) => {
+  await t.rejects(
+    server(t, { order: 'after' }).then(({ app }) => app.ready()),
+    { code: 'FST_IDEMPOTENCY_ROUTE_TOO_EARLY' }
+  )
+})
 
 t.test('queries without a key run every time', async (t) => {
   const { charge, count } = await server(t)
@@ -93,7 +96,8 @@ t.test('where mutations have to have a key, queries can be let through', async (
     url: '/graphql',
     payload: { query: CHARGE, variables: { amount: 1 } }
   })
-  t.equal(codeOf(bare), 'FST_IDEMPOTENCY_KEY_MISSING')
+  t.equal(bare.statusCode, 400)
+  t.match(messageOf(bare), /needs an idempotency key/)
 })
 
 t.test('an error of a resolver has the status 200 of GraphQL, and is final', async (t) => {
