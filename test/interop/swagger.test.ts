@@ -143,9 +143,13 @@ t.test('the header is added to headers without properties, and to composed and s
     for (const [name, headers, others] of forms) {
       const app = await documented(t, { version })
       app.addSchema({ $id: 'tenant', ...tenant })
-      app.post('/', { schema: { headers }, config: { idempotency: { required: true } } }, handler)
-      const found = header(await operationOf(t, app)).map(({ name, required }) => [name, required])
-      t.same(found, [...others, ['Idempotency-Key', true]], name)
+      for (const required of [true, false]) {
+        app.post(`/${required}`, { schema: { headers }, config: { idempotency: { required } } }, handler)
+      }
+      for (const required of [true, false]) {
+        const found = header(await operationOf(t, app, `/${required}`)).map(({ name, required }) => [name, required])
+        t.same(found, [...others, ['Idempotency-Key', required]], name)
+      }
     }
   }
 })
