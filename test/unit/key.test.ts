@@ -232,6 +232,8 @@ t.test('the header is looked for by its lower-case name, and may be switched off
   t.equal(fromHeader(undefined), undefined)
   t.equal(keyInHeader(withHeader('abc'), { ...RULES, header: 'x-key' }), undefined)
   t.equal(keyInHeader(withHeader('abc'), { ...RULES, header: null }), undefined)
+  const namedNull = { headers: { null: 'abc' } } as unknown as FastifyRequest
+  t.equal(keyInHeader(namedNull, { ...RULES, header: null }), undefined, 'not even one of that name is read')
 })
 
 t.test('an empty header is a blank key, not a missing one', async (t) => {
@@ -284,6 +286,8 @@ t.test('no field, no key', async (t) => {
   t.equal(fromQuery({ other: 'abc' }), undefined)
   t.equal(fromQuery({ key: 'abc' }, { field: null }), undefined)
   t.equal(fromBody({ key: 'abc' }, { field: null }), undefined)
+  t.equal(fromQuery({ null: 'abc' }, { field: null }), undefined, 'not even one of that name is read')
+  t.equal(fromBody({ null: 'abc' }, { field: null }), undefined)
   for (const body of [undefined, null, 'key', 1, true, [], ['key'], Buffer.from('key'), {}, { key: undefined }]) {
     t.equal(fromBody(body), undefined)
   }
