@@ -15,7 +15,7 @@ const work = join(root, '.build', 'mutation')
 /** For each file of lib/ the tests in which its behaviour is specified, the quick ones first. */
 const SPECIFIED_IN = {
   key: 'unit/key properties/key integration/identity',
-  fingerprint: 'unit/fingerprint properties/canonical-json pitfalls/sameness integration/identity interop/multipart',
+  fingerprint: 'integration/identity unit/fingerprint pitfalls/sameness interop/multipart properties/canonical-json',
   options: 'unit/options integration/coverage',
   replay: 'integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
   capture: 'unit/capture integration/replies integration/life pitfalls/replies',
@@ -95,7 +95,7 @@ function run(name, mutate) {
     ignorePatterns: ['/.build', '/dist', '/.tap', '/test/mutation'],
     timeoutMS: 5_000,
     concurrency: Number(process.env.MUTATION_JOBS ?? 2),
-    reporters: ['json'],
+    reporters: ['json', 'progress-append-only'],
     jsonReporter: { fileName: report },
     allowEmpty: true
   }
