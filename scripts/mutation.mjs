@@ -33,7 +33,7 @@ const SPECIFIED_IN = {
   'nowhere-response': 'integration/life pitfalls/failures',
   registration: 'integration/coverage integration/closing integration/life',
   plugin: 'unit/early-routes integration/coverage interop/hooks interop/encapsulation interop/auth',
-  'store-in-use': 'integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
+  'store-in-use': 'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
   operation:
     'integration/coverage integration/errors integration/duplicates integration/life integration/identity ' +
     'pitfalls/failures pitfalls/claim integration/closing integration/transactions integration/transaction-failures',
@@ -83,6 +83,7 @@ function run(name, mutate) {
     mutate: mutate.split(','),
     plugins: [module('tap-runner/dist/src/index.js'), join(tools, 'ignore-messages.mjs')],
     ignorers: ['messages'],
+    mutator: { excludedMutations: (process.env.MUTATION_EXCLUDE ?? '').split(',').filter(Boolean) },
     testRunner: 'tap',
     tap: { testFiles: tests, forceBail: true },
     coverageAnalysis: 'perTest',

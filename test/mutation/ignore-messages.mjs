@@ -4,9 +4,10 @@
 const LOG_METHODS = new Set(['debug', 'info', 'warn', 'error', 'emitWarning'])
 const ERROR_FACTORIES = new Set(['createError', 'expected'])
 
-/** The words of an error or a log entry: which arguments of the call they are. */
+/** The words of an error or a log entry: which arguments of the call they are, or what an option's `takes` says. */
 function messagesOf(node) {
   if (node.type === 'NewExpression') return node.arguments
+  if (node.type === 'ObjectProperty') return node.key.name === 'takes' ? [node.value] : []
   if (node.type !== 'CallExpression') return []
   const { callee } = node
   if (callee.type === 'Identifier' && ERROR_FACTORIES.has(callee.name)) return [node.arguments[1]]

@@ -1,0 +1,263 @@
+import { setTimeout as pause } from 'node:timers/promises'
+import t, { type Test } from 'tap'
+import { insist, StoreInUse, sleep } from '../../lib/store-in-use.js'
+import type { IdempotencyStore } from '../../types/index.js'
+import { latch, until } from '../support/latch.js'
+
+/** Longer than any pause. */
+const TIMEOUT = 30_000
+
+// Pauses do not keep the process alive: something else must.
+const alive = setInterval(() => {}, TIMEOUT)
+t.teardown(() => clearInterval(alive))
+
+/** A store of which only `release` and `close` are asked. */
+function storeWith(parts: Partial<IdempotencyStore>): IdempotencyStore {
+  return parts as IdempotencyStore
+}
+
+/** Makes pauses short, and notes how long they would have been. */
+function hurry(t: Test): number[] {
+  const real = globalThis.setTimeout
+  const asked: number[] = []
+  const hurried = (callback: () => void, ms = 0) => {
+    if (ms >= TIMEOUT) return real(callback, ms)
+    asked.push(ms)
+    return real(callback, 1)
+  }
+  globalThis.setTimeout = hurried as typeof setTimeout
+  t.teardown(() => {
+    globalThis.setTimeout = real
+  })
+  return asked
+}
+
+/** Timers that keep the process alive. */
+const holding = () => process.getActiveResourcesInfo().filter((name) => name === 'Timeout').length
+
+t.test('whoever asks for a store gets the same one, and for another store another', async (t) => {
+  const store = storeWith({})
+  t.equal(StoreInUse.of(store), StoreInUse.of(store))
+  t.not(StoreInUse.of(store), StoreInUse.of(storeWith({})))
+})
+
+t.test('the last one that leaves closes the store, and nobody before', async (t) => {
+  let closed = 0
+  const inUse = StoreInUse.of(storeWith({ close: async () => void closed++ }))
+  inUse.enter()
+  inUse.enter()
+  await inUse.leave()
+  t.equal(closed, 0)
+  await inUse.leave()
+  t.equal(closed, 1)
+})
+
+t.test('a store that need not be closed is let go all the same', async (t) => {
+  const inUse = StoreInUse.of(storeWith({}))
+  inUse.enter()
+  await t.resolves(inUse.leave())
+})
+
+t.test('a claim that nobody needs is given back once, and who asked for it is told', async (t) => {
+  const released: string[][] = []
+  const inUse = StoreInUse.of(
+    storeWith({
+      async release(key, token) {
+        released.push([key, token])
+        return true
+      }
+    })
+  )
+  await inUse.disown('a', '1', TIMEOUT)
+  await Promise.all([inUse.disown('b', '2', TIMEOUT), inUse.disown('c', '3', TIMEOUT)])
+  t.strictSame(released, [
+    ['a', '1'],
+    ['b', '2'],
+    ['c', '3']
+  ])
+})
+
+t.test('claims are given back one at a time', async (t) => {
+  let atOnce = 0
+  let most = 0
+  const inUse = StoreInUse.of(
+    storeWith({
+      async release() {
+        most = Math.max(most, ++atOnce)
+        await new Promise((resolve) => setImmediate(resolve))
+        atOnce--
+        return true
+      }
+    })
+  )
+  await Promise.all(['a', 'b', 'c', 'd'].map((key) => inUse.disown(key, 'token', TIMEOUT)))
+  t.equal(most, 1)
+})
+
+t.test('a claim that cannot be given back is tried again after growing pauses, a second at most', async (t) => {
+  const pauses = hurry(t)
+  let failures = 7
+  const asked: string[] = []
+  const inUse = StoreInUse.of(
+    storeWith({
+      async release(key) {
+        asked.push(key)
+        if (failures-- > 0) throw new Error('away')
+        return true
+      }
+    })
+  )
+  await inUse.disown('a', 'token', TIMEOUT)
+  t.strictSame(pauses, [50, 100, 200, 400, 800, 1_000, 1_000])
+  failures = 1
+  await inUse.disown('b', 'token', TIMEOUT)
+  t.equal(pauses.at(-1), 50, 'once the store is back, the pauses are short again')
+  t.strictSame(asked, [...Array(8).fill('a'), 'b', 'b'])
+})
+
+t.test('a success makes the pauses short again for the claims behind it', async (t) => {
+  const pauses = hurry(t)
+  const answers = [false, false, true, false, true]
+  const inUse = StoreInUse.of(
+    storeWith({
+      async release() {
+        if (answers.shift() === false) throw new Error('away')
+        return true
+      }
+    })
+  )
+  await Promise.all([inUse.disown('a', 'token', TIMEOUT), inUse.disown('b', 'token', TIMEOUT)])
+  t.strictSame(pauses, [50, 100, 50])
+})
+
+t.test('a claim that cannot be given back does not hold up the others', async (t) => {
+  hurry(t)
+  let broken = true
+  const inUse = StoreInUse.of(
+    storeWith({
+      async release(key) {
+        if (key === 'broken' && broken) throw new Error('away')
+        return true
+      }
+    })
+  )
+  const first = inUse.disown('broken', 'token', TIMEOUT)
+  await inUse.disown('sound', 'token', TIMEOUT)
+  broken = false
+  await first
+})
+
+t.test('a store that gives no answer in time is asked again', async (t) => {
+  hurry(t)
+  let asked = 0
+  const inUse = StoreInUse.of(
+    storeWith({
+      release: () => (++asked === 1 ? new Promise<never>(() => {}) : Promise.resolve(true))
+    })
+  )
+  await inUse.disown('a', 'token', 10)
+  t.equal(asked, 2)
+})
+
+t.test('when the last one has left nothing more is given back, and who waits for it is told', async (t) => {
+  hurry(t)
+  let asked = 0
+  const inUse = StoreInUse.of(
+    storeWith({
+      async release() {
+        asked++
+        throw new Error('away')
+      }
+    })
+  )
+  inUse.enter()
+  const given = Promise.all([inUse.disown('a', 'token', TIMEOUT), inUse.disown('b', 'token', TIMEOUT)])
+  await until(() => asked >= 3)
+  await inUse.leave()
+  await given
+  const before = asked
+  await pause(20)
+  t.equal(asked, before)
+})
+
+t.test('a claim whose giving back fails after the last one has left is not tried again', async (t) => {
+  hurry(t)
+  const answer = latch<boolean>()
+  let asked = 0
+  const inUse = StoreInUse.of(
+    storeWith({
+      release() {
+        asked++
+        return answer.promise
+      }
+    })
+  )
+  inUse.enter()
+  const given = inUse.disown('a', 'token', TIMEOUT)
+  await inUse.leave()
+  await given
+  answer.fail(new Error('away'))
+  await pause(20)
+  t.equal(asked, 1)
+})
+
+t.test('of more than ten thousand claims that nobody needs the oldest are left to lapse', async (t) => {
+  const answer = latch<boolean>()
+  const asked: string[] = []
+  const inUse = StoreInUse.of(
+    storeWith({
+      release(key) {
+        asked.push(key)
+        return answer.promise
+      }
+    })
+  )
+  let told = 0
+  const given = Array.from({ length: 10_000 }, (_, n) => inUse.disown(`${n}`, 'token', TIMEOUT).then(() => void told++))
+  await new Promise((resolve) => setImmediate(resolve))
+  t.equal(told, 0)
+  for (let n = 10_000; n < 10_003; n++) given.push(inUse.disown(`${n}`, 'token', TIMEOUT).then(() => void told++))
+  await Promise.all(given.slice(0, 3))
+  t.equal(told, 3, 'who waits for those is told')
+  answer.open(true)
+  await Promise.all(given)
+  t.equal(asked.length, 10_001)
+  t.strictSame(asked.slice(0, 2), ['0', '3'], 'the first was being given back already')
+})
+
+t.test('insisting repeats a step until it is answered, after growing pauses', async (t) => {
+  const pauses = hurry(t)
+  let failures = 6
+  const answer = await insist(
+    TIMEOUT,
+    async () => {
+      if (failures-- > 0) throw new Error('away')
+      return 'answer'
+    },
+    () => false
+  )
+  t.equal(answer, 'answer')
+  t.strictSame(pauses, [50, 100, 200, 400, 800, 1_000, 1_000])
+})
+
+t.test('insisting ends without another step when there is no more point in it', async (t) => {
+  hurry(t)
+  let steps = 0
+  const answer = await insist(
+    TIMEOUT,
+    async () => {
+      steps++
+      throw new Error('away')
+    },
+    () => steps === 2
+  )
+  t.equal(answer, null)
+  t.equal(steps, 2)
+})
+
+t.test('a pause does not keep the process alive', async (t) => {
+  const before = holding()
+  const sleeping = sleep(10)
+  t.equal(holding(), before)
+  await Promise.all([sleeping, pause(20)])
+})
