@@ -16,7 +16,7 @@ const renewals = new Map<number, Deadlines<Renewable>>()
 function renewalsOf(lease: number): Deadlines<Renewable> {
   let deadlines = renewals.get(lease)
   if (deadlines === undefined) {
-    deadlines = new Deadlines(Math.max(1, lease / RENEWALS_PER_LEASE), (claim) => claim.renew(), false)
+    deadlines = new Deadlines(lease / RENEWALS_PER_LEASE, (claim) => claim.renew(), false)
     renewals.set(lease, deadlines)
   }
   return deadlines

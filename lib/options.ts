@@ -68,9 +68,8 @@ const isPositiveInteger = (value: unknown) => Number.isSafeInteger(value) && (va
 const isFunction = (value: unknown) => typeof value === 'function'
 const isSyncFunction = (value: unknown) => typeof value === 'function' && value.constructor.name !== 'AsyncFunction'
 const isHeaderName = (value: unknown) => {
-  if (typeof value !== 'string') return false
   try {
-    validateHeaderName(value)
+    validateHeaderName(value as string)
     return true
   } catch {
     return false
@@ -180,7 +179,7 @@ export function routePolicy(route: RouteDeclaration, registration: RegistrationO
     if (config === undefined) return null
     throw new InvalidOption(`config.idempotency${where} takes no route that has safe methods only`)
   }
-  const own = config === undefined || config === true ? {} : checked(config, ROUTE_RULES, where)
+  const own = isPlainObject(config) ? checked(config, ROUTE_RULES, where) : {}
   const options: IdempotencyRouteOptions = { ...registration.routeDefaults, ...own }
   return Object.freeze({
     route: route.url,

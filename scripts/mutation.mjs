@@ -20,7 +20,7 @@ const SPECIFIED_IN = {
   replay: 'integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
   capture: 'unit/capture integration/replies integration/life pitfalls/replies',
   deadlines: 'unit/deadlines unit/within',
-  leases: 'unit/deadlines integration/life pitfalls/claim',
+  leases: 'unit/leases unit/deadlines integration/life pitfalls/claim',
   within: 'unit/within unit/deadlines integration/closing',
   waiting: 'unit/waiting integration/duplicates integration/closing',
   token: 'unit/memory-store integration/coverage',
@@ -33,7 +33,8 @@ const SPECIFIED_IN = {
   'nowhere-response': 'integration/life pitfalls/failures',
   registration: 'integration/coverage integration/closing integration/life',
   plugin: 'unit/early-routes integration/coverage interop/hooks interop/encapsulation interop/auth',
-  'store-in-use': 'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
+  'store-in-use':
+    'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
   operation:
     'integration/coverage integration/errors integration/duplicates integration/life integration/identity ' +
     'pitfalls/failures pitfalls/claim integration/closing integration/transactions integration/transaction-failures',

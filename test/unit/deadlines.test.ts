@@ -116,6 +116,21 @@ t.test('items that are added again when they expire expire again, on the same on
   t.equal(most, 1)
 })
 
+t.test('the timer is set for the moment when the first item is due, and for no other', async (t) => {
+  const { setTimeout } = globalThis
+  t.teardown(() => Object.assign(globalThis, { setTimeout }))
+  const asked: number[] = []
+  const noting = (callback: () => void, ms: number) => {
+    asked.push(ms)
+    return setTimeout(callback, ms)
+  }
+  Object.assign(globalThis, { setTimeout: noting })
+  new Deadlines<string>(1_500, () => {}, false).add('a')
+  new Deadlines<string>(10.2, () => {}, false).add('b')
+  new Deadlines<string>(0.2, () => {}, false).add('c')
+  t.strictSame(asked, [1_500, 11, 1])
+})
+
 t.test('any number of items share one timer', async (t) => {
   const deadlines = new Deadlines<number>(30_000, () => {}, true)
   const timers = timersOf(() => {

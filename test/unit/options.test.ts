@@ -145,6 +145,40 @@ t.test('an unfinished claim is remembered for the ttl, and for a day where repli
   t.equal(policy({ ttl: null }).retain, 86_400_000)
 })
 
+t.test('a key format may be named that is the default', async (t) => {
+  t.equal(policy({ keyFormat: 'any' }, { keyFormat: 'uuid' }).keyFormat, 'any')
+})
+
+t.test('a transaction needs a store that has them, and cannot do without its store', async (t) => {
+  class Plain {}
+  const store = Object.assign(new Plain(), storeWith({}))
+  const begins = storeWith({ begin: yes })
+  const bare = Object.assign(Object.create(null), store)
+  const NEEDS = 'option "transaction" of POST /charges takes a store with transactions (PostgresStore), got'
+  t.equal(refusal(() => policy({ transaction: true, store })).message, `${NEEDS} Plain`)
+  t.equal(refusal(() => policy({ transaction: true }, { store })).message, `${NEEDS} Plain`)
+  t.equal(refusal(() => policy({ transaction: true, store: bare })).message, `${NEEDS} object`)
+  t.match(
+    refusal(() => policy({ transaction: true, store: begins, onStoreError: 'bypass' })),
+    {
+      code: 'FST_IDEMPOTENCY_INVALID_OPTION',
+      message: /^option "transaction" of POST \/charges takes no onStoreError 'bypass'/
+    }
+  )
+  t.equal(policy({ transaction: true, store: begins }).transaction, true)
+  t.equal(policy({ transaction: true, onStoreError: 'reject' }, { store: begins }).transaction, true)
+  t.equal(policy({ transaction: false, store }).transaction, false)
+})
+
+t.test(
+  'a key is claimed in preHandler where a transaction holds the claim, unless the route says otherwise',
+  async (t) => {
+    const store = storeWith({ begin: yes })
+    t.equal(policy({ transaction: true, store }).hook, 'preHandler')
+    t.equal(policy({ transaction: true, store, hook: 'onRequest' }).hook, 'onRequest')
+  }
+)
+
 const NUMBERS: [unknown, string][] = [
   [0, '0 (number)'],
   [-1, '-1 (number)'],
@@ -190,7 +224,11 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
       [MemoryStore, '[class MemoryStore] (function)'],
       [storeWith({ release: undefined }), '(object)'],
       [storeWith({ acquire: true }), '(object)'],
+      [Object.assign(() => {}, storeWith({})), '(function)'],
       [storeWith({ changed: true }), '(object)'],
+      [storeWith({ get: true }), '(object)'],
+      [storeWith({ delete: true }), '(object)'],
+      [storeWith({ begin: true }), '(object)'],
       [storeWith({ close: null }), '(object)']
     ]
   ],
@@ -211,6 +249,7 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
     [
       ['UUID', "'UUID' (string)"],
       ['^k', "'^k' (string)"],
+      ['', "'' (string)"],
       [true, 'true (boolean)'],
       [null, 'null'],
       [yes, '[Function: yes] (function)'],
