@@ -1,6 +1,6 @@
 // Plants small faults in lib/, one at a time (StrykerJS), and tells which of them no test notices. `npm run mutation`
 // does so for all files; `npm run mutation -- key fingerprint` for lib/key.ts and lib/fingerprint.ts;
-// `npm run mutation -- --again key` only for what survived the last time, or is listed.
+// `npm run mutation -- key:10-20` for some lines; `npm run mutation -- --again key` for what survived the last time.
 // What may survive is listed in test/mutation/survivors.md, with the reason.
 
 import { spawnSync } from 'node:child_process'
@@ -163,9 +163,10 @@ const names = process.argv.slice(2).filter((arg) => arg !== '--again')
 const again = process.argv.includes('--again')
 const known = listed()
 let news = 0
-for (const name of names.length > 0 ? names : Object.keys(SPECIFIED_IN)) {
+for (const wanted of names.length > 0 ? names : Object.keys(SPECIFIED_IN)) {
+  const [name = '', lines] = wanted.split(':')
   const file = `lib/${name}.ts`
-  const { source, mutants } = run(name, again ? survivorsOf(name, file) : file)
+  const { source, mutants } = run(name, again ? survivorsOf(name, file) : lines ? `${file}:${lines}` : file)
   const counted = mutants.filter(({ status }) => status !== 'Ignored')
   const living = counted.filter(({ status }) => lives(status))
   const score = ((1 - living.length / counted.length) * 100).toFixed(1)
