@@ -174,7 +174,7 @@ class Queue {
         first.waiter.disown()
       }
     }
-    this.#watching = false
+    // The end of this queue: who comes now gets a new one.
     this.#subscription?.abort()
     this.#whenEmpty(this)
   }

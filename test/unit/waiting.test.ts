@@ -1,3 +1,5 @@
+import { setFlagsFromString } from 'node:v8'
+import { runInNewContext } from 'node:vm'
 import t, { type Test } from 'tap'
 import { type Waiter, WaitingRoom, type WaitResult } from '../../lib/waiting.js'
 import type { Acquisition, IdempotencyStore, StoredRecord } from '../../types/index.js'
@@ -505,4 +507,46 @@ t.test('a store that tells of changes all the time is not asked at full speed', 
   const store = new Store(() => new Promise<void>((resolve) => setImmediate(resolve)))
   t.equal(await store.waiter('a', { look, waitTimeout: 100 }).wait(), 'timeout')
   t.ok(looks <= 10, `${looks} looks in 100 ms`)
+})
+
+t.test('a store is asked again just after the lease of the owner, not before', async (t) => {
+  const asked = hurry(t, 20)
+  const store = new Store()
+  store.state = running(49.5)
+  const waiting = store.waiter('a').wait()
+  await until(() => store.looks.length === 2)
+  store.become(COMPLETED)
+  await waiting
+  t.equal(asked[0], 51)
+})
+
+t.test('when the last one leaves while somebody looks the waiting ends with that look', async (t) => {
+  const asked = hurry(t, 20)
+  const store = new Store()
+  const looking = latch<Acquisition>()
+  const guest = store.waiter('a', { look: () => looking.promise })
+  const waiting = guest.wait()
+  guest.leave()
+  t.equal(await waiting, 'left')
+  looking.open(running())
+  await until(() => store.subscriptions[0]?.signal.aborted)
+  t.strictSame(asked, [])
+})
+
+t.test('nothing is remembered of keys for which nobody waits any more', async (t) => {
+  setFlagsFromString('--expose-gc')
+  const collect = runInNewContext('gc') as () => void
+  const room = new WaitingRoom({} as IdempotencyStore)
+  const waitFor = async (from: number) => {
+    for (let n = from; n < from + 10_000; n++) {
+      const waiter = { waitTimeout: WAIT_TIMEOUT, takesOver: true, look: async () => COMPLETED, disown() {} }
+      await room.wait({ ...waiter, storageKey: `key ${n}` })
+    }
+    collect()
+    return process.memoryUsage().heapUsed
+  }
+  const before = await waitFor(0)
+  const growth = (await waitFor(10_000)) - before
+  // A queue that stays takes some 700 bytes.
+  t.ok(growth < 2_000_000, `${growth} bytes for 10,000 keys`)
 })
