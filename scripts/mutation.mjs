@@ -1,6 +1,7 @@
 // Plants small faults in lib/, one at a time (StrykerJS), and tells which of them no test notices. `npm run mutation`
 // does so for all files; `npm run mutation -- key fingerprint` for lib/key.ts and lib/fingerprint.ts;
 // `npm run mutation -- key:10-20` for some lines; `npm run mutation -- --again key` for what survived the last time.
+// `--last` tells the last outcome once more, without running anything.
 // What may survive is listed in test/mutation/survivors.md, with the reason.
 
 import { spawnSync } from 'node:child_process'
@@ -107,7 +108,12 @@ function run(name, mutate) {
     stdio: 'inherit'
   })
   if (status !== 0) throw new Error(`Stryker failed on ${name}`)
-  return JSON.parse(readFileSync(report, 'utf8')).files[`lib/${name}.ts`] ?? { source: '', mutants: [] }
+  return outcomeOf(name)
+}
+
+/** @param {string} name @returns {{ source: string, mutants: Mutant[] }} */
+function outcomeOf(name) {
+  return JSON.parse(readFileSync(reportOf(name), 'utf8')).files[`lib/${name}.ts`] ?? { source: '', mutants: [] }
 }
 
 /** Code on one line, and not too much of it. @param {string} code */
@@ -116,12 +122,19 @@ function brief(code) {
   return line.length <= 100 ? line : `${line.slice(0, 70)} … ${line.slice(-25)}`
 }
 
-/** @param {string} source @param {Mutant} mutant */
+/**
+ * A fault in the line of code in which it begins, where it stands in « ».
+ * @param {string} source
+ * @param {Mutant} mutant
+ */
 function describe(source, { location: { start, end }, replacement }) {
   const lines = source.split('\n').slice(start.line - 1, end.line)
-  lines[lines.length - 1] = (lines.at(-1) ?? '').slice(0, end.column - 1)
+  const last = lines.length - 1
+  const after = (lines[last] ?? '').slice(end.column - 1)
+  lines[last] = (lines[last] ?? '').slice(0, end.column - 1)
+  const before = (lines[0] ?? '').slice(0, start.column - 1)
   lines[0] = (lines[0] ?? '').slice(start.column - 1)
-  return `- \`${brief(lines.join('\n'))}\` → \`${brief(replacement)}\``
+  return `- \`${before.trimStart()}«${brief(lines.join('\n'))}»${after}\` → \`${brief(replacement)}\``
 }
 
 /** What may live, by file. @returns {Map<string, Set<string>>} */
@@ -159,14 +172,17 @@ if (!existsSync(join(tools, 'node_modules'))) {
 }
 mkdirSync(work, { recursive: true })
 
-const names = process.argv.slice(2).filter((arg) => arg !== '--again')
+const names = process.argv.slice(2).filter((arg) => !arg.startsWith('--'))
 const again = process.argv.includes('--again')
+const last = process.argv.includes('--last')
 const known = listed()
 let news = 0
 for (const wanted of names.length > 0 ? names : Object.keys(SPECIFIED_IN)) {
   const [name = '', lines] = wanted.split(':')
   const file = `lib/${name}.ts`
-  const { source, mutants } = run(name, again ? survivorsOf(name, file) : lines ? `${file}:${lines}` : file)
+  const { source, mutants } = last
+    ? outcomeOf(name)
+    : run(name, again ? survivorsOf(name, file) : lines ? `${file}:${lines}` : file)
   const counted = mutants.filter(({ status }) => status !== 'Ignored')
   const living = counted.filter(({ status }) => lives(status))
   const score = ((1 - living.length / counted.length) * 100).toFixed(1)
