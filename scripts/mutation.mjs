@@ -32,7 +32,7 @@ const SPECIFIED_IN = {
   'request-context': 'integration/coverage integration/life integration/identity integration/transactions',
   'instance-api': 'integration/coverage integration/identity integration/life',
   'nowhere-response': 'integration/life pitfalls/failures',
-  registration: 'integration/coverage integration/closing integration/life',
+  registration: 'integration/coverage integration/closing integration/duplicates',
   plugin: 'unit/early-routes integration/coverage interop/hooks interop/encapsulation interop/auth',
   'store-in-use':
     'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',

@@ -73,15 +73,93 @@ t.test('close waits for one lease in all, and renews nothing afterwards', async 
   t.equal(renewals, after)
 })
 
-t.test('a store that fails to close does not keep the others open', async (t) => {
-  const [bad, good] = [new ClosableStore(), new ClosableStore()]
-  bad.close = () => Promise.reject(new Error('broken'))
-  const app = Fastify()
-  await app.register(idempotency, { store: bad })
-  app.post('/', { config: { idempotency: { store: good } } }, async () => 'x')
-  await app.ready()
-  await t.rejects(app.close(), { message: 'broken' })
-  t.equal(good.closed, 1)
+for (const comes of ['first', 'last']) {
+  t.test(
+    `a store that fails to close does not keep the others open, and is told of, where it comes ${comes}`,
+    async (t) => {
+      const [bad, good] = [new ClosableStore(), new ClosableStore()]
+      bad.close = () => Promise.reject(new Error('broken'))
+      const app = Fastify()
+      const [one, other] = comes === 'first' ? [bad, good] : [good, bad]
+      await app.register(idempotency, { store: one })
+      app.post('/', { config: { idempotency: { store: other } } }, async () => 'x')
+      await app.ready()
+      await t.rejects(app.close(), { message: 'broken' })
+      t.equal(good.closed, 1)
+    }
+  )
+}
+
+t.test('close waits for all claims that are running, not only for the first that ends', async (t) => {
+  const store = new ClosableStore()
+  const app = await build(t, { store })
+  const leave = { short: latch(), long: latch() }
+  app.post('/:name', { config: { idempotency: true } }, async ({ params }) => {
+    await leave[(params as { name: keyof typeof leave }).name].promise
+    return 'done'
+  })
+  const requests = ['short', 'long'].map((key) =>
+    inject(app, { ...keyed, url: `/${key}`, headers: { 'idempotency-key': key } })
+  )
+  for (const key of ['short', 'long']) {
+    await until(async () => (await app.idempotency.get(key))?.state === 'running')
+  }
+  const closing = app.close()
+  // For the close to come to its waiting, and then to go on, if it will.
+  const turns = async () => {
+    for (let turn = 0; turn < 20; turn++) await new Promise((resolve) => setImmediate(resolve))
+  }
+  await turns()
+  leave.short.open()
+  await requests[0]
+  await turns()
+  t.equal(store.closed, 0)
+  leave.long.open()
+  await Promise.all([closing, ...requests])
+  t.same([store.completedWhileOpen, store.closed], [2, 1])
+})
+
+t.test('what could not be stored until the close is not tried any more afterwards', async (t) => {
+  const store = new ClosableStore()
+  const app = await build(t, { store, lease: 30, storeTimeout: 20 })
+  app.post('/', { config: { idempotency: true } }, async () => 'done')
+  let asked = 0
+  store.complete = async () => {
+    asked++
+    throw new Error('down')
+  }
+  t.equal((await app.inject(keyed)).body, 'done')
+  await app.close()
+  const after = asked
+  // The pauses before the first three repetitions.
+  await sleep(50 + 100 + 200)
+  t.equal(asked, after)
+})
+
+t.test('a duplicate whose answer comes when the server is closing does not begin to wait', async (t) => {
+  const store = new ClosableStore()
+  const app = await build(t, { store, onConflict: 'wait' })
+  const [leave, asked, answer] = [latch(), latch(), latch()]
+  app.post('/', { config: { idempotency: true } }, async () => {
+    await leave.promise
+    return 'done'
+  })
+  const first = inject(app, keyed)
+  await until(async () => (await app.idempotency.get('k'))?.state === 'running')
+  const acquire = store.acquire.bind(store)
+  store.acquire = async (...args) => {
+    asked.open()
+    await answer.promise
+    return acquire(...args)
+  }
+  const duplicate = inject(app, keyed)
+  await asked.promise
+  const closing = app.close()
+  for (let turn = 0; turn < 10; turn++) await new Promise((resolve) => setImmediate(resolve))
+  answer.open()
+  t.equal((await duplicate).json().code, 'FST_IDEMPOTENCY_IN_PROGRESS')
+  leave.open()
+  await Promise.all([first, closing])
 })
 
 t.test('close does not wait for claims that nobody needs', async (t) => {
