@@ -37,7 +37,7 @@ const SPECIFIED_IN = {
   'store-in-use':
     'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
   operation:
-    'integration/coverage integration/errors integration/duplicates integration/life integration/identity ' +
+    'integration/coverage integration/claim-events integration/errors integration/duplicates integration/life integration/identity ' +
     'pitfalls/failures pitfalls/claim integration/closing integration/transactions integration/transaction-failures',
   lifecycle:
     'integration/coverage integration/replies integration/errors integration/life integration/identity ' +
