@@ -18,7 +18,7 @@ const SPECIFIED_IN = {
   key: 'unit/key properties/key integration/identity',
   fingerprint: 'integration/identity unit/fingerprint pitfalls/sameness interop/multipart properties/canonical-json',
   options: 'unit/options integration/coverage',
-  replay: 'integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
+  replay: 'unit/replay integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
   capture: 'unit/capture integration/replies integration/life pitfalls/replies',
   deadlines: 'unit/deadlines unit/within',
   leases: 'unit/leases unit/deadlines integration/life pitfalls/claim',
