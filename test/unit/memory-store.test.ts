@@ -1,4 +1,5 @@
 import { createHook } from 'node:async_hooks'
+import { getEventListeners } from 'node:events'
 import t, { type Test } from 'tap'
 import { MemoryStore, type MemoryStoreOptions } from '../../lib/stores/memory.js'
 import type { Claim, StoredReply } from '../../types/index.js'
@@ -161,6 +162,15 @@ t.test('a store that is full of running claims refuses another, and harms none o
   t.match(await store.acquire('a', claim('other')), { state: 'running' })
   await store.release('a', 'a')
   t.same(await store.acquire('c', claim('c')), { state: 'acquired', attempt: 1 })
+})
+
+t.test('a store that was full of running claims makes room again when they have ended', async (t) => {
+  const store = new MemoryStore({ maxEntries: 2 })
+  for (const key of ['a', 'b']) await store.acquire(key, claim(key))
+  await t.rejects(store.acquire('c', claim('c')), FULL(2))
+  for (const key of ['a', 'b']) await store.complete(key, key, reply(), MINUTE)
+  for (const key of ['c', 'd']) await finish(store, key)
+  t.strictSame(await states(store, 'a', 'b', 'c', 'd'), ['free', 'free', 'completed', 'completed'])
 })
 
 t.test('a reply makes room for a new claim, even for the same key', async (t) => {
@@ -337,4 +347,89 @@ t.test('expired entries make room without being asked for, and sweeping ends wit
   t.equal(sweepers.size, 1, 'and begins again with the next')
   await until(() => sweepers.size === 0)
   t.ok(sweeps > before)
+})
+
+/** A clock that can be put on, and the store's sweeping in the test's hands. */
+function timeMachine(t: Test) {
+  const { setInterval, clearInterval } = globalThis
+  const { now } = performance
+  t.teardown(() => {
+    Object.assign(globalThis, { setInterval, clearInterval })
+    performance.now = now
+  })
+  let ahead = 0
+  performance.now = () => now.call(performance) + ahead
+  let sweep: (() => void) | null = null
+  Object.assign(globalThis, {
+    setInterval(work: () => void) {
+      sweep = work
+      return { unref: () => 'sweeper' }
+    },
+    clearInterval() {
+      sweep = null
+    }
+  })
+  return {
+    pass(ms: number) {
+      ahead += ms
+    },
+    sweep: () => sweep?.(),
+    get isSweeping() {
+      return sweep !== null
+    }
+  }
+}
+
+t.test('a release may be repeated for a minute, and then it is none any more', async (t) => {
+  const time = timeMachine(t)
+  const store = new MemoryStore()
+  await store.acquire('a', claim('1'))
+  t.equal(await store.release('a', '1'), true)
+  time.pass(50_000)
+  t.equal(await store.release('a', '1'), true)
+  t.equal(await store.release('a', '2'), false)
+  time.pass(10_000)
+  t.equal(await store.release('a', '1'), false)
+})
+
+t.test('of more than ten thousand releases the oldest is forgotten', async (t) => {
+  const store = new MemoryStore()
+  for (let n = 0; n <= 10_000; n++) {
+    await store.acquire(`${n}`, claim('1'))
+    await store.release(`${n}`, '1')
+  }
+  t.equal(await store.release('0', '1'), false)
+  t.equal(await store.release('1', '1'), true)
+  t.equal(await store.release('10000', '1'), true)
+})
+
+t.test('releases are swept when their minute is over, and sweeping ends with the last of them', async (t) => {
+  const time = timeMachine(t)
+  const store = new MemoryStore()
+  for (const key of ['a', 'b']) {
+    await store.acquire(key, claim('1'))
+    await store.release(key, '1')
+    time.pass(30_000)
+  }
+  // The first is due, the second is not.
+  time.pass(1_000)
+  time.sweep()
+  t.ok(time.isSweeping)
+  t.equal(await store.release('b', '1'), true)
+  time.pass(30_000)
+  time.sweep()
+  t.notOk(time.isSweeping)
+})
+
+t.test('who was told of a change, or has gone, leaves no listener behind', async (t) => {
+  const store = new MemoryStore()
+  await store.acquire('a', claim('1'))
+  const [gone, told] = [new AbortController(), new AbortController()]
+  const changes = [store.changed('a', gone.signal), store.changed('a', told.signal)]
+  gone.abort()
+  await changes[0]
+  t.strictSame(getEventListeners(gone.signal, 'abort'), [])
+  await store.release('a', '1')
+  await changes[1]
+  t.strictSame(getEventListeners(told.signal, 'abort'), [])
 })
