@@ -2,7 +2,8 @@
 // does so for all files; `npm run mutation -- key fingerprint` for lib/key.ts and lib/fingerprint.ts;
 // `npm run mutation -- key:10-20` for some lines; `npm run mutation -- --again key` for what survived the last time.
 // `--last` tells the last outcome once more, without running anything.
-// MUTATION_JOBS: how many at once; MUTATION_EXCLUDE: kinds of faults to leave out. What may survive is listed in test/mutation/survivors.md, with the reason.
+// MUTATION_JOBS: how many at once; MUTATION_EXCLUDE: kinds of faults to leave out.
+// What may survive is listed in test/mutation/survivors.md, with the reason.
 
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
