@@ -313,7 +313,8 @@ export class Operation implements Subject, Waiter, Renewable {
   async #judgeLater(pending: Promise<Found | Verdict>, final: boolean): Promise<Verdict> {
     try {
       const found = await pending
-      return this.#judged(typeof found === 'string' ? found : await this.#decide(found, final))
+      const verdict = typeof found === 'string' ? found : this.#decide(found, final)
+      return this.#judged(verdict instanceof Promise ? await verdict : verdict)
     } catch (error) {
       return this.#judgedFailed(error)
     }

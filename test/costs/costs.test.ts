@@ -1,0 +1,97 @@
+import { createHook } from 'node:async_hooks'
+import type { FastifyInstance } from 'fastify'
+import t, { type Test } from 'tap'
+import { type IdempotencyStore, LocalCache, MemoryStore, RedisStore } from '../../index.js'
+import { build, inject } from '../support/app.js'
+import { startRedis } from '../support/redis.js'
+
+/* What a request costs, in things that can be counted. Times are the benchmark's business: they differ, these do not. */
+
+const REQUESTS = 20
+
+/** How many of what Node's async hooks know came into being for each request. */
+async function costs(send: (n: number) => Promise<unknown>): Promise<Record<string, number>> {
+  for (let n = 0; n < 5; n++) await send(-1 - n)
+  const counts: Record<string, number> = { PROMISE: 0, Timeout: 0, Immediate: 0 }
+  const hook = createHook({
+    init(_, type) {
+      if (type in counts) counts[type] = (counts[type] as number) + 1
+    }
+  }).enable()
+  for (let n = 0; n < REQUESTS; n++) await send(n)
+  hook.disable()
+  return Object.fromEntries(Object.entries(counts).map(([type, count]) => [type, count / REQUESTS]))
+}
+
+/** Of timers there are some now and then that serve many requests, and Node has its own. */
+function within(t: Test, found: Record<string, number>, { promises = 0, turns = 0 }): void {
+  const { PROMISE = 0, Timeout = 0, Immediate = 0 } = found
+  t.ok(PROMISE <= promises, `${PROMISE} promises, of ${promises}`)
+  t.ok(Immediate <= turns, `${Immediate} turns of the event loop, of ${turns}`)
+  t.ok(Timeout * REQUESTS <= 3, `${Timeout * REQUESTS} timers for ${REQUESTS} requests`)
+}
+
+const post = (app: FastifyInstance, url: string, key?: string) =>
+  inject(app, { method: 'POST', url, headers: key === undefined ? {} : { 'idempotency-key': key }, payload: { a: 1 } })
+
+async function appOn(t: Test, store: IdempotencyStore) {
+  const app = await build(t, { store })
+  app.post('/', { config: { idempotency: true } }, async () => ({ done: true }))
+  app.post('/bare', async () => ({ done: true }))
+  await app.ready()
+  const bare = await costs(() => post(app, '/bare'))
+  const more = async (send: (n: number) => Promise<unknown>) => {
+    const found = await costs(send)
+    return Object.fromEntries(Object.entries(found).map(([type, count]) => [type, count - (bare[type] as number)]))
+  }
+  return { app, more, first: (n: number) => post(app, '/', `key ${n}`), replay: () => post(app, '/', 'replayed') }
+}
+
+t.test('a covered request without a key costs no promise and no timer', async (t) => {
+  const { app, more } = await appOn(t, new MemoryStore())
+  within(t, await more(() => post(app, '/')), { promises: 0 })
+})
+
+t.test('a first request in memory costs three promises, for a handler that returns one, and no timer', async (t) => {
+  const { more, first } = await appOn(t, new MemoryStore())
+  within(t, await more(first), { promises: 3 })
+})
+
+t.test('a replay from memory costs no promise and no timer', async (t) => {
+  const { more, replay } = await appOn(t, new MemoryStore())
+  within(t, await more(replay), { promises: 0 })
+})
+
+const server = await startRedis()
+t.teardown(() => server.close())
+
+t.test('on Redis a request costs no timer of its own, and no more promises than it used to', async (t) => {
+  const { more, first, replay } = await appOn(t, new RedisStore(await server.client(), { keyPrefix: 'counted:' }))
+  // One turn of the event loop for all that is asked in it.
+  within(t, await more(first), { promises: 42, turns: 2 })
+  within(t, await more(replay), { promises: 22, turns: 2 })
+})
+
+t.test('a replay from a LocalCache costs no promise and no timer', async (t) => {
+  const cache = new LocalCache(new RedisStore(await server.client(), { keyPrefix: 'cached:' }))
+  const { more, replay } = await appOn(t, cache)
+  within(t, await more(replay), { promises: 0 })
+})
+
+t.test('claims that are asked for at the same time go to Redis in one write', async (t) => {
+  const client = await server.client()
+  const { first, replay } = await appOn(t, new RedisStore(client, { keyPrefix: 'together:' }))
+  await replay()
+  const { stream } = client as unknown as { stream: { write(...args: unknown[]): boolean } }
+  let writes = 0
+  const write = stream.write
+  t.intercept(stream, 'write', {
+    value(this: typeof stream, ...args: unknown[]) {
+      writes++
+      return write.apply(this, args)
+    }
+  })
+  await Promise.all(Array.from({ length: 50 }, replay))
+  t.ok(writes <= 3, `${writes} writes for 50 replays`)
+  t.match((await first(1)).statusCode, 200)
+})
