@@ -9,7 +9,18 @@ import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'nod
 
 const root = new URL('..', import.meta.url)
 /** What snippets use without declaring it: see the `given.ts` beside them. */
-const GIVEN = ['app', 'idempotency', 'handler', 'verifySession', 'chargeCard', 'MapStore', 'send', 'sessionStorage']
+const GIVEN = [
+  'app',
+  'idempotency',
+  'handler',
+  'verifySession',
+  'chargeCard',
+  'MapStore',
+  'redis',
+  'server',
+  'send',
+  'sessionStorage'
+]
 const docs = readdirSync(new URL('docs/', root)).filter((file) => file.endsWith('.md'))
 
 extract(['README.md'], 'test/readme/snippets/')

@@ -1,10 +1,13 @@
+import { randomBytes } from 'node:crypto'
 import { readdirSync, readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import Fastify, { type FastifyInstance } from 'fastify'
+import type { OpenAPIV3_1 } from 'openapi-types'
 import t from 'tap'
 import idempotency, { type IdempotencyStore, MemoryStore, PostgresStore } from '../../index.js'
+import type { IdempotentResponse } from '../../lib/client.js'
 import { REGISTRATION_RULES } from '../../lib/options.js'
 import { PostgresSql } from '../../lib/stores/postgres-sql.js'
 import { storeConformance } from '../../lib/testkit.js'
@@ -33,6 +36,8 @@ async function snippet(name: string, given: Partial<Given> = {}): Promise<Record
     chargeCard: async () => ({ run: ++runs }),
     app: undefined as never,
     MapStore: undefined as never,
+    redis: undefined as never,
+    server: undefined as never,
     ...given
   })
 }
@@ -204,6 +209,47 @@ t.test('testkit: the store of the README keeps every promise', async (t) => {
   `)
   t.equal(code, 0, code === 0 ? 'it ends well' : output)
   t.match(output, new RegExp(`^# pass ${storeConformance(() => new MemoryStore()).length}$`, 'm'))
+})
+
+t.test('local-cache, encrypted: a reply on Redis is replayed from here, or cannot be read there', async (t) => {
+  const redis = await startRedis()
+  t.teardown(() => redis.close())
+  const client = await redis.client()
+  process.env.IDEMPOTENCY_KEYS = [randomBytes(32).toString('base64'), randomBytes(32).toString('hex')].join()
+  for (const name of ['local-cache', 'encrypted']) {
+    await client.flushall()
+    const app = await bare(t)
+    await snippet(name, { app, redis: client })
+    app.post('/', { config: { idempotency: true } }, async () => 'a secret')
+    t.equal(await replays(app, '/'), true, name)
+    const [key = ''] = await client.keys('idempotency:*')
+    t.equal(String(await client.get(key)).includes('a secret'), name === 'local-cache')
+    await client.flushall()
+    const again = await inject(app, { method: 'POST', url: '/', headers: { 'idempotency-key': 'k' } })
+    t.equal(again.headers[REPLAYED] === 'true', name === 'local-cache')
+  }
+})
+
+t.test('client: one operation, whatever its client has to repeat', async (t) => {
+  const app = await bare(t, true)
+  app.addContentTypeParser('*', { parseAs: 'string' }, (_request, body, done) => done(null, body))
+  app.post('/charges', { config: { idempotency: true } }, async (_request, reply) => {
+    if (++runs < 2) return reply.code(503).header('retry-after', '0').send()
+    return { runs }
+  })
+  const server = await app.listen({ host: '127.0.0.1', port: 0 })
+  const { response } = (await snippet('client', { server })) as { response: IdempotentResponse }
+  t.match(response.idempotency, { attempts: 2, replayed: false })
+  t.same(await response.json(), { runs: 2 })
+})
+
+t.test('openapi: documents show the key', async (t) => {
+  const app = await bare(t, true)
+  await snippet('openapi', { app })
+  app.post('/charges', { config: { idempotency: true } }, async () => 'x')
+  await app.ready()
+  const { parameters } = (app.swagger() as OpenAPIV3_1.Document).paths?.['/charges']?.post ?? {}
+  t.match(parameters, [{ in: 'header', name: 'Idempotency-Key' }])
 })
 
 t.test('auth: a replay leaves only when the session is verified', async (t) => {
