@@ -152,12 +152,15 @@ export class RedisStore implements IdempotencyStore {
     return this.#renewals.renew(this.#prefix + key, ownerOf(CLAIM, token), leaseMs)
   }
 
-  async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
-    const value = cheapest(encodeRecord(record, Buffer.from(ownerOf(RECORD, token))))
-    const connection = this.#connection
-    const stored = await this.#finish(key, token, value, ttlMs === null ? '' : String(ttlMs))
-    if (stored && this.#replicas > 0) await this.#replicated(connection)
-    return stored
+  complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+    try {
+      const value = cheapest(encodeRecord(record, Buffer.from(ownerOf(RECORD, token))))
+      const expiry = ttlMs === null ? '' : String(ttlMs)
+      if (this.#replicas > 0) return this.#finishOnReplicas(key, token, value, expiry)
+      return this.#finish(key, token, value, expiry)
+    } catch (error) {
+      return Promise.reject(error)
+    }
   }
 
   async release(key: string, token: string): Promise<boolean> {
@@ -196,6 +199,13 @@ export class RedisStore implements IdempotencyStore {
     return this.#subscriptions.close()
   }
 
+  async #finishOnReplicas(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
+    const connection = this.#connection
+    const stored = await this.#finish(key, token, value, expiry)
+    if (stored) await this.#replicated(connection)
+    return stored
+  }
+
   #finish(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
     return this.#test(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
   }
@@ -229,8 +239,8 @@ export class RedisStore implements IdempotencyStore {
   }
 
   /** Runs a script that answers yes or no. */
-  async #test(script: Script, key: string, ...args: Argument[]): Promise<boolean> {
-    return Number(await this.#run(script, key, ...args)) === 1
+  #test(script: Script, key: string, ...args: Argument[]): Promise<boolean> {
+    return this.#run(script, key, ...args).then(isOne)
   }
 
   #run(script: Script, key: string, ...args: Argument[]): Promise<unknown> {
@@ -249,6 +259,10 @@ function ownerOf(kind: number, token: string): Argument {
   owner[2] = length
   owner.write(token, 3)
   return owner
+}
+
+function isOne(result: unknown): boolean {
+  return Number(result) === 1
 }
 
 function join(owner: Argument, rest: string): Argument {
