@@ -1,25 +1,34 @@
-// Packs the package as it would be published, installs it into an empty project beside Fastify, and uses it there as an
-// ES module, a CommonJS module and from TypeScript as both. One line for each check; exits 1 when one fails.
+// Packs the package as it would be published, asks publint and attw about it, installs it into an empty project beside
+// Fastify, and uses it there as an ES module, a CommonJS module and from TypeScript as both, under every way to resolve
+// modules. One line for each check; exits 1 when one fails.
 
 import { spawnSync } from 'node:child_process'
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { dirname, join, posix } from 'node:path'
+import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const { name } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
 const npmQuiet = ['--no-audit', '--no-fund', '--loglevel=error']
 
-const entries = ['dist/index', 'dist/lib/testkit'].flatMap((entry) => [`${entry}.js`, `${entry}.d.ts`])
-const required = ['package.json', 'README.md', 'CHANGELOG.md', 'LICENSE', ...entries]
+const entries = ['dist/index', 'dist/lib/client', 'dist/lib/testkit'].flatMap((entry) => [
+  `${entry}.js`,
+  `${entry}.d.ts`
+])
+const docs = readdirSync(join(root, 'docs')).map((file) => `docs/${file}`)
+const required = ['package.json', 'README.md', 'CHANGELOG.md', 'LICENSE', ...entries, ...docs]
 const allowed =
-  /^(package\.json|README\.md|CHANGELOG\.md|LICENSE|dist\/(?!test\/|examples\/).*\.(js|d\.ts|js\.map|d\.ts\.map))$/
+  /^(package\.json|(README|CHANGELOG)\.md|LICENSE|docs\/[\w-]+\.md|dist\/(index|(lib|types)\/[\w/-]+)\.(js|d\.ts))$/
+
+/** For projects that have not come to our own: the oldest way to resolve modules is gone from TypeScript 7. */
+const OLDER_TYPESCRIPT = '5.9.3'
 
 /** What each consumer does once it has `fastify` and `idempotency`: JavaScript and TypeScript alike. */
 const use = `
   const app = fastify()
-  await app.register(idempotency)
+  const store = new LocalCache(new EncryptedStore(new MemoryStore(), { keys: [Buffer.alloc(32, 1)] }))
+  await app.register(idempotency, { store })
   let runs = 0
   app.post('/orders', { config: { idempotency: true } }, async (request) => {
     runs++
@@ -37,12 +46,35 @@ const use = `
   assert.equal(second.headers['idempotent-replayed'], 'true', 'the second reply is a replay')
   assert.equal(second.body, first.body)
   assert.equal(runs, 1, 'the handler ran once')
+  const url = await app.listen({ port: 0, host: '127.0.0.1' })
+  const send = idempotentFetch()
+  const reply = await send(url + '/orders', { method: 'POST', idempotencyKey: 'k2' })
+  assert.deepEqual(reply.idempotency, { key: 'k2', attempts: 1, replayed: false })
+  assert.deepEqual(await reply.json(), { attempt: 1 })
+  assert.equal((await send(url + '/orders', { method: 'POST', idempotencyKey: 'k2' })).idempotency.replayed, true)
   await app.close()
 `
-const classes = `
-  assert.equal(typeof MemoryStore, 'function')
-  assert.equal(typeof RedisStore, 'function')
-  assert.equal(typeof PostgresStore, 'function')
+const named = 'EncryptedStore, LocalCache, MemoryStore, PostgresStore, RedisStore, openapiTransform'
+const functions = `
+for (const it of [${named}]) assert.equal(typeof it, 'function')
+`
+/** What TypeScript shall find, besides what the code uses. */
+const types = `
+import type {
+  Acquisition, EncryptedStoreOptions, EncryptionKey, IdempotencyEvent, IdempotencyOptions, IdempotencyStore,
+  LocalCacheOptions, MemoryStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord
+} from '${name}'
+import type { IdempotentFetch, IdempotentFetchOptions } from '${name}/client'
+import type { ConformanceCase, StoreFactory } from '${name}/testkit'
+export type All = [
+  Acquisition, EncryptedStoreOptions, EncryptionKey, IdempotencyEvent, IdempotencyOptions, IdempotencyStore,
+  LocalCacheOptions, MemoryStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord,
+  IdempotentFetch, IdempotentFetchOptions, ConformanceCase, StoreFactory
+]
+// @ts-expect-error: an option that is \`any\` would be found here.
+export const wrong: IdempotencyOptions = { ttl: 'soon' }
+// @ts-expect-error
+export const alsoWrong: IdempotentFetchOptions = { timeout: 'soon' }
 `
 /** All cases of the conformance kit, without a test runner. */
 const conformance = `
@@ -59,21 +91,23 @@ const sources = {
   'esm.mjs': `
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
-import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
+import idempotency, { ${named}, idempotency as named } from '${name}'
+import { idempotentFetch } from '${name}/client'
 import { storeConformance } from '${name}/testkit'
 assert.equal(idempotency, named)
-${classes}${use}${conformance}`,
+${functions}${use}${conformance}`,
 
   'commonjs.cjs': `
 const assert = require('node:assert/strict')
 const fastify = require('fastify')
 const idempotency = require('${name}')
+const { idempotentFetch } = require('${name}/client')
 const { storeConformance } = require('${name}/testkit')
-const { MemoryStore, PostgresStore, RedisStore } = idempotency
+const { ${named} } = idempotency
 assert.equal(typeof idempotency, 'function')
 assert.equal(idempotency, idempotency.default)
 assert.equal(idempotency, idempotency.idempotency)
-${classes}${main(use + conformance)}`,
+${functions}${main(use + conformance)}`,
 
   'node-test.test.mjs': `
 import test from 'node:test'
@@ -82,31 +116,76 @@ import { storeConformance } from '${name}/testkit'
 for (const { name, run } of storeConformance(() => new MemoryStore())) test(name, run)
 `,
 
-  'typescript-esm.ts': `
+  'typescript-esm.ts': `${types}
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
-import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
+import idempotency, { ${named}, idempotency as named } from '${name}'
+import { idempotentFetch } from '${name}/client'
 import { storeConformance } from '${name}/testkit'
 assert.equal(idempotency, named)
-${classes}${use}${conformance}`,
+${functions}${use}${conformance}`,
 
-  'typescript-commonjs-require.cts': `
+  'typescript-commonjs-require.cts': `${types}
 import assert = require('node:assert/strict')
 import fastify = require('fastify')
 import idempotency = require('${name}')
+import { idempotentFetch } from '${name}/client'
 import { storeConformance } from '${name}/testkit'
-const { MemoryStore, PostgresStore, RedisStore } = idempotency
+const { ${named} } = idempotency
 assert.equal(typeof idempotency, 'function')
-${classes}${main(use + conformance)}`,
+${functions}${main(use + conformance)}`,
 
-  'typescript-commonjs-import.cts': `
+  'typescript-commonjs-import.cts': `${types}
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
-import idempotency, { MemoryStore, PostgresStore, RedisStore, idempotency as named } from '${name}'
+import idempotency, { ${named}, idempotency as named } from '${name}'
+import { idempotentFetch } from '${name}/client'
 import { storeConformance } from '${name}/testkit'
 assert.equal(idempotency, named)
-${classes}${main(use + conformance)}`
+${functions}${main(use + conformance)}`,
+
+  // In a browser, where there is no Node.
+  'browser.ts': `
+import { type IdempotentResponse, IdempotentFetchError, idempotentFetch } from '${name}/client'
+const send = idempotentFetch({ timeout: null })
+export async function pay(form: FormData): Promise<IdempotentResponse | null> {
+  try {
+    return await send('/payments', { method: 'POST', body: form, idempotencyKey: crypto.randomUUID() })
+  } catch (error) {
+    if (error instanceof IdempotentFetchError) return null
+    throw error
+  }
 }
+`
+}
+
+const node = { target: 'ES2023', lib: ['ES2023'], types: ['node'] }
+const inCommonJs = ['typescript-commonjs-require.cts', 'typescript-commonjs-import.cts']
+
+/**
+ * How projects resolve modules. The first one's output is run.
+ * @type {[what: string, compiler: string, files: string[], compilerOptions: Record<string, unknown>][]}
+ */
+const compilations = [
+  ['NodeNext', 'typescript', ['typescript-esm.ts', ...inCommonJs], { ...node, module: 'NodeNext', outDir: 'built' }],
+  ['Node20', 'typescript', ['typescript-esm.ts', ...inCommonJs], { ...node, module: 'Node20' }],
+  ['Node16', 'typescript', ['typescript-esm.ts'], { ...node, module: 'Node16' }],
+  ['Bundler', 'typescript', ['typescript-esm.ts'], { ...node, module: 'Preserve', moduleResolution: 'Bundler' }],
+  [
+    'Bundler, for browsers',
+    'typescript',
+    ['browser.ts'],
+    { target: 'ES2023', lib: ['ES2023', 'DOM'], types: [], module: 'ESNext', moduleResolution: 'Bundler' }
+  ],
+  ['NodeNext', 'typescript-5', ['typescript-esm.ts', ...inCommonJs], { ...node, module: 'NodeNext' }],
+  // Knows neither `exports` nor what `require()` gets: there the plugin is imported.
+  [
+    'Node10',
+    'typescript-5',
+    ['typescript-commonjs-import.cts'],
+    { ...node, module: 'CommonJS', moduleResolution: 'Node10', esModuleInterop: true }
+  ]
+]
 
 const work = mkdtempSync(join(tmpdir(), 'check-package-'))
 process.on('exit', () => rmSync(work, { recursive: true, force: true }))
@@ -161,31 +240,27 @@ function checkFiles(tarball) {
   assert(missing.length === 0, `missing from the tarball: ${missing.join(', ')}`)
   assert(strange.length === 0, `should not be in the tarball: ${strange.join(', ')}`)
   run('tar', ['-xzf', tarball], work)
-  for (const file of files.filter((file) => /\.(js|ts|map)$/.test(file))) checkMap(files, file)
+  // No maps, and so none is named: the sources are not there.
+  const mapped = files.filter((file) =>
+    /^\/\/# sourceMappingURL=/m.test(readFileSync(join(work, 'package', file), 'utf8'))
+  )
+  assert(mapped.length === 0, `names a source map: ${mapped.join(', ')}`)
   return ` (${files.length} files, ${Math.ceil(statSync(tarball).size / 1024)} KiB packed)`
 }
 
+/** @type {(tarball: string) => void} */
+function lintPackage(tarball) {
+  run(join(root, 'node_modules', '.bin', 'publint'), ['run', tarball, '--strict'], root)
+}
+
 /**
- * A map's sources are in it or in the package, and the map that a file names is there.
- * @type {(files: string[], file: string) => void}
+ * attw's rule about require() that finds an ES module is left out: every Node that the package runs on can do it, and
+ * `commonjs.cjs` and the `.cts` consumers do.
+ * @type {(tarball: string) => void}
  */
-function checkMap(files, file) {
-  const text = readFileSync(join(work, 'package', file), 'utf8')
-  const beside = (/** @type {string} */ path) => posix.normalize(posix.join(dirname(file), path))
-  if (file.endsWith('.map')) {
-    const { sources, sourcesContent } = JSON.parse(text)
-    const lost = sources.filter(
-      (/** @type {string} */ source, /** @type {number} */ at) =>
-        !sourcesContent?.[at] && !files.includes(beside(source))
-    )
-    assert(lost.length === 0, `${file} points to what is not in the tarball: ${lost.join(', ')}`)
-  } else {
-    const map = /^\/\/# sourceMappingURL=(\S+)$/m.exec(text)?.[1]
-    assert(
-      !map || map.startsWith('data:') || files.includes(beside(map)),
-      `${file} names a map that is not there: ${map}`
-    )
-  }
+function lintTypes(tarball) {
+  const args = [tarball, '--no-color', '--ignore-rules', 'cjs-resolves-to-esm']
+  run(join(root, 'node_modules', '.bin', 'attw'), args, root)
 }
 
 /** @type {(tarball: string) => string} An empty project with the package, and with our versions of what it is used with. */
@@ -197,26 +272,19 @@ function install(tarball) {
     const { version } = JSON.parse(readFileSync(join(root, 'node_modules', dependency, 'package.json'), 'utf8'))
     return `${dependency}@${version}`
   })
+  others.push(`typescript-5@npm:typescript@${OLDER_TYPESCRIPT}`)
   run('npm', ['install', ...npmQuiet, '--prefer-offline', '--no-package-lock', tarball, ...others], project)
   for (const [file, source] of Object.entries(sources)) writeFileSync(join(project, file), source)
   return project
 }
 
-/** @type {(project: string) => void} */
-function compile(project) {
-  const compilerOptions = {
-    target: 'ES2023',
-    module: 'NodeNext',
-    moduleResolution: 'NodeNext',
-    lib: ['ES2023'],
-    types: ['node'],
-    strict: true,
-    exactOptionalPropertyTypes: true,
-    skipLibCheck: false,
-    outDir: 'built'
-  }
-  writeFileSync(join(project, 'tsconfig.json'), JSON.stringify({ compilerOptions, include: ['*.ts', '*.cts'] }))
-  run(process.execPath, [join(project, 'node_modules', 'typescript', 'bin', 'tsc'), '-p', project], project)
+/** @type {(project: string, compilation: (typeof compilations)[number]) => void} */
+function compile(project, [what, compiler, files, { outDir, ...compilerOptions }]) {
+  const strict = { strict: true, exactOptionalPropertyTypes: true, skipLibCheck: false }
+  const output = outDir === undefined ? { noEmit: true } : { outDir, rootDir: '.' }
+  const config = join(project, `tsconfig.${compiler}-${what.replace(/\W/g, '')}.json`)
+  writeFileSync(config, JSON.stringify({ compilerOptions: { ...compilerOptions, ...strict, ...output }, files }))
+  run(process.execPath, [join(project, 'node_modules', compiler, 'bin', 'tsc'), '-p', config], project)
 }
 
 let tarball = ''
@@ -225,17 +293,21 @@ const ready =
   step('npm pack', () => {
     tarball = pack()
   }) &&
-  step('the tarball', () => checkFiles(tarball)) &&
+  step('the tarball', () => checkFiles(tarball)) && [
+    step('publint', () => lintPackage(tarball)),
+    step('attw', () => lintTypes(tarball))
+  ] &&
   step('npm install of the tarball', () => {
     project = install(tarball)
   })
 if (ready) {
-  const compiled = step('TypeScript, strict, NodeNext', () => compile(project))
-  for (const file of Object.keys(sources)) {
+  for (const compilation of compilations) {
+    const [what, compiler] = compilation
+    step(`${compiler}, strict, ${what}`, () => compile(project, compilation))
+  }
+  for (const file of Object.keys(sources).filter((file) => file !== 'browser.ts')) {
     const script = /\.c?ts$/.test(file) ? join('built', file.replace(/ts$/, 'js')) : file
-    if (script === file || (compiled && existsSync(join(project, script)))) {
-      step(file, () => void run(process.execPath, [script], project))
-    }
+    step(file, () => void run(process.execPath, [script], project))
   }
 }
 process.exitCode = failures > 0 ? 1 : 0
