@@ -57,7 +57,8 @@ async function open(
     return reply.code(201).send({ run, attempt: request.idempotency?.attempt })
   })
   await app.ready()
-  t.equal((await scene.send('before')).status, 201, 'all is well before')
+  // On a machine that is busy the limit of a store call may be too short for the first of them.
+  await until(async () => (await scene.send('before')).status === 201, { message: 'all to be well before' })
   scene.runs = 0
   return scene
 }

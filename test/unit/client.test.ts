@@ -503,6 +503,6 @@ t.test('it compiles for browsers: with the types of the DOM, and nothing else', 
   const file = join(folder, 'tsconfig.json')
   writeFileSync(file, JSON.stringify({ ...config, files: [join(root, 'lib/client.ts')] }))
   const tsc = join(root, 'node_modules/typescript/bin/tsc')
-  const { status, stdout } = spawnSync(process.execPath, [tsc, '-p', file], { encoding: 'utf8' })
-  t.equal(status, 0, stdout)
+  const { status, stdout, stderr } = spawnSync(process.execPath, [tsc, '-p', file], { encoding: 'utf8' })
+  t.equal(status, 0, stdout + stderr)
 })
