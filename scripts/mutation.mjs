@@ -17,9 +17,10 @@ const work = join(root, '.build', 'mutation')
 /** For each file of lib/ the tests in which its behaviour is specified, the quick ones first. */
 const SPECIFIED_IN = {
   key: 'unit/key properties/key integration/identity',
-  fingerprint: 'integration/identity unit/fingerprint pitfalls/sameness interop/multipart properties/canonical-json',
+  fingerprint: 'unit/fingerprint integration/identity',
   options: 'unit/options integration/coverage',
   replay: 'unit/replay integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
+  'at-hand': 'unit/at-hand unit/local-cache integration/coverage',
   capture: 'unit/capture integration/replies integration/life pitfalls/replies',
   deadlines: 'unit/deadlines unit/within',
   leases: 'unit/leases unit/deadlines integration/life pitfalls/claim',
@@ -44,7 +45,10 @@ const SPECIFIED_IN = {
     'integration/coverage integration/replies integration/errors integration/life integration/identity ' +
     'interop/errors interop/hooks pitfalls/failures pitfalls/replies interop/not-found interop/schemas pitfalls/claim ' +
     'integration/transactions integration/transaction-failures',
-  'stores/memory': 'unit/memory-store stores/memory',
+  'stores/memory': 'unit/memory-store',
+  'stores/shelf': 'unit/memory-store unit/local-cache',
+  'stores/kept': 'unit/memory-store unit/local-cache',
+  'stores/local-cache': 'unit/local-cache',
   'stores/record': 'unit/record properties/record',
   'stores/sweeper': 'unit/sweeper',
   'stores/listening': 'stores/redis-wire',

@@ -1,0 +1,51 @@
+import type { FastifyRequest } from 'fastify'
+import t from 'tap'
+import { payloadOfBody } from '../../lib/fingerprint.js'
+
+// Apart from unit/fingerprint because they take their time.
+
+const JSON_TYPE = { 'content-type': 'application/json', 'content-length': '4' }
+
+/** The payload of a body that Fastify has parsed. */
+const payload = (body: unknown) => payloadOfBody({ body, headers: JSON_TYPE } as FastifyRequest)
+
+/** The same, as it came over the wire. */
+const json = (text: string) => payload(JSON.parse(text))
+
+/** `depth` arrays or objects in each other. */
+function nested(depth: number, leaf: unknown, kind: 'array' | 'object'): unknown {
+  let value = leaf
+  for (let i = 0; i < depth; i++) value = kind === 'array' ? [value] : { a: value }
+  return value
+}
+
+t.test('a deep body neither crashes nor loses what is at its bottom', async (t) => {
+  for (const kind of ['array', 'object'] as const) {
+    const one = payload(nested(200_000, 1, kind))
+    t.equal(one, payload(nested(200_000, 1, kind)), kind)
+    t.not(one, payload(nested(200_000, 2, kind)), `${kind}: another leaf`)
+    t.not(one, payload(nested(200_001, 1, kind)), `${kind}: another depth`)
+  }
+  t.not(json(`${'['.repeat(200_000)}${']'.repeat(200_000)}`), json('[]'))
+})
+
+t.test('a wide body is compared to its very end', async (t) => {
+  const wide = (last: number) => [...Array.from({ length: 200_000 }, (_, i) => ({ i })), { i: last }]
+  const backwards = Object.fromEntries(Array.from({ length: 50_000 }, (_, i) => [`k${50_000 - i}`, 50_000 - i]))
+  const forwards = Object.fromEntries(Array.from({ length: 50_000 }, (_, i) => [`k${i + 1}`, i + 1]))
+  t.equal(payload(wide(1)), payload(wide(1)))
+  t.not(payload(wide(1)), payload(wide(2)))
+  t.equal(payload(backwards), payload(forwards))
+})
+
+t.test('a graph that a custom parser made, with cycles everywhere, is not followed for ever', async (t) => {
+  const nodes: Record<string, unknown>[] = Array.from({ length: 9 }, () => ({}))
+  for (const node of nodes) for (const [i, other] of nodes.entries()) node[`n${i}`] = other
+  t.equal(payload(nodes[0]), '')
+})
+
+t.test('a large tree is not taken for such a graph', async (t) => {
+  const tree = () => Array.from({ length: 150_000 }, (_, i) => ({ i }))
+  t.not(payload(tree()), '')
+  t.equal(payload(tree()), payload(tree()))
+})
