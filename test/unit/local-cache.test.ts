@@ -1,8 +1,9 @@
 import t, { type Test } from 'tap'
 import { type IdempotencyStore, LocalCache, MemoryStore } from '../../index.js'
 import { isAtHand } from '../../lib/at-hand.js'
+import type { Acquisition, TransactionAcquisition, TransactionClaim } from '../../types/index.js'
 import { latch } from '../support/latch.js'
-import { claim, newKey, reply, same, take } from '../support/store-fixtures.js'
+import { claim, newKey, reply, same, take, tombstone } from '../support/store-fixtures.js'
 
 const LONG = 60_000
 
@@ -179,6 +180,112 @@ t.test('what is put in or taken out is a copy', async (t) => {
   found.record.headers.push(['x', 'y'])
   same(t, await cache.acquire(key, claim()), reply())
 })
+
+t.test('a key is not replayed while it is being deleted, nor after that failed', async (t) => {
+  const [gate, began] = [latch(), latch()]
+  class Slow extends Counted {
+    override async delete(): Promise<boolean> {
+      began.open()
+      await gate.promise
+      throw new Error('The store is down')
+    }
+  }
+  const store = new Slow()
+  const cache = new LocalCache(store)
+  const key = await finish(cache)
+  const deleted = cache.delete?.(key)
+  await began.promise
+  store.asked = []
+  await cache.acquire(key, claim())
+  t.strictSame(store.asked, ['acquire'])
+  gate.open()
+  await t.rejects(deleted as Promise<unknown>, { message: 'The store is down' })
+  store.asked = []
+  await cache.acquire(key, claim())
+  t.strictSame(store.asked, ['acquire'], 'what was learned while it was being deleted is forgotten')
+})
+
+t.test('in a transaction as well, what is finished is replayed without asking the store', async (t) => {
+  const asked: string[] = []
+  class Transactional extends MemoryStore {
+    async begin(key: string, claim: TransactionClaim): Promise<TransactionAcquisition> {
+      asked.push(key)
+      return (await this.acquire(key, claim)) as TransactionAcquisition
+    }
+  }
+  const store = new Transactional()
+  const cache = new LocalCache(store)
+  const ofTransaction = () => ({ ...claim(), wake: false, timeoutMs: LONG })
+  const running = newKey()
+  t.match(await cache.begin?.(running, ofTransaction()), { state: 'acquired' })
+  t.match(await cache.begin?.(running, ofTransaction()), { state: 'running' })
+  t.strictSame(asked, [running, running])
+  const key = await finish(store)
+  for (let n = 0; n < 3; n++) same(t, (await cache.begin?.(key, ofTransaction())) as Acquisition, reply())
+  t.strictSame(asked, [running, running, key])
+})
+
+t.test('who looks at a key sees what the store says', async (t) => {
+  const store = new MemoryStore()
+  const cache = new LocalCache(store)
+  const key = await finish(cache)
+  same(t, (await cache.get?.(key)) as Acquisition, reply())
+  await store.delete(key)
+  t.equal(await cache.get?.(key), null)
+})
+
+t.test('a renewal, the end of a claim, who waits for it, and the end of the store go on to the store', async (t) => {
+  const store = new MemoryStore()
+  let closed = 0
+  store.close = async () => void closed++
+  const cache = new LocalCache(store)
+  const key = newKey()
+  const token = await take(cache, key)
+  const leaving = new AbortController()
+  const changed = cache.changed?.(key, leaving.signal)
+  t.ok(changed instanceof Promise)
+  t.equal(await cache.renew(key, token, LONG), true)
+  t.equal(await cache.release(key, token), true)
+  await changed
+  await cache.close?.()
+  t.equal(closed, 1)
+})
+
+t.test(
+  'claims that never end are forgotten some day, which costs a cached reply, and those that end are not counted',
+  async (t) => {
+    const store = new Counted({ maxEntries: 200_000 })
+    const cache = new LocalCache(store)
+    const key = newKey()
+    const token = await take(cache, key)
+    const asked = async () => {
+      store.asked = []
+      await cache.acquire(key, claim())
+      return store.asked.length
+    }
+    for (let n = 0; n < 100_000; n++) {
+      await cache.acquire(`ended ${n}`, claim({ token: 'a' }))
+      if (n % 2 === 0) await cache.release(`ended ${n}`, 'a')
+      else await cache.complete(`ended ${n}`, 'a', tombstone('too-large'), LONG)
+    }
+    await cache.complete(key, token, reply(), LONG)
+    t.equal(await asked(), 0, 'its claim is known')
+    const other = newKey()
+    const lost = await take(cache, other)
+    for (let n = 0; n < 99_999; n++) await cache.acquire(`lasting ${n}`, claim())
+    t.equal(await cache.complete(other, lost, reply(), LONG), true)
+    store.asked = []
+    await cache.acquire(other, claim())
+    t.strictSame(store.asked, [], 'as many as that are known')
+    const forgotten = newKey()
+    const late = await take(cache, forgotten)
+    for (let n = 0; n < 2; n++) await cache.acquire(`too many ${n}`, claim())
+    await cache.complete(forgotten, late, reply(), LONG)
+    store.asked = []
+    await cache.acquire(forgotten, claim())
+    t.strictSame(store.asked, ['acquire'])
+  }
+)
 
 t.test('what a store lacks, a LocalCache in front of it lacks as well', async (t) => {
   const { acquire, renew, complete, release } = new MemoryStore()
