@@ -111,6 +111,7 @@ t.test('a reply does not outlive its ttl, nor is it asked for less of it than is
   t.match(await cache.acquire(key, claim()), { state: 'acquired' })
   const ever = await finish(cache, newKey(), null)
   t.match(await cache.acquire(ever, claim()), { state: 'completed', ttlMs: null })
+  t.ok(isAtHand(cache.acquire(ever, claim())), 'what is kept for ever is kept here, too')
 })
 
 t.test('a repeated completion with another record does not change what is replayed', async (t) => {

@@ -433,3 +433,12 @@ t.test('who was told of a change, or has gone, leaves no listener behind', async
   await changes[1]
   t.strictSame(getEventListeners(told.signal, 'abort'), [])
 })
+
+t.test('fingerprints come back to the letter, whatever they are made of', async (t) => {
+  const store = new MemoryStore()
+  for (const fingerprint of ['', 'plain', 'é', 'š', '指紋', '\ud800', 'a\u0000b']) {
+    await finish(store, `key ${fingerprint}`, { ...reply(), fingerprint })
+    t.match(await store.get(`key ${fingerprint}`), { state: 'completed', record: { fingerprint } })
+  }
+  await store.close()
+})
