@@ -42,14 +42,13 @@ export function encodeRecord(record: StoredRecord, prefix: Buffer): Buffer {
  */
 export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
   const start = offset + LENGTH_BYTES
-  if (bytes.length < start) throw undecodable()
   const end = start + readLength(bytes, offset)
   if (bytes.length !== end + readLength(bytes, offset + 4)) throw undecodable()
   let head: unknown
   try {
     head = JSON.parse(bytes.toString('utf8', start, end))
   } catch {
-    throw undecodable()
+    // What cannot be read is no array either.
   }
   if (!Array.isArray(head) || typeof head[0] !== 'string' || !Number.isFinite(head[1])) throw undecodable()
   const [fingerprint, createdAt, third, text, headers] = head as [string, number, ...unknown[]]
@@ -71,6 +70,7 @@ export function writeLength(bytes: Buffer, length: number, offset: number): void
   for (let at = 0; at < 4; at++) bytes[offset + at] = (length >>> (21 - 7 * at)) & 0x7f
 }
 
+/** Not a number where the bytes end before the length does. */
 export function readLength(bytes: Buffer, offset: number): number {
   let length = 0
   for (let at = 0; at < 4; at++) length = length * 128 + (bytes[offset + at] as number)

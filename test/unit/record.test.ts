@@ -1,5 +1,5 @@
 import t from 'tap'
-import { decodeRecord, encodeRecord, writeLength } from '../../lib/stores/record.js'
+import { decodeRecord, encodeRecord, readLength, writeLength } from '../../lib/stores/record.js'
 import type { StoredRecord, StoredReply, Tombstone } from '../../types/index.js'
 
 const NONE = Buffer.alloc(0)
@@ -75,6 +75,27 @@ t.test('a large body is neither cut nor changed', async (t) => {
   const body = Buffer.alloc(3_000_000, 'abcdefg')
   const { body: back } = roundTrip(reply({ body })) as StoredReply
   t.ok(back.equals(body))
+})
+
+t.test('a body of 28 bits of length is stored, a longer one is refused', async (t) => {
+  // Nothing of them is looked at: so much memory would take its time.
+  const bodyOf = (length: number) => ({ length, copy: () => length }) as unknown as Buffer
+  const longest = roundTrip(reply({ body: bodyOf(2 ** 28 - 1) })) as StoredReply
+  t.equal(longest.body.length, 2 ** 28 - 1)
+  t.throws(
+    () => encodeRecord(reply({ body: bodyOf(2 ** 28) }), NONE),
+    new RangeError('The reply is too large to be stored')
+  )
+})
+
+t.test('a length takes four bytes, and leaves the next one as it is', async (t) => {
+  for (const length of [0, 1, 0x7f, 0x80, 2 ** 28 - 1]) {
+    const bytes = Buffer.alloc(6, 0xee)
+    writeLength(bytes, length, 1)
+    t.equal(readLength(bytes, 1), length)
+    t.strictSame([bytes[0], bytes[5]], [0xee, 0xee])
+    t.ok(bytes.subarray(1, 5).every((byte) => byte < 0x80))
+  }
 })
 
 t.test('a record stands behind a prefix, which is left as it is', async (t) => {
