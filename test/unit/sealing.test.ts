@@ -69,6 +69,44 @@ t.test('the first key seals, every key opens, and an unknown key is named', (t) 
   t.end()
 })
 
+t.test('the name of a key stays what it is: what is stored is found by it', (t) => {
+  t.equal(new Secret(keyOf(1)).name, 0xf67bab09)
+  const sealed = new Keyring([keyOf(89)]).seal(Buffer.from('secret'), '')
+  t.throws(() => new Keyring([keyOf(1)]).open(sealed, ''), { message: /\(its name is 03387ade\)/ })
+  t.end()
+})
+
+t.test('keys that happen to share a name both open', (t) => {
+  const numbered = (n: number) => {
+    const bytes = Buffer.alloc(32)
+    bytes.writeUInt32BE(n)
+    return createSecretKey(bytes)
+  }
+  const [one, other] = [numbered(86_652), numbered(107_618)]
+  t.equal(new Secret(one).name, new Secret(other).name)
+  const keyring = new Keyring([one, other])
+  for (const key of [one, other]) {
+    t.equal(keyring.open(new Keyring([key]).seal(Buffer.from('secret'), ''), '').toString(), 'secret')
+  }
+  t.throws(() => new Keyring([one]).open(new Keyring([other]).seal(Buffer.from('secret'), ''), ''), {
+    message: 'A stored idempotency record or claim is damaged, or belongs to another key'
+  })
+  t.end()
+})
+
+t.test('what is not of this version, or too short, is said not to be encrypted', (t) => {
+  const keyring = new Keyring([keyOf(1)])
+  const sealed = keyring.seal(Buffer.alloc(0), '')
+  const later = Buffer.from(sealed)
+  later[0] = 2
+  for (const bytes of [later, sealed.subarray(0, -1), Buffer.alloc(0), Buffer.from('{"id":1}')]) {
+    t.throws(() => keyring.open(bytes, ''), {
+      message: 'A stored idempotency record or claim is not encrypted, or damaged'
+    })
+  }
+  t.end()
+})
+
 t.test('a key may be bytes, base64, base64url, hex or a KeyObject, of 32 bytes', (t) => {
   const bytes = randomBytes(32)
   const base64 = bytes.toString('base64')
@@ -88,6 +126,9 @@ t.test('a key may be bytes, base64, base64url, hex or a KeyObject, of 32 bytes',
     randomBytes(33),
     createSecretKey(randomBytes(16)),
     bytes.toString('hex').slice(2),
+    `a${bytes.toString('hex')}`,
+    `${bytes.toString('hex')}a`,
+    `*${base64}`,
     base64.slice(4),
     `${base64}=`,
     `${base64.slice(0, -1)}\n`,
