@@ -63,7 +63,7 @@ const SPECIFIED_IN = {
   'stores/encrypted': 'stores/encrypted',
   openapi: 'interop/swagger',
   'covered-routes': 'interop/swagger',
-  client: 'unit/client integration/client',
+  client: 'unit/client',
   'stores/redis': 'stores/redis-wire',
   'stores/postgres-errors': 'stores/postgres-server',
   'stores/postgres-guard': 'unit/sql-guard integration/transactions',

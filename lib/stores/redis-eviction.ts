@@ -22,11 +22,14 @@ export async function warnOfEviction(client: RedisClient): Promise<void> {
   })
 }
 
-/** A list of names and values in turn, or a map, as the protocol has it. */
+/**
+ * A list of names and values in turn, or a map, as the protocol has it.
+ * @throws when there is nothing, which tells nothing.
+ */
 function settingsOf(answer: unknown): Map<unknown, unknown> {
   if (answer instanceof Map) return answer
-  if (!Array.isArray(answer)) return new Map(Object.entries(answer ?? {}))
+  if (!Array.isArray(answer)) return new Map(Object.entries(answer as object))
   const settings = new Map()
-  for (let n = 0; n + 1 < answer.length; n += 2) settings.set(answer[n], answer[n + 1])
+  for (let n = 0; n < answer.length; n += 2) settings.set(answer[n], answer[n + 1])
   return settings
 }

@@ -2,6 +2,8 @@ import { once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import t, { type Test } from 'tap'
 import { RedisStore } from '../../index.js'
+import type { RedisClient } from '../../lib/stores/redis.js'
+import { warnOfEviction } from '../../lib/stores/redis-eviction.js'
 import { type RedisServer, startRedis } from '../support/redis.js'
 import { claim, newKey } from '../support/store-fixtures.js'
 
@@ -17,7 +19,8 @@ async function server(t: Test, ...config: string[]): Promise<RedisServer> {
 async function warnings(use: () => Promise<unknown>): Promise<string[]> {
   const heard: string[] = []
   const listener = (warning: Error & { code?: string }) => {
-    if (warning.code === 'FST_IDEMPOTENCY_EVICTION') heard.push(warning.message)
+    if (warning.code === 'FST_IDEMPOTENCY_EVICTION' && warning.name === 'IdempotencyWarning')
+      heard.push(warning.message)
   }
   process.on('warning', listener)
   await use()
@@ -38,6 +41,18 @@ for (const protocol of [2, 3] as const) {
     t.strictSame(heard, ['Redis evicts keys when it is full (maxmemory-policy volatile-lru)'])
   })
 }
+
+t.test('the answer is understood in each of its forms, and one that says nothing is no reason to warn', async (t) => {
+  const asked = (answer: unknown) =>
+    warnings(() => warnOfEviction({ config: async () => answer } as unknown as RedisClient))
+  const evicts = { maxmemory: '1000', 'maxmemory-policy': 'allkeys-lru' }
+  for (const answer of [evicts, new Map(Object.entries(evicts)), Object.entries(evicts).flat()]) {
+    t.strictSame(await asked(answer), ['Redis evicts keys when it is full (maxmemory-policy allkeys-lru)'])
+  }
+  for (const answer of [null, undefined, {}, new Map(), [], ['maxmemory', '1000', 'maxmemory-policy'], 'OK']) {
+    t.strictSame(await asked(answer), [])
+  }
+})
 
 t.test('of a Redis that refuses writes when it is full, or has no limit, it does not', async (t) => {
   for (const config of [

@@ -5,6 +5,7 @@ import { discreet, isWrongType } from '../../lib/stores/redis-errors.js'
 import { Renewals } from '../../lib/stores/redis-renewals.js'
 import { runScript } from '../../lib/stores/redis-run.js'
 import { RENEW, WATCH } from '../../lib/stores/redis-scripts.js'
+import { soon } from '../support/store-fixtures.js'
 
 /* What goes to Redis together, and what each asker gets of the answer. The client is a fake: it may lie. */
 
@@ -123,6 +124,12 @@ t.test('renewals of one turn go by one script, no more than 500 at once', async 
   t.equal(await renewals.renew('another', 'owner', 1_000), true)
   t.equal(sent.length, 4)
   t.strictSame(sent[3]?.[1], ['another'], 'with nothing of those before')
+})
+
+t.test('a renewal that is alone in its turn goes as well', async (t) => {
+  const { sent, client } = scripts(() => [1])
+  t.equal(await soon(new Renewals(client, false).renew('key', 'owner', 1_000)), true)
+  t.strictSame(sent, [[RENEW.sha, ['key'], ['owner', '1000']]])
 })
 
 t.test('in a Cluster each renewal goes alone', async (t) => {
