@@ -298,6 +298,43 @@ t.test('the mark of a replay is on every reply that succeeds, and on no other', 
   t.ok(other.responses.default?.headers?.['Idempotent-Replayed'])
 })
 
+t.test('a reply for all the rest is marked only where no other one succeeds', async (t) => {
+  const { responses } = await shown(t, true, { response: { 200: { type: 'object' }, default: { type: 'object' } } })
+  t.ok(responses['200']?.headers?.['Idempotent-Replayed'])
+  t.notOk(responses.default?.headers?.['Idempotent-Replayed'])
+})
+
+t.test('words say where the key is, and how a replay is told, as far as it is known', async (t) => {
+  for (const [config, words] of [
+    [
+      true,
+      'key (in the header `Idempotency-Key`): a retry gets the first reply again, marked with `Idempotent-Replayed: true`.'
+    ],
+    [{ field: 'k' }, 'key (in the header `Idempotency-Key` or the field `k` of the query or the body): a retry'],
+    [{ header: false, field: 'k' }, 'key (in the field `k` of the query or the body): a retry'],
+    [{ getKey: () => 'a' }, 'key: a retry'],
+    [{ getKey: () => 'a', field: 'k' }, 'key: a retry'],
+    [{ replayHeader: false }, 'a retry gets the first reply again. Keys']
+  ] as [IdempotencyRouteConfig, string][]) {
+    const { description } = await shown(t, config)
+    t.ok(description?.includes(words), words)
+  }
+})
+
+t.test('a problem document is the only form of an error that Fastify itself never sends', async (t) => {
+  const types = ({ responses }: Operation, status: string) => Object.keys(responses[status]?.content ?? {}).sort()
+  const own = { body: { type: 'object' } }
+  const checked = await shown(t, { problemDetails: true, required: true }, own)
+  t.same(types(checked, '400'), ['application/json', 'application/problem+json'])
+  t.same(types(checked, '409'), ['application/problem+json'])
+  const produces = ['application/vnd.own+json']
+  const other = await shown(t, { problemDetails: true }, {
+    produces,
+    response: { 409: { type: 'object' } }
+  } as FastifySchema)
+  t.same(types(other, '409'), ['application/problem+json', ...produces])
+})
+
 /* Which routes */
 
 t.test('a route that is not covered is documented as without the plugin', async (t) => {
