@@ -21,7 +21,7 @@ import { Operation, type Verdict } from './operation.js'
 import { isFinal, type Policy } from './options.js'
 import { PROBLEM_TYPE, problemOf } from './problem.js'
 import type { Registration } from './registration.js'
-import { payloadOf, putOn, restore, restoreAll, takeOff } from './replay.js'
+import { hasType, payloadOf, putOn, restore, restoreAll, takeOff } from './replay.js'
 import { RequestContext } from './request-context.js'
 
 /** Where a request keeps its exchange; `null` without a key, `SKIPPED` when `skip` said so. */
@@ -229,7 +229,7 @@ export class Lifecycle {
       if (exchange.failed) return done(null, payload)
       // The instance's hooks have seen this payload before, when it was stored: what they made of it now is void.
       // So is the type that Fastify gave to a payload that had none.
-      restore(reply, 'content-type', exchange.headersBefore)
+      if (!hasType(operation.reply)) restore(reply, 'content-type', exchange.headersBefore)
       putOn(reply, operation.reply, replayHeader)
       return done(null, payloadOf(operation.reply) ?? (isNothing(payload) ? undefined : ''))
     }

@@ -5,10 +5,16 @@ type Headers = ReturnType<FastifyReply['getHeaders']>
 
 /** Puts a stored reply's status and headers on a reply, and the mark of a replay. */
 export function putOn(reply: FastifyReply, stored: StoredReply, replayHeader: string | null): void {
-  reply.code(stored.statusCode)
-  reply.removeHeader('content-length')
-  for (const [name, value] of stored.headers) reply.header(name, value)
-  if (replayHeader !== null) reply.header(replayHeader, 'true')
+  // To look is cheaper than to set: mostly all is there when this is done for the second time.
+  if (reply.statusCode !== stored.statusCode) reply.code(stored.statusCode)
+  if (reply.hasHeader('content-length')) reply.removeHeader('content-length')
+  for (const [name, value] of stored.headers) if (reply.getHeader(name) !== value) reply.header(name, value)
+  if (replayHeader !== null && reply.getHeader(replayHeader) !== 'true') reply.header(replayHeader, 'true')
+}
+
+export function hasType(stored: StoredReply): boolean {
+  for (const [name] of stored.headers) if (name === 'content-type') return true
+  return false
 }
 
 /** Takes it all off again, when a replay could not be sent: an error must not look like one. */

@@ -8,3 +8,8 @@ export function discreet(error: unknown): Error {
 export function isWrongType(error: unknown): boolean {
   return /\bWRONGTYPE Operation\b/.test((error as Error).message)
 }
+
+/** Was the command of a pipeline given up, because the connection was lost when others of it had been answered? */
+export function isAborted(result: readonly [error: Error | null, ...unknown[]] | undefined): boolean {
+  return /aborted due to connection close/i.test(result?.[0]?.message ?? '')
+}

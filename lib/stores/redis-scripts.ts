@@ -70,7 +70,8 @@ return {attempt + 1}`)
  *   ARGV[2n-1]   its owner
  *   ARGV[2n]     leaseMs
  *
- * Returns for each key 1 when the claim is the owner's, and was renewed, else 0; or what is wrong with it.
+ * Returns for each key 1 when the claim is the owner's, and was renewed, else 0; or what is wrong with it. What is
+ * wrong with the server, as that it only reads, is the error of the whole: clients have ways to deal with it.
  */
 export const RENEW = script(`${PARSE_CLAIM}
 local function renew(key, owner, lease)
@@ -82,7 +83,13 @@ end
 local renewed = {}
 for n, key in ipairs(KEYS) do
   local ok, result = pcall(renew, key, ARGV[2 * n - 1], ARGV[2 * n])
-  renewed[n] = ok and result or (type(result) == 'table' and result.err or tostring(result))
+  if not ok then
+    local text = type(result) == 'table' and result.err or tostring(result)
+    local concerns_key = string.find(text, 'WRONGTYPE') or string.find(text, 'attempt to') or string.find(text, 'bad argument')
+    if not concerns_key then error(result, 0) end
+    result = text
+  end
+  renewed[n] = result
 end
 return renewed`)
 

@@ -3,7 +3,7 @@ import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../t
 import { InvalidOption } from '../errors.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { ClaimBatches, type Pipeline, type Result } from './redis-batches.js'
-import { discreet, isWrongType } from './redis-errors.js'
+import { discreet, isAborted, isWrongType } from './redis-errors.js'
 import { warnOfEviction } from './redis-eviction.js'
 import { Renewals } from './redis-renewals.js'
 import { type Argument, runScript } from './redis-run.js'
@@ -120,6 +120,8 @@ export class RedisStore implements IdempotencyStore {
 
   /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
   #understand(set: Result | undefined, pttl: Result | undefined, owner: Argument): Acquisition | null {
+    // The connection was lost between the answers of a pipeline: who asks again with the same token is recognised.
+    if (isAborted(set) || isAborted(pttl)) return null
     if (set?.[0]) {
       if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
       this.#setNxGet = false

@@ -1,6 +1,8 @@
 import { randomUUID } from 'node:crypto'
+import { once } from 'node:events'
+import { type AddressInfo, connect, createServer } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Redis } from 'ioredis'
+import { Redis } from 'ioredis'
 import t, { type Test } from 'tap'
 import { type RedisClient, RedisStore } from '../../index.js'
 import { readLength, writeLength } from '../../lib/stores/record.js'
@@ -166,6 +168,64 @@ t.test('claims that are due together are renewed by one EVALSHA, each for itself
   t.strictSame(told.slice(0, -1), [...own.map(() => true), false, false])
   t.match(told.at(-1), /WRONGTYPE/)
   for (const { key } of own) t.ok((await client.pttl(keyPrefix + key)) > LONG)
+})
+
+t.test('a connection that is lost between the answers to many claims costs none of them', async (t) => {
+  let allowance = Number.POSITIVE_INFINITY
+  const proxy = createServer((socket) => {
+    const upstream = connect(shared.path)
+    const end = () => {
+      upstream.destroy()
+      socket.destroy()
+    }
+    upstream.on('error', end).on('close', end)
+    socket.on('error', end).on('close', end)
+    socket.pipe(upstream)
+    upstream.on('data', (chunk) => {
+      const passed = chunk.subarray(0, allowance)
+      allowance -= passed.length
+      socket.write(passed)
+      if (allowance > 0) return
+      allowance = Number.POSITIVE_INFINITY
+      end()
+    })
+  })
+  proxy.listen(0, '127.0.0.1')
+  await once(proxy, 'listening')
+  t.teardown(() => proxy.close())
+  const client = new Redis({ host: '127.0.0.1', port: (proxy.address() as AddressInfo).port })
+  client.on('error', () => {})
+  t.teardown(() => client.disconnect())
+  const store = new RedisStore(client, { keyPrefix: `${randomUUID()}:` })
+  await warm(store)
+  allowance = 60
+  const found = await Promise.all(Array.from({ length: 100 }, () => store.acquire(newKey(), claim())))
+  t.strictSame(
+    found,
+    found.map(() => ({ state: 'acquired', attempt: 1 }))
+  )
+  t.equal(allowance, Number.POSITIVE_INFINITY, 'it was lost')
+})
+
+t.test('a renewal on a server that only reads is an error of the server, of which its client hears', async (t) => {
+  const server = await ownServer(t)
+  const heard: string[] = []
+  const client = await server.client({
+    reconnectOnError: ({ message }) => {
+      heard.push(message)
+      return false
+    }
+  })
+  const store = new RedisStore(client)
+  await warm(store)
+  const key = newKey()
+  const token = await take(store, key)
+  heard.length = 0
+  await client.replicaof('127.0.0.1', '1')
+  await t.rejects(store.renew(key, token, LONG), { message: /READONLY/ })
+  t.match(heard, [/READONLY/])
+  await client.replicaof('NO', 'ONE')
+  t.equal(await store.renew(key, token, LONG), true)
 })
 
 t.test('a completed operation of a request that nobody repeats costs a SET, a PTTL and an EVALSHA', async (t) => {
