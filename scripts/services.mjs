@@ -17,7 +17,11 @@ import { delimiter, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
-const caches = { redis: join(root, '.cache', 'redis'), postgres: join(root, '.cache', 'postgres') }
+const caches = {
+  redis: join(root, '.cache', 'redis'),
+  postgres: join(root, '.cache', 'postgres'),
+  chromium: join(root, '.cache', 'chromium')
+}
 
 /**
  * @typedef {object} Redis
@@ -63,6 +67,32 @@ export function findPostgres() {
   return unpacked ? { bin: unpacked, env: unpackedLibraries(caches.postgres) } : null
 }
 
+/**
+ * @typedef {object} Chromium
+ * @property {string} program Path of the browser.
+ * @property {Record<string, string>} env What its environment needs on top of ours.
+ */
+
+/**
+ * Where Chromium is, or Chrome: `CHROMIUM` when set, else on the PATH, else unpacked in .cache.
+ * @returns {Chromium | null}
+ */
+export function findChromium() {
+  const named = process.env.CHROMIUM
+  if (named) return { program: named, env: {} }
+  for (const name of ['chromium', 'google-chrome', 'chromium-browser'])
+    for (const dir of (process.env.PATH ?? '').split(delimiter)) {
+      const program = join(dir || '.', name)
+      if (isExecutable(program)) return { program, env: {} }
+    }
+  // Not usr/bin/chromium: that is a script which starts the one in /usr/lib.
+  const program = join(caches.chromium, 'usr', 'lib', 'chromium', 'chromium')
+  if (!isExecutable(program)) return null
+  // Without fonts it draws no text. They are unpacked where the system has none.
+  const fonts = existsSync(join(caches.chromium, 'etc', 'fonts')) ? { FONTCONFIG_SYSROOT: caches.chromium } : {}
+  return { program, env: { ...unpackedLibraries(caches.chromium), ...fonts } }
+}
+
 /** @param {string} dir Debian's folder of versions; the newest comes first */
 function versionsIn(dir) {
   if (!existsSync(dir)) return []
@@ -85,7 +115,14 @@ function unpackedLibraries(cache) {
   const dirs = process.env.LD_LIBRARY_PATH ? [process.env.LD_LIBRARY_PATH] : []
   for (const base of [join(cache, 'usr', 'lib'), join(cache, 'lib')]) {
     if (!existsSync(base)) continue
-    for (const name of readdirSync(base)) if (name.includes('-linux-')) dirs.unshift(join(base, name))
+    for (const name of readdirSync(base)) {
+      if (!name.includes('-linux-')) continue
+      // Some libraries have a folder of their own, as those of PulseAudio.
+      for (const inner of readdirSync(join(base, name), { withFileTypes: true }))
+        if (inner.isDirectory() && readdirSync(join(base, name, inner.name)).some((file) => file.startsWith('lib')))
+          dirs.push(join(base, name, inner.name))
+      dirs.unshift(join(base, name))
+    }
   }
   return { LD_LIBRARY_PATH: dirs.join(':') }
 }
@@ -117,7 +154,7 @@ function run(command, args, { cwd, env } = {}) {
  */
 function probe(server, env) {
   const { stdout, report } = run(server, ['--version'], { env })
-  return { version: /(?:\bv=|PostgreSQL\) )(\S+)/.exec(stdout)?.[1], report }
+  return { version: /(?:\bv=|PostgreSQL\) |Chromium |Chrome )(\S+)/.exec(stdout)?.[1], report }
 }
 
 // An update that could not fetch its lists is an error, not the warning that `install` then says nothing of.
@@ -215,6 +252,17 @@ const services = [
       const postgres = findPostgres()
       return postgres && { server: join(postgres.bin, 'postgres'), env: postgres.env }
     }
+  },
+  {
+    name: 'Chromium',
+    packages: ['chromium', 'chromium-common'],
+    cache: caches.chromium,
+    variable: 'CHROMIUM',
+    hint: 'sudo apt-get install chromium; macOS: brew install --cask chromium), or set CHROMIUM to the path of one.',
+    find() {
+      const chromium = findChromium()
+      return chromium && { server: chromium.program, env: chromium.env }
+    }
   }
 ]
 
@@ -246,9 +294,7 @@ function ensure({ name, packages, cache, variable, hint, find }) {
     if (ready()) return true
   }
   console.error(failures.filter(Boolean).join('\n'))
-  console.error(
-    `The tests start a ${name} of their own, and none can be had here.\nInstall it (Debian, Ubuntu: ${hint}`
-  )
+  console.error(`The tests start ${name}, and none can be had here.\nInstall it (Debian, Ubuntu: ${hint}`)
   return false
 }
 

@@ -44,6 +44,8 @@ export interface ServerProcess {
   readonly pid: number
   readonly exited: Promise<void>
   readonly running: boolean
+  /** Its file descriptors from 3 on. */
+  readonly pipes: readonly Socket[]
   /** All that it printed. */
   output(): string
   signal(signal: NodeJS.Signals): void
@@ -57,12 +59,21 @@ export interface LaunchOptions {
   env?: Record<string, string>
   /** The file that takes what it prints. */
   log: string
+  /** How many pipes it gets besides. They keep the event loop alive. */
+  pipes?: number
 }
 
 /** Starts a server process. It does not keep the event loop alive. */
-export async function launch(command: string, args: string[], { env, log }: LaunchOptions): Promise<ServerProcess> {
+export async function launch(
+  command: string,
+  args: string[],
+  { env, log, pipes = 0 }: LaunchOptions
+): Promise<ServerProcess> {
   const out = openSync(log, 'w')
-  const child = spawn(command, args, { env: { ...process.env, LC_ALL: 'C', ...env }, stdio: ['ignore', out, out] })
+  const child: ChildProcess = spawn(command, args, {
+    env: { ...process.env, LC_ALL: 'C', ...env },
+    stdio: ['ignore', out, out, ...Array<'pipe'>(pipes).fill('pipe')]
+  })
   closeSync(out)
   child.unref()
   const { pid } = child
@@ -81,6 +92,7 @@ export async function launch(command: string, args: string[], { env, log }: Laun
   })
   return {
     pid,
+    pipes: child.stdio.slice(3) as unknown as Socket[],
     get running() {
       return running
     },
