@@ -84,8 +84,14 @@ async function shop(app: FastifyInstance): Promise<void> {
   <label>Title <input name="title" value="The Mythical Man-Month"></label>
   <button>Order</button>
 </form>
-<p>Click twice, as fast as you can: there will be one order.</p>
+<p>Click as often as you like, go back, send it again: there will be one order.</p>
 <ol>${orders.map((title) => `<li>${escapeHtml(title)}</li>`).join('')}</ol>
+<script>
+  // For the eye only. Back may show the page as it was left: the button has to work again.
+  const button = document.querySelector('button')
+  document.forms[0].addEventListener('submit', () => { button.disabled = true })
+  addEventListener('pageshow', () => { button.disabled = false })
+</script>
 `)
   )
   app.post<{ Body: { title?: string } }>(
@@ -93,10 +99,21 @@ async function shop(app: FastifyInstance): Promise<void> {
     { config: { idempotency: { required: true } } },
     async (request, reply) => {
       await sleep(500)
-      orders.push(request.body.title ?? '')
-      return reply.redirect('/', 303)
+      const number = orders.push(request.body.title ?? '')
+      // Not to '/': the browser would remember it with its next key, and go back to that.
+      return reply.redirect(`/orders/${number}`, 303)
     }
   )
+  app.get<{ Params: { number: number } }>('/orders/:number', async (request, reply) => {
+    const title = orders[request.params.number - 1]
+    if (title === undefined) return reply.callNotFound()
+    return reply.type('text/html').send(`<!doctype html>
+<title>Shop</title>
+<h1>Thank you</h1>
+<p>Order ${request.params.number}: ${escapeHtml(title)}</p>
+<a href="/">Another one</a>
+`)
+  })
 }
 
 function escapeHtml(text: string): string {

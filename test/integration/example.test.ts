@@ -85,9 +85,9 @@ t.test('the form page, submitted twice at once and once more later, makes one or
   t.same(
     replies.map((reply) => [reply.statusCode, reply.headers.location]),
     [
-      [303, '/'],
-      [303, '/'],
-      [303, '/']
+      [303, '/orders/1'],
+      [303, '/orders/1'],
+      [303, '/orders/1']
     ]
   )
   t.equal((await app.inject('/')).body.match(/<li>/g)?.length, 1)
