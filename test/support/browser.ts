@@ -219,12 +219,24 @@ export class Page {
   }
 
   /** Waits until an expression gives something. */
-  waitFor<T = unknown>(expression: string): Promise<T> {
-    // The page may go in the middle of it.
-    return until(() => this.evaluate<T>(expression).catch(() => undefined as T), {
-      timeout: TIMEOUT,
-      message: expression
-    })
+  async waitFor<T = unknown>(expression: string): Promise<T> {
+    // The page may go in the middle of it. What is wrong with the expression itself is told in the end.
+    let error: unknown
+    const look = () =>
+      this.evaluate<T>(expression).catch((reason) => {
+        error = reason
+        return undefined as T
+      })
+    try {
+      return await until(look, { timeout: TIMEOUT, message: expression })
+    } catch (reason) {
+      throw error === undefined ? reason : new Error((reason as Error).message, { cause: error })
+    }
+  }
+
+  /** Waits until there is such an element. */
+  async waitForElement(selector: string): Promise<void> {
+    await this.waitFor(`document.querySelector(${JSON.stringify(selector)}) !== null`)
   }
 
   async text(selector = 'body'): Promise<string> {
@@ -272,6 +284,11 @@ export class Page {
       `{ const field = document.querySelector(${JSON.stringify(selector)}); field.focus(); field.select() }`
     )
     await this.send('Input.insertText', { text })
+  }
+
+  /** In CSS pixels. */
+  async resize(width: number, height: number): Promise<void> {
+    await this.send('Emulation.setDeviceMetricsOverride', { width, height, deviceScaleFactor: 1, mobile: false })
   }
 
   /** A PNG of the whole page. */
