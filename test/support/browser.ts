@@ -125,9 +125,12 @@ export class Browser {
     else pending?.resolve(message.result as Params)
   }
 
+  /** Asked to, it leaves no process behind that still writes to its folder. */
   async close(): Promise<void> {
-    this.#process.signal('SIGKILL')
+    const impatience = setTimeout(() => this.#process.signal('SIGKILL'), 10_000)
+    this.send('Browser.close').catch(() => {})
     await this.#process.exited
+    clearTimeout(impatience)
     for (const pipe of this.#process.pipes) pipe.destroy()
   }
 }

@@ -11,10 +11,12 @@ import { until } from './latch.js'
 const living = new Set<ChildProcess>()
 let reaper: { folder: string; pipe: Socket } | undefined
 
-// Each line is the whole list, so the last one is what is left.
+// Each line is the whole list, so the last one is what is left. Their own children may write for a moment longer.
 const reap = `
   while read -r pids; do left=$pids; done
   if [ -n "$left" ]; then kill -KILL $left; fi
+  rm -rf "$1"
+  sleep 2
   rm -rf "$1"
 `
 
