@@ -98,6 +98,8 @@ export class Operation implements Subject, Waiter, Renewable {
   #unstored: StoredRecord | null = null
   /** What holds the claim, where the route has `transaction: true`. */
   #transaction: ClaimTransaction | null = null
+  /** Monotonic milliseconds. */
+  #heldSince = 0
   #controller: AbortController | null = null
 
   constructor(
@@ -386,6 +388,7 @@ export class Operation implements Subject, Waiter, Renewable {
   #hold(attempt: number): Maybe<Verdict> {
     if (this.#transaction?.lost.aborted) throw new StoreFailure('The key was lost again', { cause: undefined })
     this.attempt = attempt
+    this.#heldSince = performance.now()
     this.phase = 'held'
     this.#store.live.set(this.storageKey, this)
     this.#transaction?.lost.addEventListener('abort', this)
@@ -445,8 +448,9 @@ export class Operation implements Subject, Waiter, Renewable {
       return { state: 'completed', record: other.#unstored, ttlMs: other.policy.ttl }
     }
     const running = other !== undefined && other !== this && !other.#releasing ? other.#asRunning() : null
-    // Nobody else sees what a transaction holds, nor can it be lost to another unnoticed.
-    if (running !== null && other !== undefined && other.#transaction !== null) return running
+    // Nobody else sees what a transaction holds, nor can it be lost to another unnoticed, as long as the server waits for
+    // a connection that has fallen silent.
+    if (running !== null && other !== undefined && other.#transaction !== null && !other.#isOld()) return running
     const answer = attempt(() => this.#ask(takeover))
     const found = reveal(answer)
     if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, other, running)
@@ -633,6 +637,10 @@ export class Operation implements Subject, Waiter, Renewable {
   // Methods, because the phase changes while others are awaited, which the compiler does not see.
   #isHeld(): boolean {
     return this.phase === 'held' || this.phase === 'running'
+  }
+
+  #isOld(): boolean {
+    return performance.now() - this.#heldSince > this.lease
   }
 
   #isOver(): boolean {

@@ -220,7 +220,7 @@ async function load(scene: Scene, least: number, faults: () => Promise<void>): P
 }
 
 /** What has to hold after all of it. */
-async function judge(t: Test, scene: Scene, { silences = false } = {}): Promise<void> {
+async function judge(t: Test, scene: Scene): Promise<void> {
   const { id, jobs, history, apps, unstored } = scene
   const { rows } = await outside.query<{ key: string; run: string }>(`SELECT key, run FROM ledger_${id}`)
   const committed = new Set(rows.map(({ run }) => run))
@@ -246,9 +246,7 @@ async function judge(t: Test, scene: Scene, { silences = false } = {}): Promise<
     const rules: Rules = {
       guarantees: TRANSACTIONAL,
       answers: [IN_PROGRESS, UNAVAILABLE, '500'],
-      // Who does not notice that its connection is gone takes its handler for the owner, even if another has finished the
-      // key since: on a busy machine a silence can outlast the server's patience.
-      excuses: silences ? [UNAVAILABLE, IN_PROGRESS] : [UNAVAILABLE]
+      excuses: [UNAVAILABLE]
     }
     holds(t, transactional, rules)
     const keys = [...jobs.values()].filter(({ kind }) => isTransactional(kind)).map(({ key }) => key)
@@ -362,7 +360,7 @@ t.test('connections that are cut or fall silent, between statements and their an
     until(isDone, { timeout: 120_000, message: 'all kinds of losses' }).then(() => {})
   )
   proxy.loss = () => null
-  await judge(t, scene, { silences: true })
+  await judge(t, scene)
   t.comment(`${[...injected.values()].reduce((a, b) => a + b)} losses: ${JSON.stringify(Object.fromEntries(injected))}`)
 })
 
