@@ -1,4 +1,5 @@
 import fp from 'fastify-plugin'
+import { idempotencyEvents } from './lib/events.js'
 import { openapiTransform } from './lib/openapi.js'
 import { plugin } from './lib/plugin.js'
 import { EncryptedStore } from './lib/stores/encrypted.js'
@@ -16,7 +17,15 @@ export type { RedisClient, RedisStoreOptions } from './lib/stores/redis.js'
 export type * from './types/index.js'
 
 const wrapped = fp(plugin, { name: 'fastify-idempotency', fastify: '^5.11.0' })
-const named = { MemoryStore, RedisStore, PostgresStore, EncryptedStore, LocalCache, openapiTransform }
+const named = {
+  MemoryStore,
+  RedisStore,
+  PostgresStore,
+  EncryptedStore,
+  LocalCache,
+  idempotencyEvents,
+  openapiTransform
+}
 
 /** The plugin. Everything else hangs on it too, for those who `require()` it. */
 const idempotency = Object.assign(wrapped, { default: wrapped, idempotency: wrapped, ...named })
@@ -26,6 +35,7 @@ export {
   idempotency,
   idempotency as default,
   idempotency as 'module.exports',
+  idempotencyEvents,
   LocalCache,
   MemoryStore,
   openapiTransform,

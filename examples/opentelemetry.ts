@@ -1,22 +1,8 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { type Span, SpanStatusCode, trace } from '@opentelemetry/api'
 import type { FastifyInstance, FastifyRequest } from 'fastify'
-// In a project of your own: import type { … } from 'fastify-idempotency'
-import type { IdempotencyEvent, IdempotencyEventName } from '../index.js'
-
-const EVENTS: readonly IdempotencyEventName[] = [
-  'acquired',
-  'replayed',
-  'conflict',
-  'mismatch',
-  'stored',
-  'released',
-  'tombstoned',
-  'takeover',
-  'lease-lost',
-  'store-error',
-  'bypassed'
-]
+// In a project of your own: from 'fastify-idempotency'
+import { type IdempotencyEvent, type IdempotencyEventName, idempotencyEvents } from '../index.js'
 
 /**
  * Notes on the span of each request with a key what the plugin does with it: as span events, and as attributes by which
@@ -51,7 +37,7 @@ export function traceIdempotency(
     }
   }
 
-  const subscriptions = EVENTS.map((name) => ({
+  const subscriptions = idempotencyEvents.map((name) => ({
     channel: `fastify-idempotency:${name}`,
     listener: (message: unknown) => note(name, message as IdempotencyEvent)
   }))

@@ -1,22 +1,8 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import type { FastifyInstance, FastifyRequest } from 'fastify'
 import { Counter, Gauge, Histogram, type Registry } from 'prom-client'
-// In a project of your own: import type { … } from 'fastify-idempotency'
-import type { IdempotencyEvent, IdempotencyEventName, IdempotencyStore } from '../index.js'
-
-const EVENTS: readonly IdempotencyEventName[] = [
-  'acquired',
-  'replayed',
-  'conflict',
-  'mismatch',
-  'stored',
-  'released',
-  'tombstoned',
-  'takeover',
-  'lease-lost',
-  'store-error',
-  'bypassed'
-]
+// In a project of your own: from 'fastify-idempotency'
+import { type IdempotencyEvent, type IdempotencyEventName, type IdempotencyStore, idempotencyEvents } from '../index.js'
 
 /** What a claim ends with. */
 const ENDS: ReadonlySet<IdempotencyEventName> = new Set(['stored', 'released', 'tombstoned', 'lease-lost'])
@@ -77,7 +63,7 @@ export function idempotencyMetrics(app: FastifyInstance, register: Registry) {
     }
   }
 
-  const subscriptions = EVENTS.map((event) => ({
+  const subscriptions = idempotencyEvents.map((event) => ({
     channel: `fastify-idempotency:${event}`,
     listener: (message: unknown) => count(event, message as IdempotencyEvent)
   }))

@@ -21,3 +21,7 @@ export function isAtHand(promise: Promise<unknown>): boolean {
 export function reveal<T>(promise: Promise<T>): Maybe<T> {
   return kValue in promise ? (promise[kValue] as T) : promise
 }
+
+export function isThenable(value: unknown): value is PromiseLike<unknown> {
+  return typeof value === 'object' && value !== null && 'then' in value && typeof value.then === 'function'
+}

@@ -19,7 +19,7 @@ const NEVER_STORED: ReadonlySet<string> = new Set([
   'www-authenticate'
 ])
 
-type Headers = ReturnType<FastifyReply['getHeaders']>
+export type Headers = ReturnType<FastifyReply['getHeaders']>
 
 /** The headers on a reply, as they are now. */
 export function snapshot(reply: FastifyReply): Headers {

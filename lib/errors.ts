@@ -64,3 +64,7 @@ export class StoreTimeout extends Error {
     super(`The idempotency store did not answer within ${ms} ms`)
   }
 }
+
+export function isRefusal(error: unknown): error is Refusal {
+  return error instanceof Error && 'code' in error && String(error.code).startsWith('FST_IDEMPOTENCY_')
+}

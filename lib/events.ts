@@ -1,7 +1,8 @@
 import { type Channel, channel } from 'node:diagnostics_channel'
 import type { IdempotencyEvent, IdempotencyEventName } from '../types/index.js'
 
-const NAMES: readonly IdempotencyEventName[] = [
+/** The events of the diagnostics channels `fastify-idempotency:<name>`. */
+export const idempotencyEvents: readonly IdempotencyEventName[] = Object.freeze([
   'acquired',
   'replayed',
   'conflict',
@@ -13,13 +14,12 @@ const NAMES: readonly IdempotencyEventName[] = [
   'lease-lost',
   'store-error',
   'bypassed'
-]
+])
 
 // Channels are held here because Node forgets a channel that nobody refers to.
-const channels = Object.fromEntries(NAMES.map((name) => [name, channel(`fastify-idempotency:${name}`)])) as Record<
-  IdempotencyEventName,
-  Channel
->
+const channels = Object.fromEntries(
+  idempotencyEvents.map((name) => [name, channel(`fastify-idempotency:${name}`)])
+) as Record<IdempotencyEventName, Channel>
 
 /** What an event is about. */
 export interface Subject {

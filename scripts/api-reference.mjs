@@ -79,7 +79,7 @@ const SECTIONS = [
       'TransactionClient'
     ]
   },
-  { title: 'Events', from: MAIN, names: ['IdempotencyEventName', 'IdempotencyEvent'] },
+  { title: 'Events', from: MAIN, names: ['idempotencyEvents', 'IdempotencyEventName', 'IdempotencyEvent'] },
   { title: 'OpenAPI', from: MAIN, names: ['openapiTransform', 'OpenapiTransform', 'RouteDocumentation'] },
   {
     title: 'The client',

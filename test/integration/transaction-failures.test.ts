@@ -282,6 +282,70 @@ test('a process that has stopped loses its transaction after one lease, and the 
   if (dead.state === 'acquired') t.ok(dead.transaction.lost.aborted)
 })
 
+test('a connection that has fallen silent hides a reply that was stored elsewhere for one lease, not longer', async (t) => {
+  const options = { lease: 300, storeTimeout: 300 }
+  const { first, entered, leave } = held()
+  const scene = await open(t, { first, options })
+  const elsewhere = await scene.again({ options })
+  const silent = new Promise<void>((resolve) => {
+    scene.pool.once('acquire', (client) => {
+      const { stream } = (client as unknown as { connection: { stream: Duplex } }).connection
+      void entered.then(() => {
+        stream.pause()
+        stream.write = () => true
+        resolve()
+      })
+    })
+  })
+  const lost = scene.send()
+  await silent
+  await until(() => isFree(elsewhere), { message: 'the server to end the transaction' })
+  t.same(told(await elsewhere.send()), RAN_2)
+  const reply = await until(async () => {
+    const retry = told(await scene.send())
+    return retry[0] !== 409 && retry
+  })
+  t.same(reply, [201, 2, 'replay'])
+  leave()
+  t.same(told(await lost), UNAVAILABLE)
+  t.same(await scene.ledger(), ['run 2'])
+})
+
+test('a waiter that has left before the key comes to it gives it back, and its handler does not run', async (t) => {
+  const options = { onConflict: 'wait' as const }
+  const { first, entered, leave } = held(async () => {
+    throw new Error('not today')
+  })
+  const scene = await open(t, { first, options })
+  const [asking, taken, gone] = [latch(), latch(), latch()]
+  const elsewhere = await scene.again({
+    options,
+    route: { onRequest: async (_request, reply) => void reply.raw.on('close', gone.open) }
+  })
+  const begin = elsewhere.store.begin.bind(elsewhere.store)
+  elsewhere.store.begin = async (...args) => {
+    const found = await begin(...args)
+    if (found.state !== 'acquired') asking.open()
+    else {
+      taken.open()
+      await gone.promise
+    }
+    return found
+  }
+  const owner = scene.send()
+  await entered
+  const waiter = start(await listen(elsewhere.app), { key: 'k' })
+  await asking.promise
+  leave()
+  t.equal((await owner).statusCode, 500)
+  await taken.promise
+  waiter.hangUp()
+  await gone.promise
+  await until(() => isFree(scene), { message: 'the key to be given back' })
+  t.same(told(await scene.send()), RAN_2)
+  t.equal(scene.runs(), 2)
+})
+
 /* The database refuses */
 
 const failing =

@@ -1,0 +1,71 @@
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { CapturedStream, Headers } from './capture.js'
+import type { Refusal } from './errors.js'
+import type { Timeout } from './handler-timeout.js'
+import type { Operation } from './operation.js'
+
+/** Where a request keeps its exchange; `null` without a key, `SKIPPED` when `skip` said so. */
+export const kExchange = Symbol('fastify-idempotency.exchange')
+/** Where a request keeps the plugin's own error that answers it. */
+export const kRefusal = Symbol('fastify-idempotency.refusal')
+/** Where a request that has not claimed yet keeps what was seen of it before validation. */
+export const kSight = Symbol('fastify-idempotency.sight')
+
+/** `skip` has said so. */
+export const SKIPPED = Symbol('skipped')
+
+declare module 'fastify' {
+  interface FastifyRequest {
+    [kExchange]: Exchange | typeof SKIPPED | null
+    [kRefusal]: Refusal | null
+    [kSight]: Sight | null
+  }
+}
+
+const NO_HEADERS = Object.freeze({}) as Headers
+
+/** One request and its reply, on the way of one operation. */
+export class Exchange {
+  readonly operation: Operation
+  readonly reply: FastifyReply
+  /** The headers that were on the reply when the handler started, or the replay. */
+  headersBefore: Headers = NO_HEADERS
+  /** `detached`: the handler has returned without a promise, and replies from a callback, if ever. */
+  handler: 'waiting' | 'started' | 'detached' | 'settled' = 'waiting'
+  /** Where the reply is: not there yet, being stored, or handed on to Fastify. */
+  sending: 'no' | 'storing' | 'passed' = 'no'
+  /** Has an error come up, and which? */
+  failed = false
+  error: unknown = null
+  clientGone = false
+  /** Was somebody told who waited for the reply, as an async handler does that returns it, that it is over? */
+  toldOver = false
+  stream: CapturedStream | null = null
+  timeout: Timeout | null = null
+
+  constructor(operation: Operation, reply: FastifyReply) {
+    this.operation = operation
+    this.reply = reply
+  }
+}
+
+/**
+ * What a claim in preHandler needs of the request. Validation coerces values, fills in defaults, and removes
+ * what a schema does not know: the key, for instance, or the credentials.
+ */
+export interface Sight {
+  readonly key: string | Error | undefined
+  readonly head: string
+  payload: string
+}
+
+export function exchangeOf(request: FastifyRequest): Exchange | null {
+  const exchange = request[kExchange]
+  return exchange instanceof Exchange ? exchange : null
+}
+
+/** Has the client gone? HTTP/2 has no `destroyed` on its responses. */
+export function isClosed({ raw, request }: FastifyReply): boolean {
+  const { stream } = raw as { stream?: { destroyed: boolean } }
+  return raw.destroyed || stream?.destroyed || request.raw.aborted || request.socket?.destroyed || false
+}

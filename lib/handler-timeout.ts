@@ -1,0 +1,100 @@
+import type { ServerResponse } from 'node:http'
+import type { FastifyReply } from 'fastify'
+import { type Headers, snapshot } from './capture.js'
+import { endUnkept, statusOf } from './ending.js'
+import { type Exchange, exchangeOf, isClosed } from './exchange.js'
+import { NowhereResponse } from './nowhere-response.js'
+import { restoreAll } from './replay.js'
+
+/** What Fastify's handlerTimeout has interrupted: the reply as the handler had left it. */
+export interface Timeout {
+  readonly statusCode: number
+  readonly headers: Headers
+  /** Is this still the call in which it struck? Then what is sent is its own reply. */
+  isNew: boolean
+  /** Has the timeout's own reply left? */
+  isOver: boolean
+  /** The status that the handler has set since. */
+  statusSet: number | null
+  /** Resolves when the timeout's own reply is over. */
+  readonly over: Promise<void>
+  end(): void
+}
+
+/** Notes where a handler has come when its time is up. */
+export function interrupt(reply: FastifyReply): Timeout {
+  let end!: () => void
+  const over = new Promise<void>((resolve) => {
+    end = resolve
+  })
+  const timeout: Timeout = {
+    statusCode: reply.statusCode,
+    headers: snapshot(reply),
+    isNew: true,
+    isOver: false,
+    statusSet: null,
+    over,
+    end
+  }
+  queueMicrotask(() => {
+    timeout.isNew = false
+  })
+  return timeout
+}
+
+/** Fastify's handlerTimeout answers in the handler's place. The claim stays until the handler has ended. */
+export function passTimeout(exchange: Exchange, timeout: Timeout, isOver = isClosed(exchange.reply)): void {
+  const { reply } = exchange
+  exchange.sending = 'passed'
+  watchStatus(reply.raw, timeout)
+  const end = () => {
+    if (exchange.timeout !== timeout || timeout.isOver) return
+    timeout.isOver = true
+    restoreAll(reply, timeout.headers)
+    reply.send = sendLate as never
+    timeout.end()
+  }
+  if (isOver) setImmediate(end)
+  else for (const event of ['prefinish', 'finish', 'close']) reply.raw.once(event, end)
+}
+
+/** From now on the response has one status for those who read it, and remembers another for those who set it. */
+function watchStatus(raw: ServerResponse, timeout: Timeout): void {
+  const { statusCode } = raw
+  Object.defineProperty(raw, 'statusCode', {
+    configurable: true,
+    get: () => statusCode,
+    set: (status: number) => {
+      // As long as the timeout's reply has not left, Node sets its status once more.
+      if (status !== statusCode || timeout.isOver) timeout.statusSet = status
+    }
+  })
+}
+
+/** In the place of a reply's own `send`, when the reply is over, and another `send` would be dropped. */
+function sendLate(this: FastifyReply, payload?: unknown): FastifyReply {
+  const exchange = exchangeOf(this.request)
+  if (exchange !== null && exchange.timeout !== null) goOnNowhere(exchange, exchange.timeout)
+  return this.send(payload)
+}
+
+/**
+ * The handler replies after its time: it gets a response that leads nowhere, on which its reply takes the usual
+ * way through all hooks and serialisers, until it is stored.
+ */
+export function goOnNowhere(exchange: Exchange, timeout: Timeout): void {
+  const { reply } = exchange
+  // Fastify's own again.
+  Reflect.deleteProperty(reply, 'send')
+  exchange.timeout = null
+  exchange.sending = 'no'
+  exchange.failed = false
+  reply.raw = new NowhereResponse(reply.request.raw, () => endNowhere(exchange)) as never
+  reply.raw.statusCode = timeout.statusSet ?? timeout.statusCode
+}
+
+/** A late reply that Fastify has not brought to onSend: an error that was sent, or raw bytes. */
+function endNowhere(exchange: Exchange): void {
+  const { reply, failed, error, sending } = exchange
+  if (sending === 'no') endUnkept(exchange, failed ? statusOf(error, reply.statusCode) : reply.statusCode)
+}
