@@ -57,11 +57,12 @@ export const paths = {
       // Sent here and now: an inject without a `then` starts with the first one.
       const first = Promise.resolve(subject.inject(request)).then((reply) => reply)
       while (route.runs === runs) await new Promise((next) => setTimeout(next, 1))
+      // Should a claim lapse, the next handler answers at once, with a status that was not wanted.
+      route.gate = null
       return {
         status: 409,
         next: () => request,
         end: () => {
-          route.gate = null
           resolve()
           return first
         }

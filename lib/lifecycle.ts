@@ -3,7 +3,7 @@ import type { Maybe } from './at-hand.js'
 import { headersSince, isBuffered, isResponse, type Payload, replyRecord, snapshot, tombstone } from './capture.js'
 import { stop, watchClient } from './client-watch.js'
 import { finish, isFinalReply, sendStream } from './ending.js'
-import { isRefusal, KeyMissing, ScopeFailed } from './errors.js'
+import { isRefusal, KeyMissing, ScopeFailed, TransactionBroken } from './errors.js'
 import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, kSight, SKIPPED } from './exchange.js'
 import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { type Handler, protect } from './handler.js'
@@ -160,6 +160,8 @@ export class Lifecycle {
     if (exchange !== null) {
       exchange.failed = true
       exchange.error = error
+      // What a handler meets of the plugin's own: where it misuses its transaction.
+      if (error instanceof TransactionBroken) this.#refuse(request, reply, error)
       const { replayHeader } = this.#policy
       if (exchange.operation.reply !== null)
         takeOff(reply, exchange.operation.reply, replayHeader, exchange.headersBefore)

@@ -549,6 +549,8 @@ export class Operation implements Subject, Waiter, Renewable {
       this.#report(error)
       // One that does not answer must not keep its connection for ever.
       transaction.abandon()
+      // Whatever has become of it, the key is no longer this operation's. Perhaps that has been noticed before.
+      if (!this.signal.aborted) this.#lost()
       throw this.#unavailable(error)
     } finally {
       this.#end()

@@ -104,7 +104,8 @@ class MapStore {
 const COMPLETE = `if redis.call('GET', KEYS[1]) == ARGV[1] then
   redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) return 1 end return 0`
 const RELEASE = `if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0`
-const LEASE = 60_000
+/** Nothing renews it: it has to outlive its measurement. */
+const LEASE = 600_000
 
 /** The record as one frame: kind, fingerprint (43 bytes), length of the head, head, body. */
 class RedisFloor {

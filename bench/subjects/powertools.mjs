@@ -13,8 +13,8 @@ export async function powertoolsOnRedis({ route, redis }) {
   const client = await createClient({ socket: { path: redis.path }, database: redis.db }).connect()
   const app = Fastify()
   const config = new IdempotencyConfig({})
-  // Without one it warns at each request.
-  config.registerLambdaContext({ getRemainingTimeInMillis: () => 30_000 })
+  // Without one it warns at each request. The time is also the life of a claim, which has to outlive its measurement.
+  config.registerLambdaContext({ getRemainingTimeInMillis: () => 600_000 })
   const run = makeIdempotent((_key) => route.handle(), {
     persistenceStore: new CachePersistenceLayer({ client }),
     config

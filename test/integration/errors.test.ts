@@ -2,7 +2,13 @@ import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
-import { type IdempotencyEvent, type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
+import {
+  type IdempotencyEvent,
+  type IdempotencyOptions,
+  type IdempotencyStore,
+  idempotencyEvents,
+  MemoryStore
+} from '../../index.js'
 import { storageKey } from '../../lib/key.js'
 import { build, codeOf, inject, REPLAYED } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
@@ -368,6 +374,7 @@ t.test('a claim that could not be given back at once is told to be released when
 t.test('every event is on its diagnostics channel, with the hashed key', async (t) => {
   const names =
     'acquired replayed conflict mismatch stored released tombstoned takeover lease-lost store-error bypassed'
+  t.same(idempotencyEvents, names.split(' '))
   const seen: [string, IdempotencyEvent][] = []
   for (const name of names.split(' ')) {
     const listener = (message: unknown) => seen.push([name, message as IdempotencyEvent])

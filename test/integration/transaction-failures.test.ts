@@ -237,9 +237,11 @@ test('a network that falls silent at the commit is a 503, and its client does no
 test('a commit that takes longer than storeTimeout is a 503, and its key is held until it is decided', async (t) => {
   const scene = await open(t, { options: { storeTimeout: 200 } })
   const elsewhere = await scene.again()
+  const lost = listenTo(t, 'lease-lost')
   const commit = await gate(scene)
   const reply = await scene.send()
   t.same([told(reply), reply.headers.location], [UNAVAILABLE, undefined])
+  t.equal(lost.length, 1, 'the claim is over for this process')
   for (const { send } of [scene, elsewhere]) t.same(told(await send()), IN_PROGRESS)
   await commit.open()
   await until(() => isStored(scene))
@@ -344,6 +346,16 @@ test('a waiter that has left before the key comes to it gives it back, and its h
   await until(() => isFree(scene), { message: 'the key to be given back' })
   t.same(told(await scene.send()), RAN_2)
   t.equal(scene.runs(), 2)
+})
+
+test('a handler that misuses its transaction is answered with problem details where they are wanted', async (t) => {
+  const first: Work = (request) => transactionOf(request).query('COMMIT')
+  const scene = await open(t, { first, options: { problemDetails: true, documentationUrl: 'https://example.com/' } })
+  const reply = await scene.send()
+  t.match(reply.headers['content-type'], /^application\/problem\+json/)
+  t.match(reply.headers.link, '<https://example.com/>; rel="describedby"')
+  t.match(reply.json(), { type: 'https://example.com/', status: 500, code: 'FST_IDEMPOTENCY_TRANSACTION' })
+  t.same(told(await scene.send()), RAN_2)
 })
 
 /* The database refuses */

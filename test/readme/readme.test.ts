@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto'
+import { channel } from 'node:diagnostics_channel'
 import { readdirSync, readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
@@ -11,7 +12,7 @@ import type { IdempotentResponse } from '../../lib/client.js'
 import { REGISTRATION_RULES } from '../../lib/options.js'
 import { PostgresSql } from '../../lib/stores/postgres-sql.js'
 import { storeConformance } from '../../lib/testkit.js'
-import { codeOf, inject, REPLAYED } from '../support/app.js'
+import { build, codeOf, inject, REPLAYED } from '../support/app.js'
 import { nodeTest } from '../support/node-test.js'
 import { startPostgres } from '../support/postgres.js'
 import { startRedis } from '../support/redis.js'
@@ -318,8 +319,25 @@ t.test('cors: scripts of another origin see the mark of a replay', async (t) => 
   t.match(headers['access-control-expose-headers'], /Idempotent-Replayed/)
 })
 
-t.test('events: a subscriber compiles and listens', async () => {
+t.test('metrics: events are counted by their name and route, and can be scraped', async (t) => {
+  const app = await build(t)
+  await snippet('metrics', { app })
+  app.post('/orders', { config: { idempotency: true } }, async () => 'made')
+  const send = () => app.inject({ method: 'POST', url: '/orders', headers: { 'idempotency-key': 'k' } })
+  await send()
+  await send()
+  const { headers, payload } = await app.inject('/metrics')
+  t.match(headers['content-type'], 'text/plain')
+  t.match(payload, 'idempotency_events_total{event="stored",route="/orders"} 1')
+  t.match(payload, 'idempotency_events_total{event="replayed",route="/orders"} 1')
+})
+
+t.test('events: a lost claim is logged by its request', async (t) => {
   await snippet('events')
+  const warned: unknown[] = []
+  const request = { log: { warn: (...args: unknown[]) => warned.push(args) } }
+  channel('fastify-idempotency:lease-lost').publish({ request, key: 'hash', route: '/orders', attempt: 1 })
+  t.match(warned, [[{ key: 'hash', route: '/orders', attempt: 1 }, /two owners/]])
 })
 
 t.test('no snippet was left out', async (t) => {
