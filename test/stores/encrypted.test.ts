@@ -1,12 +1,15 @@
 import { createSecretKey, randomBytes, randomUUID } from 'node:crypto'
 import t, { type Test } from 'tap'
 import {
+  type ClaimTransaction,
   EncryptedStore,
   type IdempotencyStore,
   MemoryStore,
   PostgresStore,
   RedisStore,
-  type StoredRecord
+  type StoredRecord,
+  type TransactionAcquisition,
+  type TransactionClaim
 } from '../../index.js'
 import { storageKey } from '../../lib/key.js'
 import { build, inject, REPLAYED } from '../support/app.js'
@@ -356,6 +359,37 @@ t.test('two requests at once in transactions: one runs, and the other gets its 4
     Array(4).fill([200, 'run 1'])
   )
   t.equal(runs, 1)
+})
+
+t.test('a transaction behind it is renewed, cut and given up like any other, and its loss is heard', async (t) => {
+  const told: string[] = []
+  const lost = new AbortController()
+  const client = {} as never
+  class Transactional extends MemoryStore {
+    async begin(key: string, claim: TransactionClaim): Promise<TransactionAcquisition> {
+      await this.acquire(key, claim)
+      const transaction: ClaimTransaction = {
+        client,
+        lost: lost.signal,
+        complete: async () => ({ state: 'committed' }),
+        rollback: async () => told.push('rollback') > 0,
+        keepAlive: () => void told.push('keepAlive'),
+        abandon: () => void told.push('abandon')
+      }
+      return { state: 'acquired', attempt: 1, transaction }
+    }
+  }
+  const store = new EncryptedStore(new Transactional(), { keys })
+  const begun = await store.begin?.(newKey(), { ...claim(), wake: false, timeoutMs: 1_000 })
+  if (begun?.state !== 'acquired') throw new Error('The key is free')
+  const { transaction } = begun
+  t.equal(transaction.client, client)
+  transaction.keepAlive()
+  transaction.abandon()
+  t.equal(await transaction.rollback(), true)
+  t.same(told, ['keepAlive', 'abandon', 'rollback'])
+  lost.abort()
+  t.ok(transaction.lost.aborted)
 })
 
 /* Options */

@@ -241,6 +241,24 @@ t.test('a value that hides what is in it makes the payload unknown', async (t) =
   t.equal(payload(Object.create(null)), payload({}))
 })
 
+t.test('an error that a value throws of itself is not taken for a value that hides', async (t) => {
+  const body = {
+    get amount() {
+      throw new Error('not to be read')
+    }
+  }
+  t.throws(() => payload(body), { message: 'not to be read' })
+})
+
+t.test('members of large objects are put in order too, and left where they are in order', async (t) => {
+  const names = Array.from({ length: 100 }, (_, n) => `m${String(n).padStart(3, '0')}`)
+  const of = (names: string[]) => canonicalJson(Object.fromEntries(names.map((name) => [name, 1])))
+  t.equal(of(names.toReversed()), of(names))
+  t.equal(of(names), JSON.stringify(Object.fromEntries(names.map((name) => [name, 1]))))
+  const [first, ...rest] = names as [string, ...string[]]
+  t.equal(of([...rest, first]), of(names))
+})
+
 t.test('a member that is undefined is not a member that is null', async (t) => {
   t.not(payload({ a: undefined }), payload({ a: null }))
   t.not(payload({ a: undefined }), payload({ a: 'undefined' }))
