@@ -156,6 +156,8 @@ t.test('a body that is not at hand gives an empty payload', async (t) => {
   t.equal(payload(new PassThrough(), csv), '')
   t.equal(payload(new ReadableStream(), csv), '')
   t.equal(payload(new PassThrough(), FORM_DATA), '')
+  t.equal(payload({ getReader() {}, amount: 1 }, csv), '', 'a stream of another platform')
+  t.equal(payload(null, { 'content-type': 'text/x; a=application/json', 'content-length': '4' }), '')
 })
 
 t.test('a body that is a scalar is compared by value', async (t) => {
@@ -163,6 +165,7 @@ t.test('a body that is a scalar is compared by value', async (t) => {
   t.equal(new Set(payloads).size, payloads.length)
   t.equal(payload('text'), payload('text'))
   t.not(payload('\ud800'), payload('\ufffd'))
+  t.not(payload(1, FORM_DATA), payload(2, FORM_DATA), 'whatever type it is said to be of')
 })
 
 t.test('bytes are compared as bytes, of whatever view they are', async (t) => {
@@ -198,6 +201,22 @@ t.test('dates, maps and sets of a parser of its own are compared by value', asyn
   t.not(payload(new Map([['a', 1]])), payload(new Map([['a', 2]])))
   t.not(payload(new Set([1])), payload(new Set([2])))
   t.not(payload(new Map()), payload({}))
+})
+
+t.test('numbers that JSON cannot write are not null', async (t) => {
+  t.not(json('[1e999]'), json('[null]'))
+  t.not(json('[1e999]'), json('[-1e999]'))
+  t.not(payload([Number.NaN]), payload([null]))
+})
+
+t.test('what JSON cannot write is written beside it, in the same grammar', async (t) => {
+  const value = {
+    b: [1n, null, true, 'x"', 1.5, {}, [], [0, 0]],
+    a: new Map<unknown, unknown>([['k', undefined]]),
+    10: { d: 1n, c: -1 }
+  }
+  const text = '{"10":{"c":-1,"d":1n},"a":[["k",undefined]],"b":[1n,null,true,"x\\"",1.5,{},[],[0,0]]}'
+  t.equal(canonicalJson(value), text)
 })
 
 t.test('forms and buffers of the platform are compared by value', async (t) => {
@@ -290,6 +309,9 @@ t.test('a cycle is written, and ends', async (t) => {
   Object.assign(b as object, { a, twice: a })
   t.ok(payload(a))
   t.ok(payload(nested(1_000, cycle(1), 'object')))
+  const endless: Record<string, unknown> = {}
+  endless.self = endless
+  t.equal(canonicalJson(endless), `${'{"self":'.repeat(64)}*${'}'.repeat(64)}`, 'looked out for below some depth')
 })
 
 t.test('canonical JSON is JSON where there is nothing to put in order', async (t) => {
@@ -347,6 +369,24 @@ t.test('a multipart body with plain values is compared alike', async (t) => {
   t.not(await multipart({ name: 'y', doc: Buffer.from('content') }), one)
   t.not(await multipart({ name: 'x', doc: Buffer.from('contents') }), one)
   t.not(await multipart({ name: ['x', 'y'] }), await multipart({ name: ['y', 'x'] }))
+  t.not(await multipart({ name: null }), await multipart({ name: 'null' }))
+  t.not(await multipart({ name: null }), '')
+  t.not(await multipart({ name: { first: 1 } }), await multipart({ name: { first: 2 } }))
+  t.not(await multipart({ name: { first: 1 } }), '')
+  t.not(await multipart(JSON.parse('{"__proto__":"x"}')), await multipart({}))
+})
+
+t.test('of a field in a multipart body its value counts, and of a file its name, type and content', async (t) => {
+  const encoded = (encoding: string) => ({ ...field('x'), encoding })
+  t.equal(await multipart({ name: encoded('7bit') }), await multipart({ name: encoded('8bit') }))
+  const { fieldname, ...anonymous } = file('')
+  t.equal(await multipart({ doc: anonymous }), await multipart({ doc: file('') }), 'a file of which no more is known')
+  t.not(await multipart({ doc: anonymous }), '')
+})
+
+t.test('a body is multipart by its type, not by a parameter of it', async (t) => {
+  const type = { 'content-type': 'application/x; like=multipart/form-data', 'content-length': '4' }
+  t.equal(payload({ a: 1 }, type), payload({ a: 1 }))
 })
 
 t.test('a file that cannot be read any more makes the payload unknown', async (t) => {
