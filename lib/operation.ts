@@ -448,9 +448,7 @@ export class Operation implements Subject, Waiter, Renewable {
       return { state: 'completed', record: other.#unstored, ttlMs: other.policy.ttl }
     }
     const running = other !== undefined && other !== this && !other.#releasing ? other.#asRunning() : null
-    // Nobody else sees what a transaction holds, nor can it be lost to another unnoticed, as long as the server waits for
-    // a connection that has fallen silent.
-    if (running !== null && other !== undefined && other.#transaction !== null && !other.#isOld()) return running
+    if (other !== undefined && running !== null && other.#isHidden()) return running
     const answer = attempt(() => this.#ask(takeover))
     const found = reveal(answer)
     if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, other, running)
@@ -641,8 +639,12 @@ export class Operation implements Subject, Waiter, Renewable {
     return this.phase === 'held' || this.phase === 'running'
   }
 
-  #isOld(): boolean {
-    return performance.now() - this.#heldSince > this.lease
+  /**
+   * Nobody else sees what a transaction holds before its commit is sent, nor can it be lost to another unnoticed, as
+   * long as the server waits for a connection that has fallen silent.
+   */
+  #isHidden(): boolean {
+    return this.#transaction !== null && this.#isHeld() && performance.now() - this.#heldSince <= this.lease
   }
 
   #isOver(): boolean {

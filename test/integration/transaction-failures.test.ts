@@ -207,6 +207,28 @@ test('a connection that is lost when the commit has just been sent is a 503, and
   t.same(await scene.ledger(), ['run 1'])
 })
 
+test('a reply that is committed is replayed while its own process still waits for the answer to its commit', async (t) => {
+  const scene = await open(t)
+  const [committing, answer] = [latch(), latch()]
+  instead(scene, async (commit, socket) => {
+    const committed = commit()
+    socket.pause()
+    committing.open()
+    await answer.promise
+    socket.resume()
+    return committed
+  })
+  const first = scene.send()
+  await committing.promise
+  const elsewhere = await scene.again()
+  await until(() => isStored(elsewhere))
+  t.same(told(await elsewhere.send()), REPLAYED_1)
+  t.same(told(await scene.send()), REPLAYED_1)
+  answer.open()
+  t.same(told(await first), RAN_1)
+  t.equal(scene.runs(), 1)
+})
+
 test('a connection that is lost just before the commit is sent is a 503, and the retry runs', async (t) => {
   const scene = await open(t)
   instead(scene, (commit, socket) => {
