@@ -15,7 +15,10 @@ export const LOSSES = ['unsent', 'unheard', 'cut', 'silent unsent', 'silent unhe
 export type Loss = (typeof LOSSES)[number]
 
 export interface ProxyOptions {
-  /** After so many milliseconds of silence a client's connection ends; the server is never told. */
+  /**
+   * After so many milliseconds of silence a client's connection ends. The server is told when ten times that has passed,
+   * as its own keepalives would: else those that it waits for would be more than it can have.
+   */
   silence?: number
 }
 
@@ -84,6 +87,7 @@ class Link {
     const beSilent = () => {
       this.#state = 'silent'
       setTimeout(() => client.destroy(), silence).unref()
+      setTimeout(() => server.destroy(), 10 * silence).unref()
     }
     const asked = new Messages(false)
     let statement: Buffer[] = []
