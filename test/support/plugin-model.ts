@@ -216,7 +216,7 @@ export class PluginModel implements Witness {
     const next: State[] = []
     for (const state of this.#of(key)) {
       if ((state.entry.is !== 'free') !== existed) continue
-      const own = owner(state)
+      const own = this.#mayStillStore(state, key)
       const beaten = { ...state.beaten }
       // An owner in the process itself is told.
       if (own !== null && this.#processOf(own) !== process && !this.#processOf(own).dead) beaten[own] = this.#now
@@ -225,6 +225,13 @@ export class PluginModel implements Witness {
     }
     this.#put(key, next)
     if (next.length === 0) this.#fail(`delete of ${key} was ${existed}`)
+  }
+
+  /** Who may claim a deleted key anew: its owner, or who does not know yet that its reply was stored. */
+  #mayStillStore({ entry, beaten }: State, key: string): string | null {
+    if (entry.is !== 'done') return owner({ entry, beaten })
+    const { run } = this.#runs.get(entry.run) as RunInfo
+    return this.#info(run.asked.process).unstored.get(key)?.run === entry.run ? entry.run : null
   }
 
   // What is seen.
