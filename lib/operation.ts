@@ -238,6 +238,8 @@ export class Operation implements Subject, Waiter, Renewable {
     } catch (error) {
       this.#report(error)
       if (this.#transaction === null) {
+        // Where a lapsed claim is not taken over it would be called abandoned, which it is not.
+        if (!this.takesOver) keepAlive(this)
         void this.#giveBack(this.#token).then((given) => {
           this.#end()
           if (given) this.#released()
@@ -584,7 +586,7 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   async #renew(): Promise<void> {
-    if (this.phase === 'over' || this.#releasing) return
+    if (this.phase === 'over' || (this.#releasing && this.takesOver)) return
     const { store, storeTimeout, lease } = this.policy
     try {
       const renewed = await within(storeTimeout, () => store.renew(this.storageKey, this.#token, lease))
@@ -596,7 +598,8 @@ export class Operation implements Subject, Waiter, Renewable {
     } catch (error) {
       if (!this.#isOver()) this.#report(error)
     }
-    if (!this.#registration.closed && (this.#isHeld() || this.#unstored !== null)) keepAlive(this)
+    const isEnding = this.#unstored !== null || (this.#releasing && !this.takesOver)
+    if (!this.#registration.closed && !this.#isOver() && (this.#isHeld() || isEnding)) keepAlive(this)
   }
 
   /**

@@ -371,6 +371,32 @@ t.test('a claim that could not be given back at once is told to be released when
   t.equal(await memory.get(storageKey(null, keyed.headers['idempotency-key'])), null)
 })
 
+t.test('a key that cannot be given back is in progress, not abandoned, until it is', async (t) => {
+  const { memory, store, failing } = breakable()
+  const options = { lease: 60, onAbandoned: 'reject' as const }
+  const app = await build(t, { ...options, store })
+  const elsewhere = await build(t, { ...options, store: { ...store } })
+  let runs = 0
+  for (const each of [app, elsewhere]) {
+    each.post('/', { config: { idempotency: true } }, async (_request, reply) =>
+      reply.code(++runs > 1 ? 200 : 500).send()
+    )
+  }
+  failing.release = () => Promise.reject(new Error('full'))
+  const leases: number[] = []
+  const { renew } = memory
+  memory.renew = (...args) => {
+    leases.push(args[2])
+    return renew.apply(memory, args)
+  }
+  t.equal((await app.inject(keyed)).statusCode, 500)
+  await until(() => leases.length > 4, { message: 'more than one lease to pass' })
+  t.equal(codeOf(await elsewhere.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  delete failing.release
+  await until(async () => (await elsewhere.inject(keyed)).statusCode === 200)
+  t.equal(runs, 2)
+})
+
 t.test('every event is on its diagnostics channel, with the hashed key', async (t) => {
   const names =
     'acquired replayed conflict mismatch stored released tombstoned takeover lease-lost store-error bypassed'
