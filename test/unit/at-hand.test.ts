@@ -1,5 +1,5 @@
 import t from 'tap'
-import { atHand, isAtHand, reveal } from '../../lib/at-hand.js'
+import { atHand, isAtHand, isThenable, reveal } from '../../lib/at-hand.js'
 
 t.test('an answer at hand shows its value, and is a promise like any other', async (t) => {
   const promise = atHand('value')
@@ -19,4 +19,22 @@ t.test('any other promise is left as it is', async (t) => {
   const promise = Promise.resolve('value')
   t.notOk(isAtHand(promise))
   t.equal(reveal(promise), promise)
+})
+
+t.test('what can be waited for is known by its `then`', async (t) => {
+  const withThen = (object: object, then: unknown) => Object.defineProperty(object, 'then', { value: then })
+  for (const thenable of [Promise.resolve(), withThen({}, () => {})]) t.equal(isThenable(thenable), true)
+  const none = [
+    undefined,
+    null,
+    0,
+    'then',
+    {},
+    withThen({}, 1),
+    withThen(
+      () => {},
+      () => {}
+    )
+  ]
+  for (const other of none) t.equal(isThenable(other), false)
 })
