@@ -192,6 +192,8 @@ if (!existsSync(join(tools, 'node_modules'))) {
   if (status !== 0) process.exit(1)
 }
 mkdirSync(work, { recursive: true })
+// Tests that start servers take longer where several run at once.
+process.env.TAP_TIMEOUT ??= '120'
 
 const names = process.argv.slice(2).filter((arg) => !arg.startsWith('--'))
 const again = process.argv.includes('--again')

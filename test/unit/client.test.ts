@@ -1,8 +1,9 @@
 import { spawnSync } from 'node:child_process'
 import { getEventListeners } from 'node:events'
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import t from 'tap'
 import { IdempotentFetchError, type IdempotentFetchOptions, idempotentFetch } from '../../lib/client.js'
@@ -502,7 +503,7 @@ t.test('it compiles for browsers: with the types of the DOM, and nothing else', 
   const config = { compilerOptions: { ...compilerOptions, noEmit: true, moduleResolution: 'bundler' } }
   const file = join(folder, 'tsconfig.json')
   writeFileSync(file, JSON.stringify({ ...config, files: [join(root, 'lib/client.ts')] }))
-  const tsc = join(root, 'node_modules/typescript/bin/tsc')
+  const tsc = join(dirname(createRequire(import.meta.url).resolve('typescript/package.json')), 'bin/tsc')
   // Without the loaders that tap puts into every process of Node, in which TypeScript's does not start.
   const command = ['-u', 'NODE_OPTIONS', process.execPath, tsc, '-p', file]
   const { status, stdout, stderr } = spawnSync('env', command, { encoding: 'utf8' })
