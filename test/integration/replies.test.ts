@@ -510,3 +510,30 @@ t.test("a Response's cookies reach its client once, and no other", async (t) => 
   t.same((await post(port, { key: 'k' })).headers['set-cookie'], ['a=1', 'b=2'])
   t.equal((await post(port, { key: 'k' })).headers['set-cookie'], undefined)
 })
+
+t.test('a tombstone says why there is no reply', async (t) => {
+  const app = await build(t, { maxReplySize: 10 })
+  app.post('/:what', { config: { idempotency: true } }, (request, reply) => {
+    const { what } = request.params as { what: string }
+    if (what === 'large') return void reply.send('x'.repeat(11))
+    if (what === 'large-stream') return void reply.send(Readable.from(['x'.repeat(6), 'x'.repeat(6)]))
+    if (what === 'hijacked') return void reply.hijack().raw.end('x')
+    async function* broken() {
+      yield 'x'
+      throw new Error('broken off')
+    }
+    return void reply.send(Readable.from(broken()))
+  })
+  const reasons: Record<string, unknown> = {}
+  for (const what of ['large', 'large-stream', 'hijacked', 'broken']) {
+    await app.inject({ method: 'POST', url: `/${what}`, headers: { 'idempotency-key': what } }).catch(() => {})
+    const found = await app.idempotency.get(what)
+    reasons[what] = found?.state === 'completed' && found.record.kind === 'tombstone' && found.record.reason
+  }
+  t.same(reasons, {
+    large: 'too-large',
+    'large-stream': 'too-large',
+    hijacked: 'hijacked',
+    broken: 'stream-failed'
+  })
+})
