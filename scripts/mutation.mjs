@@ -30,7 +30,7 @@ const SPECIFIED_IN = {
   token: 'unit/token',
   problem: 'unit/problem integration/problem-details',
   ending:
-    'integration/replies integration/errors integration/life integration/transactions integration/transaction-failures pitfalls/replies',
+    'unit/ending integration/replies integration/errors integration/life integration/transactions integration/transaction-failures pitfalls/replies',
   errors: 'unit/errors unit/within integration/errors integration/duplicates',
   events: 'integration/coverage integration/life integration/errors integration/duplicates',
   exchange: 'unit/exchange integration/coverage integration/life pitfalls/claim pitfalls/failures',

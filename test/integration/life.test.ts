@@ -947,3 +947,39 @@ t.test('a retry that is sent on receipt of the reply is a replay, never a 409', 
     t.equal((await post(port, { key: `${i}` })).headers[REPLAYED], 'true')
   }
 })
+
+t.test('a handler may wait until its reply is over', async (t) => {
+  const app = await build(t)
+  const over = latch<boolean>()
+  app.post('/', { config: { idempotency: true } }, async (_request, reply) => {
+    reply.send('sent')
+    await reply
+    over.open(reply.raw.writableEnded)
+  })
+  const { payload } = await app.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': 'k' } })
+  t.equal(payload, 'sent')
+  t.equal(await over.promise, true)
+})
+
+t.test('a value that is returned after the reply was sent is not sent, and is warned of', async (t) => {
+  const lines: string[] = []
+  const stream = { write: (line: string) => void lines.push(line) }
+  const app = await build(t, {}, { logger: { level: 'warn', stream } })
+  const returned: Record<string, (reply: FastifyReply) => unknown> = {
+    nothing: () => undefined,
+    reply: (reply) => reply,
+    value: () => 'another'
+  }
+  app.post('/:what', { config: { idempotency: true } }, async (request, reply) => {
+    reply.send('sent')
+    return returned[(request.params as { what: string }).what]?.(reply)
+  })
+  for (const what of Object.keys(returned)) {
+    for (let n = 0; n < 2; n++) {
+      const request = { method: 'POST' as const, url: `/${what}`, headers: { 'idempotency-key': what } }
+      t.equal((await app.inject(request)).payload, 'sent', what)
+    }
+    t.equal(lines.length, what === 'value' ? 1 : 0, what)
+  }
+  t.match(lines[0], /handler returned a value after its reply was sent/)
+})
