@@ -160,8 +160,8 @@ export class Lifecycle {
     if (exchange !== null) {
       exchange.failed = true
       exchange.error = error
-      // What a handler meets of the plugin's own: where it misuses its transaction.
-      if (error instanceof TransactionBroken) this.#refuse(request, reply, error)
+      // What a handler meets of the plugin's own, where it misuses its transaction. What comes from onSend is known.
+      if (error instanceof TransactionBroken && error !== request[kRefusal]) this.#refuse(request, reply, error)
       const { replayHeader } = this.#policy
       if (exchange.operation.reply !== null)
         takeOff(reply, exchange.operation.reply, replayHeader, exchange.headersBefore)

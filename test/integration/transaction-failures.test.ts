@@ -380,6 +380,24 @@ test('a handler that misuses its transaction is answered with problem details wh
   t.same(told(await scene.send()), RAN_2)
 })
 
+test('a success that cannot be committed is refused once, and a custom error handler has the last word', async (t) => {
+  const first: Work = async (request, reply, run) => {
+    await transactionOf(request)
+      .query('SELECT 1/0')
+      .catch(() => {})
+    return created(request, reply, run)
+  }
+  const scene = await open(t, { first, options: { problemDetails: true, documentationUrl: 'https://example.com/' } })
+  scene.app.setErrorHandler((error: FastifyError, _request, reply) =>
+    reply.code(500).send({ code: `seen ${error.code}` })
+  )
+  const reply = await scene.send()
+  t.same(told(reply), [500, 'seen FST_IDEMPOTENCY_TRANSACTION', 'fresh'])
+  t.match(reply.headers['content-type'], /^application\/json/)
+  t.equal(reply.headers.link, '<https://example.com/>; rel="describedby"')
+  t.same(told(await scene.send()), RAN_2)
+})
+
 /* The database refuses */
 
 const failing =
