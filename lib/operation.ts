@@ -96,10 +96,12 @@ export class Operation implements Subject, Waiter, Renewable {
   #releasing = false
   /** What could not be stored yet. */
   #unstored: StoredRecord | null = null
+  /** The attempt to store it that is under way. */
+  #storing: Promise<boolean> | null = null
   /** What holds the claim, where the route has `transaction: true`. */
   #transaction: ClaimTransaction | null = null
-  /** Monotonic milliseconds. */
-  #heldSince = 0
+  /** When the store was last asked to begin the lease: it ends no sooner than a lease later. Monotonic milliseconds. */
+  #leasedAt = 0
   #controller: AbortController | null = null
 
   constructor(
@@ -193,14 +195,12 @@ export class Operation implements Subject, Waiter, Renewable {
     if (this.discarded) return this.release()
     this.phase = 'ending'
     if (this.#transaction !== null) return this.#commit(this.#transaction, record, failed)
-    const step = () => this.#complete(record)
-    const stored = reveal(within(this.policy.storeTimeout, step))
-    if (stored instanceof Promise) return this.#completeLater(stored, step, record)
+    const stored = reveal(within(this.policy.storeTimeout, () => this.#complete(record)))
+    if (stored instanceof Promise) return this.#completeLater(stored, record)
     this.#completed(stored, record)
   }
 
-  async #completeLater(answer: Promise<boolean>, step: () => Promise<boolean>, record: StoredRecord): Promise<void> {
-    const { storeTimeout, lease } = this.policy
+  async #completeLater(answer: Promise<boolean>, record: StoredRecord): Promise<void> {
     let stored: boolean
     try {
       stored = await answer
@@ -211,11 +211,8 @@ export class Operation implements Subject, Waiter, Renewable {
         this.#unstored = record
         keepAlive(this)
       }
-      void insist(
-        Math.max(lease / 3, storeTimeout),
-        step,
-        () => this.#registration.closed || this.phase === 'over'
-      ).then((stored) => this.#completed(stored, record))
+      const isPointless = () => this.#registration.closed || this.phase === 'over'
+      void insist(() => this.#completeAgain(record), isPointless).then((stored) => this.#completed(stored, record))
       return
     }
     this.#completed(stored, record)
@@ -390,7 +387,6 @@ export class Operation implements Subject, Waiter, Renewable {
   #hold(attempt: number): Maybe<Verdict> {
     if (this.#transaction?.lost.aborted) throw new StoreFailure('The key was lost again', { cause: undefined })
     this.attempt = attempt
-    this.#heldSince = performance.now()
     this.phase = 'held'
     this.#store.live.set(this.storageKey, this)
     this.#transaction?.lost.addEventListener('abort', this)
@@ -446,15 +442,30 @@ export class Operation implements Subject, Waiter, Renewable {
   #askStore(takeover: boolean): Maybe<Found> {
     const other = this.#store.live.get(this.storageKey)
     // The reply is there, only the store does not have it yet.
-    if (other !== undefined && other.#unstored !== null) {
-      return { state: 'completed', record: other.#unstored, ttlMs: other.policy.ttl }
-    }
+    if (other !== undefined && other.#unstored !== null) return this.#askOwner(other, other.#unstored, takeover)
     const running = other !== undefined && other !== this && !other.#releasing ? other.#asRunning() : null
     if (other !== undefined && running !== null && other.#isHidden()) return running
     const answer = attempt(() => this.#ask(takeover))
     const found = reveal(answer)
     if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, other, running)
     return this.#understand(found, other, running)
+  }
+
+  /** The owner's reply counts for as long as nobody else can have the key: after that the store has to take it first. */
+  #askOwner(owner: Operation, record: StoredRecord, takeover: boolean): Maybe<Found> {
+    const isKnown = owner.#isLeased() || this.policy.bypasses
+    return isKnown ? { state: 'completed', record, ttlMs: owner.policy.ttl } : this.#askBoth(owner, record, takeover)
+  }
+
+  async #askBoth(owner: Operation, record: StoredRecord, takeover: boolean): Promise<Found> {
+    let stored: boolean
+    try {
+      stored = await within(this.policy.storeTimeout, () => owner.#completeAgain(record))
+    } catch (error) {
+      this.#report(error)
+      throw new StoreFailure('The key could not be asked for', { cause: error })
+    }
+    return stored ? { state: 'completed', record, ttlMs: owner.policy.ttl } : this.#askStore(takeover)
   }
 
   /** What the answer means to this process, which knows more than the store. */
@@ -506,6 +517,7 @@ export class Operation implements Subject, Waiter, Renewable {
   #ask(takeover: boolean): Promise<Found> {
     const { store, transaction, waits, storeTimeout: timeoutMs } = this.policy
     const claim = this.#claimOf(takeover)
+    this.#leasedAt = performance.now()
     if (!transaction) return store.acquire(this.storageKey, claim)
     return (store as Required<IdempotencyStore>).begin(this.storageKey, { ...claim, wake: waits, timeoutMs })
   }
@@ -527,6 +539,23 @@ export class Operation implements Subject, Waiter, Renewable {
     const { store, ttl } = this.policy
     const stored = attempt(() => store.complete(this.storageKey, this.#token, record, ttl))
     return reveal(stored) === true ? stored : this.#completeAnew(stored, record)
+  }
+
+  /** Tries once more to store what could not be stored. All who need to know at the same time share one attempt. */
+  #completeAgain(record: StoredRecord): Promise<boolean> {
+    this.#storing ??= this.#storeAgain(record)
+    return this.#storing
+  }
+
+  async #storeAgain(record: StoredRecord): Promise<boolean> {
+    const { storeTimeout, lease } = this.policy
+    try {
+      const stored = await within(Math.max(lease / 3, storeTimeout), () => this.#complete(record))
+      this.#completed(stored, record)
+      return stored
+    } finally {
+      this.#storing = null
+    }
   }
 
   async #completeAnew(stored: Promise<boolean>, record: StoredRecord): Promise<boolean> {
@@ -589,7 +618,9 @@ export class Operation implements Subject, Waiter, Renewable {
     if (this.phase === 'over' || (this.#releasing && this.takesOver)) return
     const { store, storeTimeout, lease } = this.policy
     try {
+      const askedAt = performance.now()
       const renewed = await within(storeTimeout, () => store.renew(this.storageKey, this.#token, lease))
+      this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
       // Once the claim is ending, the last step finds out by itself.
       if (!renewed && this.#isHeld() && !(await within(storeTimeout, () => this.#reclaim())) && this.#isHeld()) {
         this.#end()
@@ -609,8 +640,11 @@ export class Operation implements Subject, Waiter, Renewable {
   async #reclaim(): Promise<boolean> {
     const { store } = this.policy
     if (this.#forgotten || store.get === undefined || (await store.get(this.storageKey)) !== null) return false
+    const askedAt = performance.now()
     const { state } = await store.acquire(this.storageKey, this.#claimOf(false))
-    return state === 'acquired'
+    if (state !== 'acquired') return false
+    this.#leasedAt = askedAt
+    return true
   }
 
   /** The connection of the transaction is lost. An operation listens itself, so that none has to carry a listener. */
@@ -642,12 +676,17 @@ export class Operation implements Subject, Waiter, Renewable {
     return this.phase === 'held' || this.phase === 'running'
   }
 
+  /** The store cannot have let the lease lapse yet: the key is this operation's. */
+  #isLeased(): boolean {
+    return performance.now() - this.#leasedAt < this.lease
+  }
+
   /**
    * Nobody else sees what a transaction holds before its commit is sent, nor can it be lost to another unnoticed, as
    * long as the server waits for a connection that has fallen silent.
    */
   #isHidden(): boolean {
-    return this.#transaction !== null && this.#isHeld() && performance.now() - this.#heldSince <= this.lease
+    return this.#transaction !== null && this.#isHeld() && this.#isLeased()
   }
 
   #isOver(): boolean {

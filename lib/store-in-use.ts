@@ -113,12 +113,12 @@ export function sleep(ms: number): Promise<void> {
 }
 
 /** Repeats a step until the store answers; `null` when there is no more point in it. */
-export async function insist<T>(timeout: number, step: () => Promise<T>, pointless: () => boolean): Promise<T | null> {
+export async function insist<T>(step: () => Promise<T>, pointless: () => boolean): Promise<T | null> {
   for (let pause = FIRST_PAUSE_MS; ; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
     await sleep(pause)
     if (pointless()) return null
     try {
-      return await within(timeout, step)
+      return await step()
     } catch {
       // The first failure was reported; the store is still not back.
     }

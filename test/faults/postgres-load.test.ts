@@ -407,7 +407,7 @@ t.test(
 )
 
 t.test('what cannot be: a reply, sent while it could not be stored, does not outlive its process', async (t) => {
-  const scene = await open(t, { lease: 1_000 })
+  const scene = await open(t, { lease: 3_000 })
   const { history, apps } = scene
   const [dying, other] = apps as [Scene['apps'][number], Scene['apps'][number]]
   const request = (app: FastifyInstance) =>

@@ -1,13 +1,14 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
-import t from 'tap'
+import t, { type Test } from 'tap'
 import {
   type IdempotencyEvent,
   type IdempotencyOptions,
   type IdempotencyStore,
   idempotencyEvents,
-  MemoryStore
+  MemoryStore,
+  type StoredRecord
 } from '../../index.js'
 import { storageKey } from '../../lib/key.js'
 import { build, codeOf, inject, REPLAYED } from '../support/app.js'
@@ -96,6 +97,139 @@ for (const [how, fail] of Object.entries(failures)) {
     }
   )
 }
+
+/** A process that has a reply which it could not store, and has been cut off from the store for longer than its lease. */
+async function cutOff(t: Test, options: IdempotencyOptions = {}) {
+  const { memory, store, failing } = breakable()
+  const lease = 60
+  const app = await build(t, { store, lease, storeTimeout: 20, ...options })
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async (_request, reply) => reply.code(201).send(`run ${++runs}`))
+  const fail = () => Promise.reject(new Error('down'))
+  Object.assign(failing, { complete: fail, renew: fail })
+  t.equal((await app.inject(keyed)).body, 'run 1')
+  const isLapsed = async () => {
+    const found = await memory.acquire(storageKey(null, 'k'), { ...claim, takeover: false })
+    return found.state === 'abandoned'
+  }
+  const claim = { token: 'somebody else', fingerprint: '', leaseMs: 60_000, retainMs: 60_000 }
+  await until(isLapsed)
+  const overtake = async () => {
+    await memory.acquire(storageKey(null, 'k'), { ...claim, takeover: true })
+    const body = Buffer.from('theirs')
+    const record: StoredRecord = {
+      kind: 'reply',
+      statusCode: 201,
+      headers: [],
+      body,
+      text: true,
+      fingerprint: '',
+      createdAt: 0
+    }
+    t.equal(await memory.complete(storageKey(null, 'k'), claim.token, record, 60_000), true)
+  }
+  return { app, memory, failing, overtake, runs: () => runs }
+}
+
+t.test("a reply that could not be stored is nobody else's once another process may have the key", async (t) => {
+  const { app, failing, overtake } = await cutOff(t)
+  await overtake()
+  Object.assign(failing, { acquire: failing.complete })
+  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_STORE_UNAVAILABLE')
+  for (const step of ['acquire', 'complete', 'renew'] as const) delete failing[step]
+  const replay = await app.inject(keyed)
+  t.same([replay.body, replay.headers[REPLAYED]], ['theirs', 'true'])
+})
+
+t.test('a reply that could not be stored is stored before it is replayed, once its lease has lapsed', async (t) => {
+  const { app, memory, failing, runs } = await cutOff(t)
+  delete failing.complete
+  const replay = await app.inject(keyed)
+  t.same([replay.body, replay.headers[REPLAYED]], ['run 1', 'true'])
+  t.equal((await memory.get(storageKey(null, 'k')))?.state, 'completed')
+  t.equal(runs(), 1)
+})
+
+t.test('a store that has lost its data meanwhile gets the reply from the first who asks', async (t) => {
+  const { app, memory, failing, runs } = await cutOff(t)
+  t.equal(await memory.delete(storageKey(null, 'k')), true)
+  delete failing.complete
+  t.equal((await app.inject(keyed)).body, 'run 1')
+  t.equal((await memory.get(storageKey(null, 'k')))?.state, 'completed')
+  t.equal(runs(), 1)
+})
+
+t.test("onStoreError 'bypass' replays what could not be stored rather than to run again", async (t) => {
+  const { app, failing, runs } = await cutOff(t, { onStoreError: 'bypass' })
+  Object.assign(failing, { acquire: failing.complete })
+  t.equal((await app.inject(keyed)).body, 'run 1')
+  t.equal(runs(), 1)
+})
+
+t.test('all who ask for what could not be stored share one attempt to store it', async (t) => {
+  const { app, failing } = await cutOff(t, { storeTimeout: 200 })
+  let attempts = 0
+  failing.complete = () => {
+    attempts++
+    return new Promise(() => {})
+  }
+  const replies = await Promise.all(Array.from({ length: 10 }, () => app.inject(keyed)))
+  t.strictSame(new Set(replies.map(codeOf)), new Set(['FST_IDEMPOTENCY_STORE_UNAVAILABLE']))
+  t.equal(attempts, 1)
+})
+
+t.test('a reply that could not be stored is replayed for as long as its claim is renewed', async (t) => {
+  const { store, failing } = breakable()
+  const app = await build(t, { store, lease: 90 })
+  app.post('/', { config: { idempotency: true } }, async () => 'reply')
+  failing.complete = () => Promise.reject(new Error('down'))
+  await app.inject(keyed)
+  await sleep(200)
+  t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+})
+
+t.test('a reply that could not be stored is no replay when the claim turns out to be lost', async (t) => {
+  const { memory, store, failing } = breakable()
+  let isLost = false
+  const renew = async (...args: Parameters<IdempotencyStore['renew']>) => {
+    const renewed = await memory.renew(...args)
+    isLost = !renewed
+    return renewed
+  }
+  const app = await build(t, { store: { ...store, renew }, lease: 900 })
+  app.post('/', { config: { idempotency: true } }, async () => 'mine')
+  failing.complete = () => Promise.reject(new Error('down'))
+  t.equal((await app.inject(keyed)).body, 'mine')
+  const key = storageKey(null, 'k')
+  await memory.delete(key)
+  const theirs = { token: 'theirs', fingerprint: '', leaseMs: 60_000, retainMs: 60_000, takeover: false }
+  t.match(await memory.acquire(key, theirs), { state: 'acquired' })
+  await until(() => isLost)
+  await sleep(1)
+  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_STORE_UNAVAILABLE')
+  delete failing.complete
+  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+})
+
+t.test('a claim that was made anew counts as any other', async (t) => {
+  const { memory, store, failing } = breakable()
+  const app = await build(t, { store, lease: 600 })
+  const [entered, leave] = [latch(), latch()]
+  app.post('/', { config: { idempotency: true } }, async () => {
+    entered.open()
+    await leave.promise
+    return 'reply'
+  })
+  const first = inject(app, keyed)
+  await entered.promise
+  const key = storageKey(null, 'k')
+  await memory.delete(key)
+  await until(async () => (await memory.get(key)) !== null)
+  failing.complete = () => Promise.reject(new Error('down'))
+  leave.open()
+  await first
+  t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+})
 
 t.test('a claim that was written although its answer came too late, or never, is given back', async (t) => {
   for (const written of ['before', 'after'] as const) {

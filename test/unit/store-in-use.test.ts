@@ -229,7 +229,6 @@ t.test('insisting repeats a step until it is answered, after growing pauses', as
   const pauses = hurry(t)
   let failures = 6
   const answer = await insist(
-    TIMEOUT,
     async () => {
       if (failures-- > 0) throw new Error('away')
       return 'answer'
@@ -244,7 +243,6 @@ t.test('insisting ends without another step when there is no more point in it', 
   hurry(t)
   let steps = 0
   const answer = await insist(
-    TIMEOUT,
     async () => {
       steps++
       throw new Error('away')
