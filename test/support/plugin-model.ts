@@ -62,8 +62,13 @@ interface RunInfo {
 interface ProcessInfo {
   healthy: boolean
   since: number
-  /** Replies that could not be stored, and those that may have been in the meantime. */
-  unstored: Map<string, { run: string; sure: boolean }>
+  /**
+   * Replies that could not be stored, and those that may have been in the meantime. `forgotten`: the key was deleted
+   * elsewhere, which the process need not know.
+   */
+  unstored: Map<string, { run: string; sure: boolean; forgotten: boolean }>
+  /** It may have renewed what it does not know to be renewed. */
+  doubts: boolean
 }
 
 type Verdict = { is: string; state: State }
@@ -148,7 +153,8 @@ export class PluginModel implements Witness {
     const own = this.#info(process)
     own.since = this.#now
     if (call === 'complete' && states.some((state) => knows(state, run.id))) {
-      own.unstored.set(key, { run: run.id, sure: process.cut && states.every((state) => owner(state) === run.id) })
+      const sure = process.cut && states.every((state) => owner(state) === run.id)
+      own.unstored.set(key, { run: run.id, sure, forgotten: states.some((state) => run.id in state.beaten) })
     }
     if (process.cut) return
     // The store may have done it, only nobody knows.
@@ -213,6 +219,10 @@ export class PluginModel implements Witness {
     this.#say(`${process.name} deletes ${key}: ${existed}`)
     this.#lives.set(key, (this.#lives.get(key) ?? 0) + 1)
     this.#info(process).unstored.delete(key)
+    for (const { unstored } of this.#processes.values()) {
+      const reply = unstored.get(key)
+      if (reply !== undefined) reply.forgotten = true
+    }
     const next: State[] = []
     for (const state of this.#of(key)) {
       if ((state.entry.is !== 'free') !== existed) continue
@@ -286,6 +296,7 @@ export class PluginModel implements Witness {
 
   lost(process: Process, call: Call, stored: string, takeover: boolean): void {
     this.#say(`an answer is lost to ${process.name}: ${call}`)
+    this.#info(process).doubts = true
     if (call !== 'acquire') return
     for (const asked of process.asked) {
       if (asked.answer !== null || asked.run !== null || storageKey(null, asked.key) !== stored) continue
@@ -431,8 +442,9 @@ export class PluginModel implements Witness {
     const unstored = this.#info(process).unstored.get(key)
     if (unstored !== undefined) {
       const { run } = this.#runs.get(unstored.run) as RunInfo
-      found.push(done(unstored.run, run.asked))
-      if (process.cut && unstored.sure) return found
+      if (this.#mayCount(unstored, state, process)) found.push(done(unstored.run, run.asked))
+      const isLeased = entry.is === 'claim' && entry.run === unstored.run && this.#now < entry.from
+      if (process.cut && unstored.sure && isLeased && !this.#info(process).doubts) return found
     }
     if (this.#mayFail.has(asked)) {
       found.push(refuse(UNAVAILABLE))
@@ -469,6 +481,13 @@ export class PluginModel implements Witness {
       }
     }
     return found
+  }
+
+  /** May a reply be replayed that its process does not know to be stored? Not if another may have the key. */
+  #mayCount({ run, forgotten }: { run: string; forgotten: boolean }, { entry }: State, process: Process): boolean {
+    if (forgotten || entry.is === 'free') return true
+    if (entry.is === 'ghost' || entry.run !== run) return false
+    return entry.is === 'done' || !process.cut || this.#now <= entry.to
   }
 
   #claimed(state: State, { run, route, payload, process }: Asked, attempt: number): Verdict[] {
@@ -620,7 +639,7 @@ export class PluginModel implements Witness {
   #info(process: Process): ProcessInfo {
     let info = this.#processes.get(process)
     if (info === undefined) {
-      info = { healthy: true, since: -Infinity, unstored: new Map() }
+      info = { healthy: true, since: -Infinity, unstored: new Map(), doubts: false }
       this.#processes.set(process, info)
     }
     return info
