@@ -39,7 +39,7 @@ const SPECIFIED_IN = {
   'handler-timeout': 'integration/life integration/transaction-failures pitfalls/failures',
   'early-routes': 'unit/early-routes integration/coverage',
   'request-context': 'integration/coverage integration/life integration/identity integration/transactions',
-  'instance-api': 'integration/coverage integration/identity integration/life',
+  'instance-api': 'unit/instance-api integration/life',
   'nowhere-response': 'unit/nowhere-response integration/life pitfalls/failures',
   registration: 'integration/coverage integration/closing integration/duplicates',
   plugin: 'unit/early-routes integration/coverage interop/hooks interop/encapsulation interop/auth',

@@ -1,4 +1,4 @@
-import { PassThrough, Readable } from 'node:stream'
+import { Duplex, PassThrough, Readable } from 'node:stream'
 import { ReadableStream } from 'node:stream/web'
 import type { FastifyReply } from 'fastify'
 import t from 'tap'
@@ -35,7 +35,15 @@ t.test('headers that were there when the handler started, and have not changed, 
 t.test('headers that have come or changed since are stored', async (t) => {
   t.strictSame(
     stored(
-      { vary: 'origin', 'x-same': 'same', link: ['<a>'], 'x-list': ['a'], 'x-one': ['a', 'b'], 'x-less': ['a', 'b'] },
+      {
+        vary: 'origin',
+        'x-same': 'same',
+        link: ['<a>'],
+        'x-list': ['a'],
+        'x-one': ['a', 'b'],
+        'x-less': ['a', 'b'],
+        'x-last': ['a', 'b']
+      },
       {
         vary: 'accept',
         'x-same': 'same',
@@ -43,6 +51,7 @@ t.test('headers that have come or changed since are stored', async (t) => {
         'x-list': ['b'],
         'x-one': 'a',
         'x-less': ['a'],
+        'x-last': ['a', 'c'],
         etag: '"1"'
       }
     ),
@@ -52,6 +61,7 @@ t.test('headers that have come or changed since are stored', async (t) => {
       ['x-list', ['b']],
       ['x-one', 'a'],
       ['x-less', ['a']],
+      ['x-last', ['a', 'c']],
       ['etag', '"1"']
     ]
   )
@@ -201,7 +211,7 @@ t.test('a web stream of another make is read like one', async (t) => {
   await until(() => cancelled > before, { message: 'the source to be cancelled' })
 })
 
-t.test('a stream that knows nothing but pipe is read like one, and its error is heard', async (t) => {
+t.test('a stream that knows pipe but not how to wait is read like one, and its error is heard', async (t) => {
   const piped = (fails: boolean) => {
     const listeners: ((error: Error) => void)[] = []
     return {
@@ -215,6 +225,10 @@ t.test('a stream that knows nothing but pipe is read like one, and its error is 
     } as unknown as Payload
   }
   t.equal(Buffer.concat((await asStream(piped(false))?.toArray()) ?? []).toString(), 'ab')
+  for (const half of ['pause', 'resume']) {
+    const source = Object.assign(piped(false) as object, { [half]: () => {} }) as unknown as Payload
+    t.equal(Buffer.concat((await asStream(source)?.toArray()) ?? []).toString(), 'ab', half)
+  }
   await t.rejects(asStream(piped(true))?.toArray() as Promise<unknown>, { message: 'broken' })
 })
 
@@ -476,6 +490,61 @@ t.test('a source that had failed before it was captured is not waited for', asyn
   fate.stored.open()
   await until(() => client.error !== null)
   t.strictSame(fate.calls, ['failed before'])
+})
+
+t.test('what could not be ended does not come to an end, and its source is stopped', async (t) => {
+  for (const [expected, seen] of [
+    [undefined, ['ab']],
+    [2, []]
+  ] as const) {
+    // A stream of Node's destroys itself at its end.
+    for (const isStoppable of expected === undefined ? [true] : [true, false]) {
+      const source = new PassThrough()
+      const { destroy } = source
+      if (!isStoppable) Object.assign(source, { destroy: undefined })
+      const error = new Error('not committed')
+      const calls: string[] = []
+      const fate = { ended: () => Promise.reject(error), failed: async () => void calls.push('failed') }
+      const stream = new CapturedStream(source, { limit: 100, expected, drain: true }, fate)
+      const got: string[] = []
+      let ended = false
+      stream
+        .on('data', (chunk) => got.push(String(chunk)))
+        .on('end', () => {
+          ended = true
+        })
+      const failed = new Promise((resolve) => stream.on('error', resolve))
+      source.write('ab')
+      if (expected === undefined) source.end()
+      t.equal(await failed, error)
+      await settle()
+      t.strictSame([got, ended, calls], [seen, false, []])
+      if (isStoppable) t.equal(source.destroyed, true)
+      else destroy.call(source)
+    }
+  }
+})
+
+t.test('a source that can still be written to has come to its end all the same', async (t) => {
+  const source = new Duplex({ read() {}, write() {}, autoDestroy: false })
+  const { fate, client } = read(source)
+  source.push('ab')
+  source.push(null)
+  fate.stored.open()
+  await until(() => client.ended)
+  t.strictSame(fate.calls, ['ended: ab'])
+  source.destroy()
+})
+
+t.test('a source that cannot be destroyed is left alone when nobody needs it', async (t) => {
+  const source = Object.assign(new PassThrough(), { destroy: undefined }) as unknown as PassThrough
+  const { fate, client } = read(source, { limit: 1 })
+  source.write('ab')
+  await until(() => client.chunks.length === 1)
+  client.leave()
+  fate.stored.open()
+  await settle()
+  t.strictSame(fate.calls, ['ended too large'])
 })
 
 t.test('when the client leaves the source is read to its end, and kept', async (t) => {
