@@ -23,8 +23,9 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
   const registration = new Registration(registrationOptions(options))
   const later = postponer()
 
-  decorate(fastify, 'idempotency', new InstanceApi(registration.options.routeDefaults))
-  decorate(fastify, kRegistration, registration)
+  // A second registration in a child of the first one's instance is its own master; in the same one it is an error.
+  fastify.decorate('idempotency', new InstanceApi(registration.options.routeDefaults))
+  fastify.decorate(kRegistration as unknown as string, registration)
   decorateRequest(fastify)
 
   fastify.addHook('onRoute', function (route) {
@@ -107,12 +108,6 @@ function rememberUrl({ config, url }: RouteOptions): void {
 
 function isHeadTwin(route: RouteOptions): boolean {
   return route.method === 'HEAD' && route.config !== undefined && coveredUrls.get(route.config)?.has(route.url) === true
-}
-
-/** A second registration in a child of the first one's instance is its own master; in the same one it is an error. */
-function decorate(fastify: FastifyInstance, name: string | symbol, value: unknown): void {
-  if (name in fastify && !Object.hasOwn(fastify, name)) Object.defineProperty(fastify, name, { value })
-  else fastify.decorate(name as string, value)
 }
 
 function decorateRequest(fastify: FastifyInstance): void {

@@ -22,7 +22,7 @@ const SPECIFIED_IN = {
   replay: 'unit/replay integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
   'at-hand': 'unit/at-hand unit/local-cache integration/coverage',
   capture: 'unit/capture integration/replies integration/life pitfalls/replies',
-  'client-watch': 'integration/life pitfalls/failures integration/transactions integration/duplicates',
+  'client-watch': 'unit/client-watch integration/life pitfalls/failures integration/transactions integration/duplicates',
   deadlines: 'unit/deadlines unit/within',
   leases: 'unit/leases unit/deadlines integration/life pitfalls/claim',
   within: 'unit/within unit/deadlines integration/closing',
@@ -42,7 +42,7 @@ const SPECIFIED_IN = {
   'instance-api': 'unit/instance-api integration/life',
   'nowhere-response': 'unit/nowhere-response integration/life pitfalls/failures',
   registration: 'integration/coverage integration/closing integration/duplicates',
-  plugin: 'unit/early-routes integration/coverage interop/hooks interop/encapsulation interop/auth',
+  plugin: 'unit/early-routes integration/coverage integration/closing interop/hooks interop/encapsulation interop/auth',
   'store-in-use':
     'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
   operation:

@@ -269,6 +269,29 @@ for (const [name, spoil] of wrong) {
   })
 }
 
+t.test('a record that was added to, where the store behind can be read, is refused', async (t) => {
+  const inner = new MemoryStore()
+  const outer = new EncryptedStore(inner, { keys })
+  const key = newKey()
+  await finish(outer, key)
+  const found = await inner.get(key)
+  if (found?.state !== 'completed') return t.fail('no record')
+  const { record } = found
+  for (const change of [{ headers: [['x-evil', '1']] }, { statusCode: 201 }, { text: true }, {}]) {
+    await inner.delete(key)
+    await finish(inner, key, { ...record, ...change } as StoredRecord)
+    if (Object.keys(change).length > 0) await t.rejects(outer.acquire(key, claim()), { message: /damaged/ })
+    else same(t, await outer.acquire(key, claim()), reply())
+  }
+})
+
+t.test('a tombstone is one for the store behind as well, and says why', async (t) => {
+  const inner = new MemoryStore()
+  const key = newKey()
+  await finish(new EncryptedStore(inner, { keys }), key, tombstone('hijacked'))
+  t.match(await inner.get(key), { state: 'completed', record: { kind: 'tombstone', reason: 'hijacked' } })
+})
+
 t.test('a reply that is too large for the store behind is a tombstone, which knows its request', async (t) => {
   const inner = new MemoryStore({ maxBytes: 2_000 })
   t.teardown(() => inner.close())
