@@ -52,7 +52,7 @@ const SPECIFIED_IN = {
     'integration/coverage integration/replies integration/errors integration/life integration/identity ' +
     'interop/errors interop/hooks pitfalls/failures pitfalls/replies interop/not-found interop/schemas pitfalls/claim ' +
     'integration/transactions integration/transaction-failures',
-  'stores/memory': 'unit/memory-store',
+  'stores/memory': 'unit/memory-store stores/memory',
   'stores/shelf': 'unit/memory-store unit/local-cache',
   'stores/kept': 'unit/memory-store unit/local-cache',
   'stores/local-cache': 'unit/local-cache',
