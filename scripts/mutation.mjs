@@ -36,7 +36,7 @@ const SPECIFIED_IN = {
   exchange: 'unit/exchange integration/coverage integration/life pitfalls/claim pitfalls/failures',
   handler:
     'integration/coverage integration/replies integration/errors integration/life interop/hooks pitfalls/replies',
-  'handler-timeout': 'integration/life integration/transaction-failures pitfalls/failures',
+  'handler-timeout': 'unit/handler-timeout integration/life integration/transaction-failures pitfalls/failures',
   'early-routes': 'unit/early-routes integration/coverage',
   'request-context': 'integration/coverage integration/life integration/identity integration/transactions',
   'instance-api': 'unit/instance-api integration/life',

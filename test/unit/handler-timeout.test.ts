@@ -1,0 +1,176 @@
+import { EventEmitter } from 'node:events'
+import { IncomingMessage } from 'node:http'
+import { Socket } from 'node:net'
+import { setImmediate as turn } from 'node:timers/promises'
+import type { FastifyReply } from 'fastify'
+import t from 'tap'
+import { Exchange, kExchange } from '../../lib/exchange.js'
+import { goOnNowhere, interrupt, passTimeout } from '../../lib/handler-timeout.js'
+import { NowhereResponse } from '../../lib/nowhere-response.js'
+import type { Operation } from '../../lib/operation.js'
+
+/** A handler that has set a status and a header when its time is up. */
+function late() {
+  const calls: string[] = []
+  const operation = {
+    fingerprint: 'f',
+    policy: { shouldStore: (_request: unknown, { raw }: FastifyReply) => raw.statusCode < 500 },
+    release: async () => void calls.push('release'),
+    complete: async ({ reason }: { reason: string }) => void calls.push(reason)
+  }
+  let headers: Record<string, string> = { 'x-of': 'handler' }
+  const request = { raw: new IncomingMessage(new Socket()), log: { error: () => {} } } as Record<PropertyKey, unknown>
+  const fastifys = {
+    send(this: unknown, payload: unknown) {
+      calls.push(`send ${payload}`)
+      return this
+    }
+  }
+  const reply = Object.assign(Object.create(fastifys), {
+    raw: Object.assign(new EventEmitter(), { statusCode: 202 }),
+    request,
+    getHeaders: () => ({ ...headers }),
+    header: (name: string, value: string) => {
+      headers = { ...headers, [name]: value }
+    },
+    removeHeader: (name: string) => {
+      const { [name]: _gone, ...others } = headers
+      headers = others
+    }
+  })
+  Object.defineProperty(reply, 'statusCode', { get: () => reply.raw.statusCode })
+  const exchange = new Exchange(operation as unknown as Operation, reply)
+  request[kExchange] = exchange
+  exchange.handler = 'started'
+  const timeout = interrupt(reply)
+  exchange.timeout = timeout
+  return {
+    calls,
+    exchange,
+    reply,
+    timeout,
+    headers: () => headers,
+    raw: reply.raw as EventEmitter & FastifyReply['raw']
+  }
+}
+
+/** The timeout's own reply leaves: with its status and headers, until its response is over. */
+function answered(scene: ReturnType<typeof late>) {
+  const { exchange, raw, reply, timeout } = scene
+  raw.statusCode = 503
+  reply.removeHeader('x-of')
+  reply.header('retry-after', '1')
+  passTimeout(exchange, timeout, false)
+  return scene
+}
+
+t.test('what the handler had set is remembered, and what comes in the same call is of the timeout', async (t) => {
+  const { timeout } = late()
+  t.match(timeout, { statusCode: 202, headers: { 'x-of': 'handler' }, isNew: true, isOver: false, statusSet: null })
+  await Promise.resolve()
+  t.equal(timeout.isNew, false)
+})
+
+t.test("the timeout's reply is over when its response is about to end, has ended, or was closed", async (t) => {
+  for (const event of ['prefinish', 'finish', 'close']) {
+    const { exchange, headers, raw, timeout } = answered(late())
+    t.equal(exchange.sending, 'passed')
+    t.equal(timeout.isOver, false)
+    t.strictSame(headers(), { 'retry-after': '1' })
+    raw.emit(event)
+    t.equal(timeout.isOver, true)
+    t.strictSame(headers(), { 'x-of': 'handler' }, 'as the handler had left them')
+    await timeout.over
+  }
+})
+
+t.test('it is over once', async (t) => {
+  const { headers, raw, reply } = answered(late())
+  raw.emit('prefinish')
+  reply.header('x-since', '1')
+  raw.emit('finish')
+  raw.emit('close')
+  t.strictSame(headers(), { 'x-of': 'handler', 'x-since': '1' })
+})
+
+t.test('a handler that goes on before is not interrupted again', async (t) => {
+  const { exchange, headers, raw, timeout } = answered(late())
+  goOnNowhere(exchange, timeout)
+  raw.emit('finish')
+  t.equal(timeout.isOver, false)
+  t.strictSame(headers(), { 'retry-after': '1' })
+})
+
+t.test('to a client that is gone already it is over in a moment, and may be told so twice', async (t) => {
+  const { exchange, raw, timeout } = late()
+  passTimeout(exchange, timeout, true)
+  t.equal(timeout.isOver, false)
+  await turn()
+  t.equal(timeout.isOver, true)
+  passTimeout(exchange, timeout, true)
+  raw.statusCode = 418
+  t.equal(timeout.statusSet, 418)
+})
+
+t.test("the response keeps the timeout's status, and what the handler sets since is remembered", async (t) => {
+  const { raw, timeout } = answered(late())
+  raw.statusCode = 503
+  t.equal(timeout.statusSet, null, 'Node sets it once more')
+  raw.statusCode = 201
+  t.equal(raw.statusCode, 503)
+  t.equal(timeout.statusSet, 201)
+  raw.emit('finish')
+  raw.statusCode = 503
+  t.equal(timeout.statusSet, 503, 'now it can only be the handler')
+})
+
+t.test('what the handler sends afterwards takes the usual way, on a response that leads nowhere', async (t) => {
+  const { calls, exchange, raw, reply } = answered(late())
+  raw.emit('finish')
+  Object.assign(exchange, { failed: true })
+  const { send } = reply
+  t.equal(reply.send('late'), reply)
+  t.strictSame(calls, ['send late'])
+  t.ok(reply.raw instanceof NowhereResponse)
+  t.equal(reply.raw.statusCode, 202)
+  t.match(exchange, { timeout: null, sending: 'no', failed: false })
+  const nowhere = reply.raw
+  send.call(reply, 'again')
+  t.strictSame(calls, ['send late', 'send again'])
+  t.equal(reply.raw, nowhere, 'the same one')
+})
+
+t.test('a status that the handler has set since is that of its reply', async (t) => {
+  const { raw, reply } = answered(late())
+  raw.emit('finish')
+  raw.statusCode = 404
+  reply.send('late')
+  t.equal(reply.raw.statusCode, 404)
+})
+
+t.test('a late reply that Fastify has not brought to onSend ends the claim by its status', async (t) => {
+  for (const [change, status, call] of [
+    [{}, 202, 'hijacked'],
+    [{}, 500, 'release'],
+    [{ failed: true, error: { statusCode: 409 } }, 200, 'hijacked'],
+    [{ failed: true, error: new Error('x') }, 200, 'release'],
+    [{ error: { statusCode: 500 } }, 200, 'hijacked']
+  ] as const) {
+    const { calls, exchange, reply, timeout } = answered(late())
+    goOnNowhere(exchange, timeout)
+    Object.assign(exchange, change)
+    reply.raw.statusCode = status
+    reply.raw.end()
+    t.strictSame(calls, [call])
+  }
+})
+
+t.test('a late reply that was stored on its way has ended its claim', async (t) => {
+  for (const sending of ['storing', 'passed'] as const) {
+    const { calls, exchange, reply, timeout } = answered(late())
+    goOnNowhere(exchange, timeout)
+    exchange.sending = sending
+    reply.raw.end()
+    t.strictSame(calls, [])
+  }
+})
