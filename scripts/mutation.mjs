@@ -65,7 +65,7 @@ const SPECIFIED_IN = {
   'stores/redis-renewals': 'unit/redis-batching',
   'stores/redis-run': 'unit/redis-batching',
   'stores/redis-errors': 'unit/redis-batching',
-  'stores/redis-subscriptions': 'stores/redis-wire',
+  'stores/redis-subscriptions': 'unit/redis-subscriptions',
   'stores/sealing': 'unit/sealing',
   'stores/encrypted': 'stores/encrypted',
   openapi: 'interop/swagger',
