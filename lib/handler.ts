@@ -62,7 +62,7 @@ function afterReturn(exchange: Exchange, value: unknown): unknown {
   if (exchange.sending !== 'no') {
     exchange.handler = 'settled'
     // Fastify takes the reply for unsent while it is being stored, and would send what was returned as well.
-    if (value !== undefined && value !== reply) reply.log.warn('handler returned a value after its reply was sent')
+    if (value !== undefined) reply.log.warn('handler returned a value after its reply was sent')
     return reply
   }
   if (value === undefined && exchange.toldOver && !reply.sent) {

@@ -1,7 +1,264 @@
+import { PassThrough, type Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
-import { isFinalReply, statusOf } from '../../lib/ending.js'
+import type { Payload } from '../../lib/capture.js'
+import { endUnkept, finish, isFinalReply, sendStream, statusOf } from '../../lib/ending.js'
+import { Exchange } from '../../lib/exchange.js'
+import type { Operation } from '../../lib/operation.js'
 import type { Policy } from '../../lib/options.js'
+import { latch, until } from '../support/latch.js'
+import { reply as stored } from '../support/store-fixtures.js'
+
+type Headers = Record<string, string>
+
+/** A reply on its way, and what is done to its claim; `storing` is how long, and with what outcome. */
+function onItsWay({
+  headers = {} as Headers,
+  maxReplySize = 100,
+  storing = () => undefined as Promise<void> | undefined
+} = {}) {
+  const calls: unknown[][] = []
+  const operation = {
+    fingerprint: 'f',
+    policy: {
+      maxReplySize,
+      excludeHeaders: new Set<string>(),
+      replayHeader: null,
+      shouldStore: (_request: unknown, { raw }: FastifyReply) => raw.statusCode < 500
+    },
+    release: async () => {
+      calls.push(['release'])
+      await storing()
+    },
+    complete: (...args: unknown[]) => {
+      calls.push(args)
+      return storing()
+    }
+  }
+  const current = { ...headers }
+  const reply = {
+    statusCode: 200,
+    raw: { headersSent: false, statusCode: 200 },
+    request: { log: { error: () => {} } },
+    getHeaders: () => ({ ...current }),
+    getHeader: (name: string) => current[name],
+    header: (name: string, value: string) => {
+      current[name] = value
+    },
+    removeHeader: (name: string) => {
+      delete current[name]
+    },
+    code: (status: number) => {
+      reply.statusCode = status
+    }
+  }
+  const exchange = new Exchange(operation as unknown as Operation, reply as never)
+  return { calls, exchange, headers: current, reply }
+}
+
+t.test('a reply that is stored at once is handed on at once', async (t) => {
+  const { calls, exchange } = onItsWay()
+  const record = stored()
+  t.equal(finish(exchange, 'payload', record), 'payload')
+  t.strictSame(calls, [[record, false]])
+  t.equal(exchange.sending, 'passed')
+  exchange.failed = true
+  finish(exchange, 'payload', record)
+  t.strictSame(calls[1], [record, true], 'of an error nothing but the record counts')
+})
+
+t.test('a reply that is not to be stored gives the key back', async (t) => {
+  const { calls, exchange } = onItsWay()
+  t.equal(await finish(exchange, 'payload', null), 'payload')
+  t.strictSame(calls, [['release']])
+})
+
+t.test('a reply waits for its storing, as it was when that began', async (t) => {
+  for (const headersSent of [false, true]) {
+    const storing = latch()
+    const { exchange, headers, reply } = onItsWay({ headers: { etag: '1' }, storing: () => storing.promise })
+    const sent = finish(exchange, 'payload', stored())
+    t.equal(exchange.sending, 'storing')
+    Object.assign(headers, { etag: '2', 'x-late': '1' })
+    reply.statusCode = 418
+    reply.raw.headersSent = headersSent
+    storing.open()
+    t.equal(await sent, 'payload')
+    t.equal(exchange.sending, 'passed')
+    t.strictSame([reply.statusCode, headers], headersSent ? [418, { etag: '2', 'x-late': '1' }] : [200, { etag: '1' }])
+  }
+})
+
+t.test('a status that is right is not set once more', async (t) => {
+  const { exchange, reply } = onItsWay({ storing: async () => {} })
+  reply.code = () => t.fail('set')
+  t.equal(await finish(exchange, 'payload', stored()), 'payload')
+})
+
+t.test(
+  'a reply that is not true because its transaction failed is an error, without what the handler had set',
+  async (t) => {
+    for (const [error, status] of [
+      [Object.assign(new Error('serialization'), { statusCode: 503 }), 503],
+      [new Error('constraint'), 500]
+    ] as const) {
+      const { exchange, headers, reply } = onItsWay({ headers: { etag: '1' }, storing: () => Promise.reject(error) })
+      exchange.headersBefore = { vary: 'origin' } as unknown as typeof exchange.headersBefore
+      reply.statusCode = 418
+      await t.rejects(finish(exchange, 'payload', stored()) as Promise<unknown>, error)
+      t.equal(exchange.sending, 'passed')
+      t.equal(reply.statusCode, status)
+      t.strictSame(headers, { vary: 'origin' })
+    }
+  }
+)
+
+/** Sends a stream, and reads it as a client does. */
+function streamed(final: boolean, options: Parameters<typeof onItsWay>[0] = {}) {
+  const source = new PassThrough()
+  const scene = onItsWay(options)
+  const sent = sendStream(scene.exchange, source, final) as Readable
+  const client = { text: '', ended: false, failed: false }
+  sent.on('data', (chunk) => {
+    client.text += chunk
+  })
+  sent.on('end', () => {
+    client.ended = true
+  })
+  sent.on('error', () => {
+    client.failed = true
+  })
+  return { ...scene, client, sent, source }
+}
+
+t.test('a stream is stored at its end, with the status and headers that it began with', async (t) => {
+  const { calls, client, exchange, headers, reply, sent, source } = streamed(true, {
+    headers: { etag: '1', date: 'x' }
+  })
+  t.equal(exchange.stream, sent)
+  t.equal(exchange.sending, 'passed')
+  Object.assign(headers, { etag: '2' })
+  reply.statusCode = 500
+  source.end('body')
+  await until(() => client.ended)
+  t.match(calls, [
+    [{ kind: 'reply', fingerprint: 'f', statusCode: 200, headers: [['etag', '1']], body: Buffer.from('body') }, false]
+  ])
+})
+
+t.test('the stream of an error is stored as one', async (t) => {
+  const scene = onItsWay()
+  scene.exchange.failed = true
+  const source = new PassThrough()
+  const sent = sendStream(scene.exchange, source, true) as Readable
+  source.end('body')
+  await sent.toArray()
+  t.equal(scene.calls[0]?.[1], true)
+})
+
+t.test('a stream that is not final gives the key back at its end, whatever its size and end', async (t) => {
+  const { calls, client, source } = streamed(false)
+  source.end('x'.repeat(1_000))
+  await until(() => client.ended)
+  t.strictSame(calls, [['release']])
+  const broken = streamed(false)
+  broken.source.write('x')
+  await until(() => broken.client.text === 'x')
+  broken.source.destroy(new Error('x'))
+  await until(() => broken.client.failed)
+  t.strictSame(broken.calls, [['release']])
+})
+
+t.test('nothing is kept of a stream that is not final: what its client does not want is not read', async (t) => {
+  const { calls, client, sent, source } = streamed(false)
+  source.write('x')
+  await until(() => client.text === 'x')
+  sent.destroy()
+  await until(() => source.destroyed)
+  t.strictSame(calls, [['release']])
+})
+
+t.test('a final stream that is too large, or breaks off, is a tombstone; without a byte it is none', async (t) => {
+  const large = streamed(true, { maxReplySize: 3 })
+  large.source.end('1234')
+  await until(() => large.client.ended)
+  t.match(large.calls, [[{ kind: 'tombstone', reason: 'too-large' }]])
+  for (const bytes of ['', 'x']) {
+    const { calls, client, source } = streamed(true)
+    if (bytes !== '') source.write(bytes)
+    await until(() => client.text === bytes)
+    source.destroy(new Error('x'))
+    await until(() => client.failed)
+    t.match(calls, bytes === '' ? [['release']] : [[{ kind: 'tombstone', reason: 'stream-failed' }]])
+  }
+})
+
+t.test('the chunk that completes the content-length waits for the storing, and without one none does', async (t) => {
+  for (const [headers, text] of [
+    [{ 'content-length': '2' }, ''],
+    [{ 'content-length': '3' }, 'ab'],
+    [{}, 'ab']
+  ] as const) {
+    const storing = latch()
+    const { calls, client, source } = streamed(true, { headers: { ...headers }, storing: () => storing.promise })
+    source.write('ab')
+    await new Promise((resolve) => setImmediate(resolve))
+    t.equal(client.text, text)
+    t.equal(calls.length, text === '' ? 1 : 0)
+    source.end()
+    storing.open()
+    await until(() => client.ended)
+    t.equal(client.text, 'ab')
+  }
+})
+
+t.test('without its client an event stream has broken off, and any other stream goes on', async (t) => {
+  for (const [type, isEvents] of [
+    ['text/event-stream', true],
+    ['Text/Event-Stream; charset=utf-8', true],
+    ['text/plain', false],
+    ['text/event-streams', false],
+    ['x-text/event-stream', false],
+    [undefined, false]
+  ] as const) {
+    const { calls, client, sent, source } = streamed(
+      true,
+      type === undefined ? {} : { headers: { 'content-type': type } }
+    )
+    source.write('a')
+    await until(() => client.text === 'a')
+    sent.destroy()
+    if (!isEvents) source.end('b')
+    await until(() => calls.length > 0)
+    t.match(calls, [[isEvents ? { reason: 'stream-failed' } : { body: Buffer.from('ab') }]], `${type}`)
+  }
+})
+
+t.test('what is no stream is left to Fastify', async (t) => {
+  const { calls, exchange } = onItsWay()
+  const payload = { no: 'stream' } as unknown as Payload
+  t.equal(sendStream(exchange, payload, true), payload)
+  t.same([exchange.stream, exchange.sending, calls], [null, 'no', []])
+})
+
+t.test(
+  'a reply of which only the status is known is a tombstone if that is final, and the reply is left alone',
+  async (t) => {
+    for (const [status, call] of [
+      [201, [{ kind: 'tombstone', reason: 'hijacked' }]],
+      [503, ['release']]
+    ] as const) {
+      const { calls, exchange, reply } = onItsWay({
+        storing: () => Promise.reject(new Error('a transaction that failed'))
+      })
+      reply.raw.statusCode = reply.statusCode = 302
+      if (status === 503) exchange.operation.release = async () => void calls.push(['release'])
+      endUnkept(exchange, status)
+      t.match(calls, [call])
+      t.equal(reply.raw.statusCode, 302)
+    }
+  }
+)
 
 t.test("an error's status is its own where that is one of an error, else the reply's, else 500", async (t) => {
   for (const [error, current, status] of [
