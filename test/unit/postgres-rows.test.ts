@@ -1,0 +1,167 @@
+import { createHash } from 'node:crypto'
+import t from 'tap'
+import {
+  AS_TEXT,
+  acquisitionOf,
+  type FoundRow,
+  messageOf,
+  recordValues,
+  toKey,
+  toText
+} from '../../lib/stores/postgres-rows.js'
+import { reply, tombstone } from '../support/store-fixtures.js'
+
+const UNDECODABLE = { message: 'A stored idempotency record could not be decoded' }
+const sha256 = (text: string) => createHash('sha256').update(text).digest('hex')
+
+const row = (members: Partial<FoundRow>): FoundRow => ({
+  found: 'completed',
+  attempt: '1',
+  fingerprint: 'f',
+  left_ms: '1000.5',
+  created_at: '1700000000000',
+  status_code: '201',
+  headers: '[["a","b"],["c",["d","e"]]]',
+  body: Buffer.from([0, 0xff]).toString('base64'),
+  body_is_text: 'f',
+  tombstone: null,
+  ...members
+})
+
+t.test('text has no NUL and no lone surrogates, and all else is as it was', async (t) => {
+  t.equal(toText('plain é 🔑'), 'plain é 🔑')
+  t.equal(toText('a\0b'), 'a\\0b')
+  t.equal(toText('a\\b'), 'a\\\\b')
+  t.equal(toText('\\0\0\\'), '\\\\0\\0\\\\')
+  t.equal(toText('a\ud800b\udc00c'), 'a\ufffdb\ufffdc')
+})
+
+t.test('what was text comes back to the letter', async (t) => {
+  for (const text of ['', 'a', '\0', '\\', '\\0', '\0\\', '\\\\0', 'a\nb', '\\\n', 'ab\0cd\\ef']) {
+    const found = acquisitionOf(row({ found: 'running', fingerprint: toText(text) }), 1)
+    t.match(found, { fingerprint: text })
+    const [, , , headers] = recordValues(
+      reply({
+        headers: [
+          [text, text],
+          ['x', [text]]
+        ]
+      })
+    )
+    t.match(acquisitionOf(row({ headers: headers as string }), 1), {
+      record: {
+        headers: [
+          [text, text],
+          ['x', [text]]
+        ]
+      }
+    })
+  }
+})
+
+t.test('a key of up to 500 bytes is stored as it is, and a longer one as its hash', async (t) => {
+  t.equal(toKey('k'), 'k')
+  const longest = 'é'.repeat(250)
+  t.equal(toKey(longest), longest)
+  t.equal(toKey(`${longest}a`), `\\h${sha256(`${longest}a`)}`)
+  t.not(toKey(`\\h${sha256(`${longest}a`)}`), toKey(`${longest}a`))
+})
+
+t.test('those who wait for a key are sent its hash', async (t) => {
+  t.equal(messageOf('k'), sha256('k'))
+  t.equal(messageOf('l'.repeat(501)), sha256(`\\h${sha256('l'.repeat(501))}`))
+})
+
+t.test('rows are read as the server wrote them', async (t) => {
+  t.equal(AS_TEXT.getTypeParser()('2026-01-01'), '2026-01-01')
+})
+
+t.test('the values of a reply and of a tombstone', async (t) => {
+  const body = Buffer.from('body')
+  const values = recordValues(
+    reply({ fingerprint: 'f\0', createdAt: 5, statusCode: 201, headers: [['a', ['b', '\0']]], body, text: true })
+  )
+  t.strictSame(values, ['f\\0', 5, 201, '[["a",["b","\\\\0"]]]', Buffer.from('body'), true, null])
+  body.fill(0)
+  t.strictSame(values[4], Buffer.from('body'), 'a copy')
+  t.strictSame(recordValues({ ...tombstone('hijacked'), fingerprint: 'f', createdAt: 5 }), [
+    'f',
+    5,
+    null,
+    null,
+    null,
+    null,
+    'hijacked'
+  ])
+})
+
+t.test('what a claim has found', async (t) => {
+  t.strictSame(acquisitionOf(row({ found: 'acquired', attempt: '3' }), 7), { state: 'acquired', attempt: 3 })
+  t.strictSame(acquisitionOf(row({ found: 'locked' }), 7), { state: 'running', fingerprint: '', leaseMs: 7 })
+  t.strictSame(acquisitionOf(row({ found: 'running', left_ms: '1000.1' }), 7), {
+    state: 'running',
+    fingerprint: 'f',
+    leaseMs: 1_001
+  })
+  t.strictSame(acquisitionOf(row({ found: 'running', left_ms: '-5' }), 7), {
+    state: 'running',
+    fingerprint: 'f',
+    leaseMs: 0
+  })
+  t.strictSame(acquisitionOf(row({ found: 'running', fingerprint: null }), 7), {
+    state: 'running',
+    fingerprint: '',
+    leaseMs: 1_001
+  })
+  t.strictSame(acquisitionOf(row({ found: 'abandoned', attempt: '2' }), 7), {
+    state: 'abandoned',
+    fingerprint: 'f',
+    attempt: 2
+  })
+  t.throws(() => acquisitionOf(row({ found: 'unknown' }), 7), UNDECODABLE)
+})
+
+t.test('a stored reply comes back as it was', async (t) => {
+  const record = {
+    kind: 'reply',
+    fingerprint: 'f',
+    createdAt: 1_700_000_000_000,
+    statusCode: 201,
+    headers: [
+      ['a', 'b'],
+      ['c', ['d', 'e']]
+    ],
+    body: Buffer.from([0, 0xff]),
+    text: false
+  }
+  t.strictSame(acquisitionOf(row({}), 7), { state: 'completed', record, ttlMs: 1_001 })
+  t.strictSame(acquisitionOf(row({ left_ms: null }), 7), { state: 'completed', record, ttlMs: null })
+  t.match(acquisitionOf(row({ left_ms: '-1' }), 7), { ttlMs: 0 })
+  t.match(acquisitionOf(row({ body_is_text: 't' }), 7), { record: { text: true } })
+})
+
+t.test('a stored tombstone comes back as it was', async (t) => {
+  for (const reason of ['too-large', 'stream-failed', 'hijacked'] as const) {
+    const record = { kind: 'tombstone', fingerprint: 'f', createdAt: 1_700_000_000_000, reason }
+    const found = row({ tombstone: reason, status_code: null, headers: null, body: null, body_is_text: null })
+    t.strictSame(acquisitionOf(found, 7), { state: 'completed', record, ttlMs: 1_001 })
+  }
+})
+
+t.test('a record that is not one of ours is an error', async (t) => {
+  const wrong: Partial<FoundRow>[] = [
+    { created_at: null },
+    { created_at: 'x' },
+    { tombstone: 'x' },
+    { status_code: null },
+    { status_code: '99' },
+    { status_code: 'x' },
+    { body: null },
+    { body_is_text: null },
+    { headers: null },
+    { headers: '{' },
+    { headers: '{}' },
+    { headers: '[["a"]]' }
+  ]
+  for (const members of wrong) t.throws(() => acquisitionOf(row(members), 7), UNDECODABLE, JSON.stringify(members))
+})
