@@ -66,7 +66,7 @@ const SPECIFIED_IN = {
   'stores/redis-subscriptions': 'unit/redis-subscriptions',
   'stores/sealing': 'unit/sealing',
   'stores/encrypted': 'stores/encrypted',
-  openapi: 'interop/swagger',
+  openapi: 'unit/openapi interop/swagger',
   'covered-routes': 'interop/swagger',
   client: 'unit/client',
   'stores/redis': 'stores/redis-wire',
