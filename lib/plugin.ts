@@ -96,7 +96,7 @@ function last<Hook>(hooks: Hook | Hook[] | undefined, hook: unknown): Hook[] {
 }
 
 function list<Hook>(hooks: Hook | Hook[] | undefined): Hook[] {
-  if (hooks === undefined || hooks === null) return []
+  if (hooks === undefined) return []
   return Array.isArray(hooks) ? hooks : [hooks]
 }
 
