@@ -240,7 +240,7 @@ async function isRetryable({ shouldRetry }: Settings, { response, replayed, text
 /** Fastify's errors and problem details (RFC 9457) have it in the same place. */
 function codeOf(text: string): unknown {
   try {
-    return JSON.parse(text)?.code
+    return JSON.parse(text).code
   } catch {
     return undefined
   }

@@ -68,6 +68,9 @@ t.test('without crypto.randomUUID, as on a page without HTTPS, keys are UUIDs al
   for (let n = 0; n < 50; n++) await time.run(sender()(URL_, order))
   for (const { key } of requests) t.match(key, UUID_V4)
   t.equal(new Set(requests.map(({ key }) => key)).size, 50)
+  // All places but those of the dashes and the version.
+  const places = Array.from({ length: 36 }, (_, n) => n).filter((n) => ![8, 13, 14, 18, 23].includes(n))
+  for (const place of places) t.ok(new Set(requests.map(({ key }) => key?.[place])).size > 1, `place ${place}`)
 })
 
 t.test('what was sent is sent again: key, method, headers and body', async (t) => {
@@ -125,7 +128,8 @@ t.test('a stream cannot be sent twice, and is refused before anything is sent', 
     web: new Blob(['x']).stream(),
     'async iterable': (async function* () {
       yield Buffer.from('x')
-    })()
+    })(),
+    'web of another make': { getReader: () => {} }
   }
   for (const [kind, body] of Object.entries(streams)) {
     const sent = sender()(URL_, { method: 'POST', body: body as ReadableStream, duplex: 'half' } as RequestInit)
@@ -172,6 +176,8 @@ t.test("the caller's key is used: as an option of the call, or as its header, qu
     [{ idempotencyKey: 'mine' }, 'mine'],
     [{ headers: { 'Idempotency-Key': 'mine' } }, 'mine'],
     [{ headers: { 'Idempotency-Key': '"a \\"b\\""' } }, 'a "b"'],
+    [{ headers: { 'Idempotency-Key': 'a"b"' } }, 'a"b"'],
+    [{ headers: { 'Idempotency-Key': '"a"b' } }, '"a"b'],
     [{ idempotencyKey: 'mine', headers: { 'Idempotency-Key': 'other' } }, 'mine']
   ] as const) {
     const { sender, requests, time } = server(t, networkError, created)
@@ -201,6 +207,10 @@ t.test('a key that is none, or could not be sent, is refused before anything is 
   }
   await t.rejects(sender()(URL_, { ...order, headers: { 'idempotency-key': '' } }), TypeError)
   await t.rejects(sender()(URL_, { ...order, idempotencyKey: 'a\nb' }), TypeError)
+  for (const none of [5, null, {}]) {
+    const generateKey = () => none as never
+    await t.rejects(sender({ generateKey })(URL_, order), { name: 'TypeError', message: /blank/ })
+  }
   await t.rejects(sender()(URL_, { ...order, mode: 'no-cors' }), { name: 'TypeError', message: /no-cors/ })
   await t.rejects(sender()('not a url', order), TypeError)
   t.equal(requests.length, 0)
@@ -320,6 +330,10 @@ t.test('after the last attempt there is what there is: the last reply, or an err
   t.ok(error instanceof IdempotentFetchError)
   t.match(error, { name: 'IdempotentFetchError', key: two.requests[0]?.key, attempts: 2 })
   t.match((error as Error).cause, { message: 'fetch failed' })
+  t.equal((error as Error).message, 'No reply after 2 attempts: whether the request was carried out is not known')
+  const three = server(t, networkError)
+  const once = three.time.run(three.sender({ maxAttempts: 1 })(URL_, order))
+  await t.rejects(once, { message: 'No reply after 1 attempt: whether the request was carried out is not known' })
 })
 
 t.test('an attempt without an answer is given up, and the next one made', async (t) => {
@@ -339,6 +353,18 @@ t.test('the timeout ends everything: an attempt, or a pause that would be too lo
   )
   t.match(error, { name: 'IdempotentFetchError', attempts: 1, cause: { name: 'TimeoutError' } })
   t.equal(one.time.now(), 1_000)
+  const late = server(t, networkError, silence)
+  await late.time.run(
+    late
+      .sender({ timeout: 1_000, minDelay: 100 })(URL_, order)
+      .catch(() => {})
+  )
+  t.equal(late.time.now(), 1_000, 'a later attempt has what is left')
+  const patient = server(t, () =>
+    patient.time.run(new Promise((resolve) => setTimeout(() => resolve(created), 60_000)))
+  )
+  const send = patient.sender({ timeout: null, attemptTimeout: null })
+  t.equal((await patient.time.run(send(URL_, order))).idempotency.attempts, 1, 'without any there is none')
   const two = server(t, refusal(503, 'x', { 'retry-after': '3600' }))
   const response = await two.time.run(two.sender({ timeout: 60_000 })(URL_, order))
   t.same([response.status, two.time.now()], [503, 0], 'at once, because waiting is in vain')
@@ -452,6 +478,15 @@ t.test(
   }
 )
 
+t.test('a reply whose type only contains that of an event stream is waited for', async (t) => {
+  for (const type of ['x-text/event-stream', 'text/event-streams']) {
+    const { sender, time } = server(t, new Response('x', { headers: { 'content-type': type } }))
+    const controller = new AbortController()
+    await time.run(sender()(URL_, { ...order, signal: controller.signal }))
+    t.equal(getEventListeners(controller.signal, 'abort').length, 0)
+  }
+})
+
 t.test('with streamReplies a 409 is understood all the same', async (t) => {
   const { sender, time } = server(t, refusal(409, 'FST_IDEMPOTENCY_IN_PROGRESS'), created)
   t.equal((await time.run(sender({ streamReplies: true })(URL_, order))).status, 201)
@@ -462,16 +497,19 @@ t.test('options that are unknown or invalid are refused, by name', async (t) => 
     [{ retries: 3 }, /"retries" is not known/],
     [{ constructor: 3 }, /"constructor" is not known/],
     [{ header: '' }, /"header" takes a header name, got {2}\(string\)/],
-    [{ replayHeader: false }, /"replayHeader" takes/],
+    [{ replayHeader: false }, /"replayHeader" takes a header name, got false/],
     [{ quoted: 'yes' }, /"quoted" takes true or false, got yes \(string\)/],
     [{ maxAttempts: 0 }, /"maxAttempts" takes a positive integer, got 0 \(number\)/],
-    [{ timeout: -1 }, /"timeout" takes/],
-    [{ attemptTimeout: Number.POSITIVE_INFINITY }, /"attemptTimeout" takes/],
-    [{ minDelay: 1.5 }, /"minDelay" takes/],
-    [{ maxDelay: null }, /"maxDelay" takes/],
+    [{ timeout: -1 }, /"timeout" takes a positive integer of milliseconds, or null, got/],
+    [
+      { attemptTimeout: Number.POSITIVE_INFINITY },
+      /"attemptTimeout" takes a positive integer of milliseconds, or null, got/
+    ],
+    [{ minDelay: 1.5 }, /"minDelay" takes a positive integer of milliseconds, got/],
+    [{ maxDelay: null }, /"maxDelay" takes a positive integer of milliseconds, got/],
     [{ generateKey: 'k' }, /"generateKey" takes a function/],
     [{ shouldRetry: true }, /"shouldRetry" takes a function/],
-    [{ streamReplies: 1 }, /"streamReplies" takes/],
+    [{ streamReplies: 1 }, /"streamReplies" takes true or false, got/],
     [{ fetch: {} }, /"fetch" takes a function/]
   ] as const) {
     t.throws(() => idempotentFetch(options as never), { name: 'TypeError', message })
