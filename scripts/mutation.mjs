@@ -69,7 +69,7 @@ const SPECIFIED_IN = {
   openapi: 'unit/openapi interop/swagger',
   'covered-routes': 'interop/swagger',
   client: 'unit/client',
-  'stores/redis': 'stores/redis-wire',
+  'stores/redis': 'unit/redis-store',
   'stores/postgres-errors': 'unit/postgres-errors',
   'stores/postgres-guard': 'unit/sql-guard',
   'stores/postgres-notifications': 'unit/postgres-notifications',

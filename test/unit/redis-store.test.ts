@@ -1,0 +1,553 @@
+import t from 'tap'
+import { RedisStore, type RedisStoreOptions } from '../../index.js'
+import { encodeRecord } from '../../lib/stores/record.js'
+import type { RedisClient } from '../../lib/stores/redis.js'
+import { ACQUIRE, DELETE, FINISH, RENEW, WATCH } from '../../lib/stores/redis-scripts.js'
+import type { StoredRecord } from '../../types/index.js'
+import { claim, reply, same, tombstone } from '../support/store-fixtures.js'
+
+/* What a RedisStore says to its client, and what it makes of the answers. The client is a fake: it may lie. */
+
+type Result = [error: Error | null, result: unknown]
+
+const SCRIPTS = { acquire: ACQUIRE, renew: RENEW, finish: FINISH, watch: WATCH, delete: DELETE }
+const nameOf = (sha: string) => Object.entries(SCRIPTS).find(([, script]) => script.sha === sha)?.[0]
+
+const UNDECODABLE = /could not be decoded/
+/** An error as ioredis has it: with the command, and what was in it. */
+const failure = (message: string) => Object.assign(new Error(message), { command: { args: ['secret'] } })
+const aborted = () => failure('Command aborted due to connection close')
+
+interface Setup {
+  /** The answers to a pipeline: of an acquire SET and PTTL, of a get GET and PTTL. */
+  piped?: (commands: unknown[][]) => Result[] | null
+  scripted?: (script: string, args: unknown[]) => unknown
+  isCluster?: boolean
+  options?: RedisStoreOptions
+}
+
+function open({ piped = () => [], scripted = () => 1, isCluster, options = {} }: Setup = {}) {
+  const sent: unknown[][][] = []
+  const scripts: unknown[][] = []
+  let configs = 0
+  const pipeline = () => {
+    const commands: unknown[][] = []
+    const chain: object = new Proxy(
+      {},
+      {
+        get: (_, name: string) =>
+          name === 'exec'
+            ? async () => {
+                sent.push(commands)
+                return piped(commands)
+              }
+            : (...args: unknown[]) => {
+                commands.push([name, ...args])
+                return chain
+              }
+      }
+    )
+    return chain
+  }
+  const client = {
+    pipeline,
+    evalshaBuffer: async (sha: string, keys: number, key: string, ...args: unknown[]) => {
+      scripts.push([nameOf(sha), keys, key, ...args])
+      return scripted(nameOf(sha) as string, args)
+    },
+    evalBuffer: () => t.fail('a script that is known'),
+    duplicate: () => ({ on: () => {}, subscribe: async () => {}, unsubscribe: async () => {}, disconnect: () => {} }),
+    config: async () => {
+      configs++
+      return ['maxmemory', '0']
+    },
+    stream: {} as unknown,
+    ...(isCluster === undefined ? {} : { isCluster })
+  }
+  const store = new RedisStore(client as unknown as RedisClient, options)
+  return { client, scripts, sent, store, configs: () => configs }
+}
+
+const owned = (kind: string, token: string) => `${kind}1${String.fromCharCode(token.length)}${token}`
+const claimed = (token: string, { attempt = '1', retainMs = 1_000, fingerprint = 'theirs' } = {}) =>
+  Buffer.from(`${owned('P', token)}0${attempt}:${retainMs}:${fingerprint}`)
+const recorded = (record: StoredRecord, token = 't') => encodeRecord(record, Buffer.from(owned('C', token)))
+const mine = claim({ token: 'mine', fingerprint: 'f', leaseMs: 500, retainMs: 1_000 })
+/** What an acquire makes of SET's answer, with so much left. */
+const acquiring = (set: unknown, left: unknown = 1_200, scripted?: Setup['scripted']) =>
+  open({
+    piped: () => [
+      [null, set],
+      [null, left]
+    ],
+    ...(scripted && { scripted })
+  })
+
+t.test('a client is what has the methods of ioredis that are used', async (t) => {
+  const refused = { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message: /takes an ioredis client, such as app\.redis/ }
+  for (const client of [undefined, null, {}, 'redis://']) t.throws(() => new RedisStore(client as never), refused)
+  for (const missing of ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate']) {
+    const { client } = open()
+    t.throws(() => new RedisStore({ ...client, [missing]: undefined } as never), refused, missing)
+  }
+})
+
+t.test('options that are unknown or invalid are refused, by name', async (t) => {
+  for (const [options, message] of [
+    [{ prefix: 'x' }, /RedisStore has no option "prefix"/],
+    [{ keyPrefix: 5 }, /"keyPrefix" takes a string, got number/],
+    [{ replicas: -1 }, /"replicas" takes a number of replicas, got -1/],
+    [{ replicas: 1.5 }, /"replicas" takes a number of replicas, got 1.5/],
+    [{ replicas: '1' }, /"replicas" takes a number of replicas, got 1/],
+    [{ replicaTimeout: 0 }, /"replicaTimeout" takes a positive integer of milliseconds, got 0 \(number\)/],
+    [{ replicaTimeout: -1 }, /"replicaTimeout" takes/],
+    [{ replicaTimeout: 1.5 }, /"replicaTimeout" takes/]
+  ] as const) {
+    t.throws(() => open({ options: options as never }), { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message })
+  }
+  t.throws(() => open({ options: { replicas: 1 }, isCluster: true }), { message: /"replicas" takes no Cluster/ })
+  for (const isCluster of [undefined, false]) {
+    t.doesNotThrow(() => open({ options: { replicas: 1 }, ...(isCluster === false && { isCluster }) }))
+  }
+  t.doesNotThrow(() => open({ options: { replicas: 0, replicaTimeout: 1, keyPrefix: '' }, isCluster: true }))
+})
+
+t.test('a free key is claimed by one SET, with a PTTL beside it', async (t) => {
+  for (const isCluster of [false, true]) {
+    const { configs, scripts, sent, store } = open({
+      piped: () => [
+        [null, null],
+        [null, 1]
+      ],
+      isCluster
+    })
+    t.strictSame(await store.acquire('k', mine), { state: 'acquired', attempt: 1 })
+    t.strictSame(sent, [
+      [
+        ['setBuffer', 'idempotency:k', 'P1\x04mine01:1000:f', 'PX', '1500', 'NX', 'GET'],
+        ['pttl', 'idempotency:k']
+      ]
+    ])
+    await store.acquire('l', mine)
+    t.equal(configs(), 1, 'the server is asked once whether it evicts')
+    t.strictSame(scripts, [])
+  }
+})
+
+t.test('a record, and the live claim of somebody else, are understood without a script', async (t) => {
+  const record = reply()
+  const found = acquiring(recorded(record), 700)
+  same(t, await found.store.acquire('k', mine), record)
+  for (const left of [-1, 0, 700]) {
+    const ttlMs = left === -1 ? null : left
+    t.match(await acquiring(recorded(tombstone('hijacked')), left).store.acquire('k', mine), {
+      state: 'completed',
+      ttlMs
+    })
+  }
+  const running = acquiring(claimed('other'), '1200')
+  t.strictSame(await running.store.acquire('k', mine), { state: 'running', fingerprint: 'theirs', leaseMs: 200 })
+  const barely = acquiring(claimed('other'), 1_001)
+  t.strictSame(await barely.store.acquire('k', mine), { state: 'running', fingerprint: 'theirs', leaseMs: 1 })
+  for (const { scripts } of [found, running, barely]) t.strictSame(scripts, [])
+})
+
+t.test('one who is only named like the other is somebody else', async (t) => {
+  for (const token of ['min', 'mine2', 'Mine']) {
+    t.match(await acquiring(claimed(token)).store.acquire('k', mine), { state: 'running' }, token)
+  }
+})
+
+t.test('all else is decided by the script: an own claim, a lapsed one, a released key', async (t) => {
+  for (const [what, set, left] of [
+    ['an own claim', claimed('mine'), 1_200],
+    ['a claim that has just lapsed', claimed('other'), 1_000],
+    ['a released key', Buffer.from(owned('R', 'other')), 60_000],
+    ['something else', 'OK', 1_200],
+    ['a Redis that gives nothing', undefined, undefined]
+  ] as const) {
+    const { scripts, store } = acquiring(set, left, () => ['3', null, null, null])
+    t.strictSame(await store.acquire('k', mine), { state: 'acquired', attempt: 3 }, what)
+    t.strictSame(scripts, [['acquire', 1, 'idempotency:k', 'P1\x04mine', ':1000:f', '1500', '0']])
+  }
+  const { scripts, store } = acquiring(claimed('mine'), 1_200, () => [1])
+  await store.acquire('k', { ...mine, takeover: true })
+  t.equal(scripts[0]?.at(-1), '1')
+})
+
+t.test('what the script has found', async (t) => {
+  const found = (...reply: unknown[]) => acquiring(undefined, undefined, () => reply).store.acquire('k', mine)
+  t.strictSame(await found(0, claimed('other'), '1200', 0), { state: 'running', fingerprint: 'theirs', leaseMs: 200 })
+  t.strictSame(await found('0', claimed('other'), 900, '0'), { state: 'running', fingerprint: 'theirs', leaseMs: 0 })
+  t.strictSame(await found(0, claimed('other', { attempt: '12' }), 900, '1'), {
+    state: 'abandoned',
+    fingerprint: 'theirs',
+    attempt: 12
+  })
+  t.match(await found(0, recorded(reply()), -1, 0), { state: 'completed', ttlMs: null })
+  await t.rejects(found(0, Buffer.from('X1\x01t'), 5, 0), UNDECODABLE)
+})
+
+t.test('a pipeline whose connection was lost in its middle is asked again, by the script', async (t) => {
+  for (const results of [
+    [
+      [aborted(), undefined],
+      [aborted(), undefined]
+    ],
+    [
+      [null, null],
+      [aborted(), undefined]
+    ],
+    [
+      [aborted(), undefined],
+      [null, 5]
+    ]
+  ] as Result[][]) {
+    const { scripts, store } = open({ piped: () => results, scripted: () => [1] })
+    t.match(await store.acquire('k', mine), { state: 'acquired', attempt: 1 })
+    t.equal(scripts.length, 1)
+  }
+})
+
+t.test('a server that does not take NX with GET gets the script from then on', async (t) => {
+  const { scripts, sent, store } = open({
+    piped: () => [
+      [failure('ERR syntax error'), undefined],
+      [null, 5]
+    ],
+    scripted: () => [1]
+  })
+  for (const key of ['k', 'l']) t.match(await store.acquire(key, mine), { state: 'acquired' })
+  t.equal(sent.length, 1)
+  t.equal(scripts.length, 2)
+})
+
+t.test('any other error is the answer, without what it carries', async (t) => {
+  for (const results of [
+    [
+      [failure('OOM'), undefined],
+      [null, 5]
+    ],
+    [
+      [null, claimed('other')],
+      [failure('OOM'), undefined]
+    ]
+  ] as Result[][]) {
+    const error = await open({ piped: () => results })
+      .store.acquire('k', mine)
+      .catch((error) => error)
+    t.match(error, { message: 'OOM' })
+    t.notOk('command' in error)
+  }
+  const free = open({
+    piped: () => [
+      [null, null],
+      [failure('OOM'), undefined]
+    ]
+  })
+  t.match(await free.store.acquire('k', mine), { state: 'acquired' }, 'a key that is claimed is claimed')
+})
+
+t.test('in a Cluster a pipeline fails as one', async (t) => {
+  const fails = () => {
+    throw failure('CLUSTERDOWN')
+  }
+  const error = await open({ piped: fails, isCluster: true })
+    .store.acquire('k', mine)
+    .catch((error) => error)
+  t.match(error, { message: 'CLUSTERDOWN' })
+  t.notOk('command' in error)
+  const nothing = open({ piped: () => null, isCluster: true, scripted: () => [1] })
+  t.match(await nothing.store.acquire('k', mine), { state: 'acquired' })
+  t.equal(nothing.scripts.length, 1)
+})
+
+t.test('tokens of all lengths are framed', async (t) => {
+  for (const [length, isText] of [
+    [1, true],
+    [127, true],
+    [128, false],
+    [255, false]
+  ] as const) {
+    const token = 't'.repeat(length)
+    const { scripts, sent, store } = open({
+      piped: () => [
+        [null, null],
+        [null, 5]
+      ]
+    })
+    await store.acquire('k', { ...mine, token })
+    const value = sent[0]?.[0]?.[2] as string | Buffer
+    t.equal(typeof value === 'string', isText)
+    const expected = Buffer.concat([Buffer.from([0x50, 0x31, length]), Buffer.from(`${token}01:1000:f`)])
+    t.strictSame(Buffer.from(value as string), expected)
+    await store.release('k', token)
+    t.strictSame(Buffer.from(scripts[0]?.[3] as string), expected.subarray(0, 3 + length))
+  }
+  const { store } = open()
+  for (const token of ['', 't'.repeat(256)]) {
+    const message = 'A token is 1 to 255 bytes long'
+    await t.rejects(store.acquire('k', { ...mine, token }), { message })
+    await t.rejects(store.complete('k', token, reply(), 5), { message })
+    await t.rejects(store.release('k', token), { message })
+    await t.rejects(store.renew('k', token, 5), { message })
+  }
+})
+
+t.test('a reply is stored by one script, as text where that is cheaper', async (t) => {
+  for (const [body, isText] of [
+    ['{"ok":true}', true],
+    ['é', false],
+    ['x'.repeat(16_000), true],
+    ['x'.repeat(17_000), false]
+  ] as const) {
+    const { scripts, store } = open()
+    const record = reply({ body: Buffer.from(body) })
+    t.equal(await store.complete('k', 't', record, 700), true)
+    const [name, keys, key, owner, value, ...rest] = scripts[0] as [string, number, string, string, string | Buffer]
+    t.strictSame([name, keys, key, owner], ['finish', 1, 'idempotency:k', 'P1\x01t'])
+    t.strictSame(rest, ['700', 'idempotency:k'])
+    t.equal(typeof value === 'string', isText)
+    t.strictSame(typeof value === 'string' ? Buffer.from(value, 'latin1') : value, recorded(record))
+  }
+  const { scripts, store } = open()
+  await store.complete('k', 't', reply(), null)
+  t.equal(scripts[0]?.[5], '', 'for ever')
+})
+
+t.test('text is cheaper up to 16 KiB, envelope and all', async (t) => {
+  const lengthOf = (size: number) => recorded(reply({ body: Buffer.alloc(size, 'x') })).length
+  const envelope = lengthOf(0)
+  for (const [length, isText] of [
+    [16_384, true],
+    [16_385, false]
+  ] as const) {
+    const { scripts, store } = open()
+    await store.complete('k', 't', reply({ body: Buffer.alloc(length - envelope, 'x') }), 5)
+    const [[, , , , value]] = scripts as [[...unknown[], string]]
+    t.same([value.length, typeof value === 'string'], [length, isText])
+  }
+})
+
+t.test('yes is one, in whatever form, and all else is no', async (t) => {
+  for (const [answer, is] of [
+    [1, true],
+    ['1', true],
+    [Buffer.from('1'), true],
+    [0, false],
+    [null, false]
+  ] as const) {
+    const { store } = open({ scripted: () => answer })
+    t.equal(await store.complete('k', 't', reply(), 5), is)
+    t.equal(await store.release('k', 't'), is)
+    t.equal(await store.delete('k'), is)
+  }
+})
+
+t.test('a key is given back by one script, and remembers for a minute who did it', async (t) => {
+  const { scripts, store } = open()
+  await store.release('k', 't')
+  t.strictSame(scripts, [['finish', 1, 'idempotency:k', 'P1\x01t', 'R1\x01t', '60000', 'idempotency:k']])
+  await store.delete('k')
+  t.strictSame(scripts[1], ['delete', 1, 'idempotency:k', 'idempotency:k'])
+})
+
+t.test('what is no string is nobody’s claim, and other errors are errors', async (t) => {
+  const failing = (message: string) =>
+    open({
+      scripted: () => {
+        throw failure(message)
+      }
+    }).store.release('k', 't')
+  t.equal(await failing('WRONGTYPE Operation against a key holding the wrong kind of value'), false)
+  await t.rejects(failing('READONLY'), { message: 'READONLY' })
+})
+
+t.test('what is there is read by GET and PTTL', async (t) => {
+  const got = (value: unknown, left: unknown = 1_200) =>
+    open({
+      piped: () => [
+        [null, value],
+        [null, left]
+      ]
+    })
+  const { sent, store } = got(claimed('other'))
+  t.strictSame(await store.get('k'), { state: 'running', fingerprint: 'theirs', leaseMs: 200 })
+  t.strictSame(sent, [
+    [
+      ['getBuffer', 'idempotency:k'],
+      ['pttl', 'idempotency:k']
+    ]
+  ])
+  t.strictSame(await got(claimed('other'), 1_000).store.get('k'), {
+    state: 'abandoned',
+    fingerprint: 'theirs',
+    attempt: 1
+  })
+  t.strictSame(await got(claimed('other'), '1001').store.get('k'), {
+    state: 'running',
+    fingerprint: 'theirs',
+    leaseMs: 1
+  })
+  t.match(await got(recorded(reply()), 700).store.get('k'), { state: 'completed', ttlMs: 700 })
+  t.match(await got(recorded(reply()), -2).store.get('k'), { state: 'completed', ttlMs: 0 }, 'gone between the two')
+  for (const nothing of [null, undefined, 'text', Buffer.from(owned('R', 't'))]) {
+    t.equal(await got(nothing).store.get('k'), null)
+  }
+  t.equal(await open({ piped: () => null }).store.get('k'), null)
+})
+
+t.test('a look that fails is an error, without what it carries', async (t) => {
+  for (const results of [
+    [
+      [failure('LOADING'), undefined],
+      [null, 5]
+    ],
+    [
+      [null, claimed('t')],
+      [failure('LOADING'), undefined]
+    ]
+  ] as Result[][]) {
+    const error = await open({ piped: () => results })
+      .store.get('k')
+      .catch((error) => error)
+    t.match(error, { message: 'LOADING' })
+    t.notOk('command' in error)
+  }
+  const throwing = open({
+    piped: () => {
+      throw failure('LOADING')
+    }
+  })
+  const error = await throwing.store.get('k').catch((error) => error)
+  t.match(error, { message: 'LOADING' })
+  t.notOk('command' in error)
+})
+
+t.test('what is not one of ours is an error, not a claim', async (t) => {
+  for (const value of [
+    '',
+    'P',
+    'P1',
+    'P2\x01t01:1000:f',
+    'P1\x01t21:1000:f',
+    'P1\x01tx01:1000:f',
+    'P1\x01t0:1000:f',
+    'P1\x01t01:1000',
+    'P1\x01t01:x:f',
+    'X1\x01t01:1000:f',
+    'C1\x01t'
+  ]) {
+    const get = open({
+      piped: () => [
+        [null, Buffer.from(value)],
+        [null, 5]
+      ]
+    }).store.get('k')
+    await t.rejects(get, UNDECODABLE, JSON.stringify(value))
+  }
+})
+
+t.test('fingerprints may have line breaks, and attempts several digits', async (t) => {
+  const value = claimed('t', { attempt: '10', fingerprint: 'a\nb:c' })
+  const { store } = open({
+    piped: () => [
+      [null, value],
+      [null, 5]
+    ]
+  })
+  t.strictSame(await store.get('k'), { state: 'abandoned', fingerprint: 'a\nb:c', attempt: 10 })
+})
+
+t.test('keys have the prefix that was chosen', async (t) => {
+  const { sent, scripts, store } = open({ options: { keyPrefix: 'mine:' } })
+  await store.get('k')
+  await store.delete('k')
+  t.strictSame(sent[0]?.[0], ['getBuffer', 'mine:k'])
+  t.strictSame(scripts[0], ['delete', 1, 'mine:k', 'mine:k'])
+})
+
+t.test('who waits looks by a script, once it listens', async (t) => {
+  const { scripts, store } = open({ scripted: () => 0 })
+  await store.changed('k', new AbortController().signal)
+  t.strictSame(scripts, [['watch', 1, 'idempotency:k']])
+  await store.close()
+})
+
+/* Replicas */
+
+const replicated = (piped: Setup['piped'], options: RedisStoreOptions = { replicas: 2, replicaTimeout: 50 }) =>
+  open({ ...(piped && { piped }), options })
+
+t.test('a reply counts as stored when enough replicas have it', async (t) => {
+  for (const reached of [2, '3']) {
+    const { scripts, sent, store } = replicated(() => [
+      [null, 'OK'],
+      [null, reached]
+    ])
+    t.equal(await store.complete('k', 't', reply(), 5), true)
+    t.equal(scripts.length, 1)
+    t.strictSame(sent, [
+      [
+        ['set', 'idempotency:replicated', '', 'PX', 50],
+        ['wait', 2, 50]
+      ]
+    ])
+  }
+})
+
+t.test('too few replicas are an error', async (t) => {
+  for (const [results, message] of [
+    [
+      [
+        [null, 'OK'],
+        [null, 1]
+      ],
+      '1 of 2 replicas have the reply'
+    ],
+    [[[null, 'OK']], 'NaN of 2 replicas have the reply'],
+    [
+      [
+        [null, 'OK'],
+        [failure('UNBLOCKED'), undefined]
+      ],
+      'UNBLOCKED'
+    ],
+    [
+      [
+        [failure('READONLY'), undefined],
+        [null, 2]
+      ],
+      'READONLY'
+    ]
+  ] as [Result[], string][]) {
+    const error = await replicated(() => results)
+      .store.complete('k', 't', reply(), 5)
+      .catch((error) => error)
+    t.match(error, { message })
+    t.notOk('command' in error)
+  }
+})
+
+t.test('what was written by a connection that is no more may be on no replica', async (t) => {
+  const { client, store } = replicated(() => {
+    client.stream = {}
+    return [
+      [null, 'OK'],
+      [null, 2]
+    ]
+  })
+  await t.rejects(store.complete('k', 't', reply(), 5), { message: /connection to Redis was lost/ })
+})
+
+t.test('what was not stored is not waited for', async (t) => {
+  const { sent, store } = open({ scripted: () => 0, options: { replicas: 1 } })
+  t.equal(await store.complete('k', 't', reply(), 5), false)
+  t.strictSame(sent, [])
+})
+
+t.test('without the option, nobody waits for replicas', async (t) => {
+  const { sent, store } = open()
+  await store.complete('k', 't', reply(), 5)
+  t.strictSame(sent, [])
+})
