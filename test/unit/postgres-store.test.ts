@@ -267,6 +267,14 @@ t.test('expired rows are deleted once the store is in use, a batch at a time, un
   }
 })
 
+t.test('without an interval nothing is deleted', async (t) => {
+  const { pool, store } = open({ sweepInterval: null })
+  pool.answers.push([ACQUIRED])
+  await store.acquire('k', claim())
+  await sleep(20)
+  t.equal(pool.queries.length, 1)
+})
+
 t.test('a transaction is begun on a client of the pool, for no longer than has a date', async (t) => {
   const { pool, store } = open()
   const texts: string[] = []
