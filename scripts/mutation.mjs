@@ -17,7 +17,7 @@ const work = join(root, '.build', 'mutation')
 /** For each file of lib/ the tests in which its behaviour is specified, the quick ones first. */
 const SPECIFIED_IN = {
   key: 'unit/key properties/key integration/identity',
-  fingerprint: 'unit/fingerprint unit/fingerprint-size integration/identity',
+  fingerprint: 'unit/fingerprint integration/identity unit/fingerprint-size',
   options: 'unit/options integration/coverage',
   replay: 'unit/replay integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
   'at-hand': 'unit/at-hand unit/local-cache integration/coverage',
@@ -74,7 +74,7 @@ const SPECIFIED_IN = {
   'stores/postgres-guard': 'unit/sql-guard',
   'stores/postgres-notifications': 'unit/postgres-notifications',
   'stores/postgres-rows': 'unit/postgres-rows',
-  'stores/postgres-sql': 'unit/postgres-store unit/postgres-transaction stores/postgres-server stores/postgres',
+  'stores/postgres-sql': 'stores/postgres-server stores/postgres',
   'stores/postgres-transaction': 'unit/postgres-transaction',
   'stores/postgres': 'unit/postgres-store'
 }
