@@ -240,6 +240,7 @@ t.test(
     }
     const { outcome } = await refused(said('23503', 'violates foreign key'))
     t.match(outcome, {
+      state: 'refused',
       error: {
         code: 'FST_IDEMPOTENCY_TRANSACTION',
         message:
