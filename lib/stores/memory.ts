@@ -126,7 +126,7 @@ export class MemoryStore implements IdempotencyStore {
       const listeners = this.#listeners.get(key) ?? new Set()
       const done = () => {
         listeners.delete(done)
-        if (listeners.size === 0 && this.#listeners.get(key) === listeners) this.#listeners.delete(key)
+        if (listeners.size === 0) this.#listeners.delete(key)
         signal.removeEventListener('abort', done)
         resolve()
       }

@@ -50,7 +50,7 @@ export class PostgresNotifications {
     } finally {
       signal.removeEventListener('abort', listener)
       listeners.delete(listener)
-      if (listeners.size === 0 && this.#listeners.get(message) === listeners) this.#listeners.delete(message)
+      if (listeners.size === 0) this.#listeners.delete(message)
     }
   }
 

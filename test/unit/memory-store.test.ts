@@ -380,6 +380,30 @@ function timeMachine(t: Test) {
   }
 }
 
+t.test('sweeping leaves claims alone that run, or are remembered, and replies that count', async (t) => {
+  const time = timeMachine(t)
+  const store = new MemoryStore()
+  await store.acquire('running', claim('a', { leaseMs: 2 * MINUTE }))
+  await store.acquire('abandoned', claim('b', { leaseMs: 1, retainMs: 2 * MINUTE }))
+  await store.acquire('forgotten', claim('c', { leaseMs: 1, retainMs: 1 }))
+  await finish(store, 'done', reply(), 2 * MINUTE)
+  time.pass(MINUTE)
+  time.sweep()
+  t.strictSame(await states(store, 'running', 'abandoned', 'forgotten', 'done'), [
+    'running',
+    'abandoned',
+    'free',
+    'completed'
+  ])
+})
+
+t.test('a record that is none is an answer like any other', async (t) => {
+  const store = new MemoryStore()
+  await store.acquire('k', claim('a'))
+  const stored = store.complete('k', 'a', null as never, MINUTE)
+  await t.rejects(stored, TypeError)
+})
+
 t.test('a release may be repeated for a minute, and then it is none any more', async (t) => {
   const time = timeMachine(t)
   const store = new MemoryStore()
