@@ -201,6 +201,21 @@ t.test('a dollar quote ends at its own tag only, by case, and tags need not be o
 t.test('dollars in a name do not begin a quote', async (t) => {
   t.equal(transactionControl('SELECT 1 AS a$b$; COMMIT; SELECT 1 AS c$b$'), 'COMMIT')
   t.equal(transactionControl('SELECT a$$, b$$; COMMIT; SELECT c$$'), 'COMMIT')
+  for (const name of ['a', 'ab', 'abc', 'abcd']) {
+    t.equal(transactionControl(`SELECT 1 AS ${name}$b$; COMMIT; SELECT 1 AS c$b$`), 'COMMIT', name)
+  }
+})
+
+t.test('what does not end hides what is behind it, and is for the server to refuse', async (t) => {
+  for (const open of ['$$', '$tag$', '/*', '/* /* */'])
+    t.equal(transactionControl(`SELECT 1 ${open} ; COMMIT`), null, open)
+  for (const open of ["'", '"', "E'"]) t.doesNotThrow(() => transactionControl(`SELECT 1 ${open} ; COMMIT`), open)
+})
+
+t.test('a savepoint may be gone back to, with as much space as one likes', async (t) => {
+  for (const sql of ['ROLLBACK  WORK  TO  a', 'ROLLBACK\n\tTRANSACTION\n TO SAVEPOINT a', 'ROLLBACK  TO a']) {
+    t.equal(transactionControl(sql), null, JSON.stringify(sql))
+  }
 })
 
 t.test('an escaped line break does not end a literal', async (t) => {
@@ -414,6 +429,19 @@ t.test("the guard knows whether queries of the handler's are under way, and when
   answer()
   await waited
   t.equal(guard.busy, false)
+  Object.assign(fake, { answer: undefined })
+  t.equal(
+    client.query('SELECT 1', () => {}),
+    undefined,
+    'who listens by a callback is not known to be at work'
+  )
+  t.equal(guard.busy, false)
+})
+
+t.test('an object that takes the answer, but no refusal, gets it by a promise', async (t) => {
+  const { client } = guarded()
+  await t.rejects(client.query({ text: 'COMMIT', submit() {} }) as Promise<unknown>, REFUSED)
+  await t.rejects(client.query({ text: 'COMMIT', handleError() {} }) as Promise<unknown>, REFUSED)
 })
 
 t.test('a refused statement does not end what follows', async (t) => {
