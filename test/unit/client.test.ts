@@ -487,6 +487,15 @@ t.test('a reply whose type only contains that of an event stream is waited for',
   }
 })
 
+t.test('a reply may have no body, also one to be repeated, or one that is passed on as it comes', async (t) => {
+  for (const streamReplies of [false, true]) {
+    const empty = (status: number) => new Response(null, { status })
+    const { sender, requests, time } = server(t, empty(503), empty(204))
+    t.equal((await time.run(sender({ streamReplies })(URL_, order))).status, 204)
+    t.equal(requests.length, 2)
+  }
+})
+
 t.test('with streamReplies a 409 is understood all the same', async (t) => {
   const { sender, time } = server(t, refusal(409, 'FST_IDEMPOTENCY_IN_PROGRESS'), created)
   t.equal((await time.run(sender({ streamReplies: true })(URL_, order))).status, 201)
