@@ -17,7 +17,7 @@ const work = join(root, '.build', 'mutation')
 /** For each file of lib/ the tests in which its behaviour is specified, the quick ones first. */
 const SPECIFIED_IN = {
   key: 'unit/key properties/key integration/identity',
-  fingerprint: 'unit/fingerprint integration/identity unit/fingerprint-size',
+  fingerprint: 'unit/fingerprint integration/identity',
   options: 'unit/options integration/coverage',
   replay: 'unit/replay integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
   'at-hand': 'unit/at-hand unit/local-cache integration/coverage',

@@ -134,6 +134,15 @@ t.test('a free key is claimed by one SET, with a PTTL beside it', async (t) => {
   }
 })
 
+t.test('claims of one turn go together, but in a Cluster, where their keys are no neighbours', async (t) => {
+  for (const isCluster of [false, true]) {
+    const piped = (commands: unknown[][]): Result[] => commands.map(([name]) => [null, name === 'pttl' ? 1 : null])
+    const { sent, store } = open({ piped, isCluster })
+    await Promise.all([store.acquire('k', mine), store.acquire('l', mine)])
+    t.equal(sent.length, isCluster ? 2 : 1)
+  }
+})
+
 t.test('a record, and the live claim of somebody else, are understood without a script', async (t) => {
   const record = reply()
   const found = acquiring(recorded(record), 700)
@@ -156,6 +165,8 @@ t.test('one who is only named like the other is somebody else', async (t) => {
   for (const token of ['min', 'mine2', 'Mine']) {
     t.match(await acquiring(claimed(token)).store.acquire('k', mine), { state: 'running' }, token)
   }
+  const long = { ...mine, token: 't'.repeat(100) }
+  t.match(await acquiring(claimed('t', { fingerprint: '' })).store.acquire('k', long), { state: 'running' })
 })
 
 t.test('all else is decided by the script: an own claim, a lapsed one, a released key', async (t) => {
@@ -344,6 +355,12 @@ t.test('yes is one, in whatever form, and all else is no', async (t) => {
   }
 })
 
+t.test('a claim is renewed by its key and owner', async (t) => {
+  const { scripts, store } = open({ scripted: () => [1] })
+  t.equal(await store.renew('k', 't', 500), true)
+  t.strictSame(scripts, [['renew', 1, 'idempotency:k', 'P1\x01t', '500']])
+})
+
 t.test('a key is given back by one script, and remembers for a minute who did it', async (t) => {
   const { scripts, store } = open()
   await store.release('k', 't')
@@ -468,10 +485,19 @@ t.test('keys have the prefix that was chosen', async (t) => {
 })
 
 t.test('who waits looks by a script, once it listens', async (t) => {
-  const { scripts, store } = open({ scripted: () => 0 })
+  const { client, scripts, store } = open({ scripted: () => 0 })
+  const calls: string[] = []
+  const subscriber = {
+    on: () => {},
+    subscribe: async (channel: string) => void calls.push(channel),
+    unsubscribe: async () => {},
+    disconnect: () => calls.push('disconnect')
+  }
+  Object.assign(client, { duplicate: () => subscriber })
   await store.changed('k', new AbortController().signal)
   t.strictSame(scripts, [['watch', 1, 'idempotency:k']])
   await store.close()
+  t.strictSame(calls, ['idempotency:k', 'disconnect'])
 })
 
 /* Replicas */
