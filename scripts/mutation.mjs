@@ -48,7 +48,7 @@ const SPECIFIED_IN = {
     'pitfalls/failures pitfalls/claim integration/closing integration/transactions integration/transaction-failures',
   lifecycle:
     'integration/coverage integration/replies integration/errors integration/life integration/identity ' +
-    'interop/errors interop/hooks pitfalls/failures pitfalls/replies interop/not-found interop/schemas pitfalls/claim ' +
+    'interop/errors interop/hooks pitfalls/failures pitfalls/replies interop/not-found interop/schemas pitfalls/claim integration/problem-details ' +
     'integration/transactions integration/transaction-failures',
   'stores/memory': 'unit/memory-store stores/memory',
   'stores/shelf': 'unit/memory-store unit/local-cache',

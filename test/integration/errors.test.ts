@@ -357,6 +357,24 @@ t.test('errors go through setErrorHandler, with their headers on the reply alrea
   })
 })
 
+t.test('the link to the documentation comes behind those that are there', async (t) => {
+  for (const [there, link] of [
+    [undefined, '<https://a.example>; rel="describedby"'],
+    ['</a>; rel="next"', '</a>; rel="next", <https://a.example>; rel="describedby"'],
+    [
+      ['</a>; rel="next"', '</b>; rel="prev"'],
+      '</a>; rel="next", </b>; rel="prev", <https://a.example>; rel="describedby"'
+    ]
+  ] as const) {
+    const app = await build(t, { documentationUrl: 'https://a.example', required: true })
+    app.addHook('onRequest', async (_request, reply) => {
+      if (there !== undefined) reply.header('link', there)
+    })
+    app.post('/', { config: { idempotency: true } }, async () => 'x')
+    t.equal((await app.inject({ method: 'POST', url: '/' })).headers.link, link)
+  }
+})
+
 t.test('problemDetails sends the errors as application/problem+json, whatever schema the route has', async (t) => {
   const schema = { response: { '4xx': { type: 'object', properties: { message: { type: 'string' } } } } }
   for (const documentationUrl of [undefined, 'https://example.com/errors']) {

@@ -289,6 +289,47 @@ t.test('with scope, the same key of two callers is two operations, and a refresh
   t.equal(await send(as('bob', '2')), 'replay')
 })
 
+t.test('a scope may be a number', async (t) => {
+  for (const [scope, text] of [
+    [7, '7'],
+    [0, '0'],
+    [1.5, '1.5'],
+    [12345678901234567890n, '12345678901234567890']
+  ] as const) {
+    const { app, send } = await service(t, { scope: () => scope as never })
+    t.equal(await send({ headers: key() }), 'ran')
+    t.equal((await app.idempotency.get('k', { scope: text }))?.state, 'completed', text)
+  }
+})
+
+t.test('why a scope failed is for the error handler, and nobody else', async (t) => {
+  const why = new Error('no user')
+  for (const [scope, cause] of [
+    [() => Promise.reject(why), why],
+    [() => '', undefined]
+  ] as const) {
+    const { app } = await service(t, { scope })
+    const seen: Error[] = []
+    app.addHook('onError', async (_request, _reply, error) => void seen.push(error))
+    const refused = await app.inject({ method: 'POST', url: '/', headers: key() })
+    t.equal(seen[0]?.cause, cause)
+    t.notMatch(refused.body, 'no user')
+  }
+})
+
+t.test('who misses a key is told where it may be', async (t) => {
+  const missing = async (options: IdempotencyOptions) => {
+    const { app } = await service(t, { required: true, ...options })
+    const refused = await app.inject({ method: 'POST', url: '/' })
+    t.equal(codeOf(refused), 'FST_IDEMPOTENCY_KEY_MISSING')
+    return refused.json().message as string
+  }
+  t.match(await missing({}), /\bthe header idempotency-key\b/)
+  t.notMatch(await missing({}), 'field')
+  t.match(await missing({ field: '_key' }), 'the header idempotency-key or the field _key')
+  t.match(await missing({ getKey: () => undefined, field: '_key' }), 'see the documentation of this service')
+})
+
 t.test('a scope that throws or gives nothing fails closed', async (t) => {
   const scopes = [
     () => {

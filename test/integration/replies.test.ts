@@ -52,6 +52,7 @@ const payloads: Record<string, Handler> = {
   'a stream with a content-length': async (_request, reply) =>
     reply.header('content-length', 7).send(Readable.from([Buffer.from('one '), Buffer.from('two')])),
   'a stream with a 204': async (_request, reply) => reply.code(204).send(Readable.from([Buffer.from('nothing')])),
+  'a stream with a 304': async (_request, reply) => reply.code(304).send(Readable.from([Buffer.from('nothing')])),
   'a web stream': async () => web('one ', everyByte),
   'a Response': async () => new Response('hello', { status: 202, headers: { 'x-a': '1', 'content-type': 'text/x' } }),
   'a Response without a body': async () => new Response(null, { status: 201, headers: { 'x-a': '1' } }),
@@ -69,6 +70,20 @@ function essence({ status, headers, body }: Reply) {
   const { [REPLAYED]: _r, ...rest } = kept
   return { status, headers: rest, body: body.toString('latin1') }
 }
+
+t.test('a Response that was read before is an error of Fastify, and gives the key back', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async () => {
+    const response = new Response('x', { status: 201, headers: { 'x-a': '1' } })
+    if (++runs === 1) await response.text()
+    return response
+  })
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  t.equal((await app.inject(request)).statusCode, 500)
+  const second = await app.inject(request)
+  t.same([second.statusCode, second.body, second.headers[REPLAYED], runs], [201, 'x', undefined, 2])
+})
 
 t.test('every kind of payload replays byte for byte, with its status and headers', async (t) => {
   for (const [name, handler] of Object.entries(payloads)) {
