@@ -87,6 +87,8 @@ export class Operation implements Subject, Waiter, Renewable {
   readonly #head: string
   #payload = ''
   #found: Acquisition | null = null
+  /** What was found is what this process remembers: that need not be true for long. */
+  #isRemembered = false
   #gone = false
   /** Somebody else was seen to have the key. */
   #taken = false
@@ -164,7 +166,7 @@ export class Operation implements Subject, Waiter, Renewable {
   settle(): Maybe<Verdict> {
     const found = this.#found
     this.#found = null
-    if (found !== null) return this.#judge(found, true)
+    if (found !== null) return this.#judge(this.#isRemembered ? this.#acquire(false) : found, true)
     if (this.phase === 'over') return this.#gone ? 'gone' : this.refuseLost()
     return 'run'
   }
@@ -453,8 +455,9 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** The owner's reply counts for as long as nobody else can have the key: after that the store has to take it first. */
   #askOwner(owner: Operation, record: StoredRecord, takeover: boolean): Maybe<Found> {
-    const isKnown = owner.#isLeased() || this.policy.bypasses
-    return isKnown ? { state: 'completed', record, ttlMs: owner.policy.ttl } : this.#askBoth(owner, record, takeover)
+    this.#isRemembered = owner.#isLeased() || this.policy.bypasses
+    if (!this.#isRemembered) return this.#askBoth(owner, record, takeover)
+    return { state: 'completed', record, ttlMs: owner.policy.ttl }
   }
 
   async #askBoth(owner: Operation, record: StoredRecord, takeover: boolean): Promise<Found> {
@@ -639,12 +642,18 @@ export class Operation implements Subject, Waiter, Renewable {
    */
   async #reclaim(): Promise<boolean> {
     const { store } = this.policy
-    if (this.#forgotten || store.get === undefined || (await store.get(this.storageKey)) !== null) return false
+    if (store.get === undefined || (await store.get(this.storageKey)) !== null || !this.#isWanted()) return false
     const askedAt = performance.now()
     const { state } = await store.acquire(this.storageKey, this.#claimOf(false))
     if (state !== 'acquired') return false
     this.#leasedAt = askedAt
-    return true
+    if (!this.#isWanted()) void this.#giveBack(this.#token)
+    return this.#isWanted()
+  }
+
+  /** An attempt that takes long may come to its end when its claim is needed no more: stored, or deleted on purpose. */
+  #isWanted(): boolean {
+    return !this.#forgotten && !this.#isOver()
   }
 
   /** The connection of the transaction is lost. An operation listens itself, so that none has to carry a listener. */

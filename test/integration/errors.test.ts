@@ -211,6 +211,39 @@ t.test('a reply that could not be stored is no replay when the claim turns out t
   t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
 })
 
+t.test(
+  'a reply that could not be stored is asked for again when its replay has had to wait for the request',
+  async (t) => {
+    const { memory, store, failing } = breakable()
+    let isLost = false
+    const renew = async (...args: Parameters<IdempotencyStore['renew']>) => {
+      const renewed = await memory.renew(...args)
+      isLost = !renewed
+      return renewed
+    }
+    const app = await build(t, { store: { ...store, renew }, lease: 900 })
+    const [entered, leave] = [latch(), latch()]
+    const preHandler = async (request: FastifyRequest) => {
+      if (request.headers.late === undefined) return
+      entered.open()
+      await leave.promise
+    }
+    app.post('/', { config: { idempotency: true }, preHandler }, async () => 'mine')
+    failing.complete = () => Promise.reject(new Error('down'))
+    t.equal((await app.inject(keyed)).body, 'mine')
+    const late = inject(app, { ...keyed, headers: { ...keyed.headers, late: 'yes' } })
+    await entered.promise
+    const key = storageKey(null, 'k')
+    await memory.delete(key)
+    const theirs = { token: 'theirs', fingerprint: '', leaseMs: 60_000, retainMs: 60_000, takeover: false }
+    t.match(await memory.acquire(key, theirs), { state: 'acquired' })
+    await until(() => isLost)
+    delete failing.complete
+    leave.open()
+    t.equal(codeOf(await late), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  }
+)
+
 t.test('a claim that was made anew counts as any other', async (t) => {
   const { memory, store, failing } = breakable()
   const app = await build(t, { store, lease: 600 })

@@ -1,10 +1,11 @@
 import { connect, constants } from 'node:http2'
 import { connect as connectTcp } from 'node:net'
 import { Readable } from 'node:stream'
-import { setTimeout as sleep } from 'node:timers/promises'
+import { setTimeout as sleep, setImmediate as tick } from 'node:timers/promises'
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
 import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
+import { storageKey } from '../../lib/key.js'
 import { build, codeOf, inject, listen, post, REPLAYED, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 
@@ -663,6 +664,55 @@ t.test('a deleted key stays deleted, even while its handler still runs', async (
   t.equal((await late).body, 'late')
   t.equal(await app.idempotency.get('k'), null)
 })
+
+t.test('a key that is deleted while a lost claim is about to be made anew stays deleted', async (t) => {
+  for (const moment of ['before', 'after'] as const) {
+    const store = new MemoryStore()
+    const [asked, leave] = [latch(), latch()]
+    const pausing = <Args extends unknown[], A>(call: (...args: Args) => Promise<A>) => {
+      return async (...args: Args) => {
+        asked.open()
+        await leave.promise
+        return call(...args)
+      }
+    }
+    const app = await build(t, { store })
+    app.post('/', config({}), async () => {
+      await store.delete(storageKey(null, 'k'))
+      if (moment === 'before') store.get = pausing(store.get.bind(store))
+      else store.acquire = pausing(store.acquire.bind(store))
+      return 'late'
+    })
+    const late = inject(app, keyed)
+    await asked.promise
+    await app.idempotency.delete('k')
+    leave.open()
+    t.equal((await late).body, 'late')
+    await until(async () => (await app.idempotency.get('k')) === null)
+  }
+})
+
+t.test(
+  'a key that is deleted after its reply was stored stays deleted, whatever a late attempt to store it finds',
+  async (t) => {
+    const store = new MemoryStore()
+    const app = await build(t, { store, storeTimeout: 20 })
+    app.post('/', config({}), async () => 'reply')
+    const complete = store.complete.bind(store)
+    const leave = latch()
+    store.complete = async (...args) => {
+      store.complete = complete
+      await leave.promise
+      return complete(...args)
+    }
+    await app.inject(keyed)
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+    t.equal(await app.idempotency.delete('k'), true)
+    leave.open()
+    await tick()
+    t.equal(await app.idempotency.get('k'), null)
+  }
+)
 
 t.test('the reply of a deleted key is no replay while it cannot be stored', async (t) => {
   const store = new MemoryStore()
