@@ -455,7 +455,7 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** The owner's reply counts for as long as nobody else can have the key: after that the store has to take it first. */
   #askOwner(owner: Operation, record: StoredRecord, takeover: boolean): Maybe<Found> {
-    this.#isRemembered = owner.#isLeased() || this.policy.bypasses
+    this.#isRemembered = owner.#isLeased()
     if (!this.#isRemembered) return this.#askBoth(owner, record, takeover)
     return { state: 'completed', record, ttlMs: owner.policy.ttl }
   }
@@ -466,7 +466,9 @@ export class Operation implements Subject, Waiter, Renewable {
       stored = await within(this.policy.storeTimeout, () => owner.#completeAgain(record))
     } catch (error) {
       this.#report(error)
-      throw new StoreFailure('The key could not be asked for', { cause: error })
+      if (!this.policy.bypasses) throw new StoreFailure('The key could not be asked for', { cause: error })
+      // Rather than to run once more.
+      stored = true
     }
     return stored ? { state: 'completed', record, ttlMs: owner.policy.ttl } : this.#askStore(takeover)
   }
