@@ -250,6 +250,41 @@ t.test(
   }
 )
 
+t.test('a process does not take over from itself, however long it could not renew', async (t) => {
+  const { memory, store, failing } = breakable()
+  const app = await build(t, { store, lease: 60, storeTimeout: 20 })
+  const [entered, leave] = [latch(), latch()]
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async () => {
+    runs++
+    entered.open()
+    await leave.promise
+    return 'reply'
+  })
+  const first = inject(app, keyed)
+  await entered.promise
+  failing.renew = () => Promise.reject(new Error('down'))
+  await until(async () => (await memory.get(storageKey(null, 'k')))?.state === 'abandoned')
+  delete failing.renew
+  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  t.equal((await memory.get(storageKey(null, 'k')))?.state, 'running', 'it renews at once')
+  leave.open()
+  t.equal((await first).body, 'reply')
+  t.same([(await app.inject(keyed)).body, runs], ['reply', 1])
+})
+
+t.test('why the store could not be asked is for the error handler', async (t) => {
+  const why = new Error('down')
+  const { store, failing } = breakable()
+  const app = await build(t, { store })
+  const seen: Error[] = []
+  app.addHook('onError', async (_request, _reply, error) => void seen.push(error))
+  app.post('/', { config: { idempotency: true } }, async () => 'x')
+  failing.acquire = () => Promise.reject(why)
+  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_STORE_UNAVAILABLE')
+  t.equal(seen[0]?.cause, why)
+})
+
 t.test('a claim that was made anew counts as any other', async (t) => {
   const { memory, store, failing } = breakable()
   const app = await build(t, { store, lease: 600 })
