@@ -185,12 +185,17 @@ t.test('all who ask for what could not be stored share one attempt to store it',
 })
 
 t.test('a reply that could not be stored is replayed for as long as its claim is renewed', async (t) => {
-  const { store, failing } = breakable()
-  const app = await build(t, { store, lease: 90 })
+  const { memory, store, failing } = breakable()
+  let renewals = 0
+  const renew = async (...args: Parameters<IdempotencyStore['renew']>) => {
+    renewals++
+    return memory.renew(...args)
+  }
+  const app = await build(t, { store: { ...store, renew }, lease: 300 })
   app.post('/', { config: { idempotency: true } }, async () => 'reply')
   failing.complete = () => Promise.reject(new Error('down'))
   await app.inject(keyed)
-  await sleep(200)
+  await until(() => renewals > 3, { message: 'more than a lease' })
   t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
 })
 

@@ -3,6 +3,7 @@ import t from 'tap'
 import type { PostgresPool } from '../../lib/stores/postgres.js'
 import { PostgresNotifications } from '../../lib/stores/postgres-notifications.js'
 import { messageOf } from '../../lib/stores/postgres-rows.js'
+import { settle, waiter } from '../support/waiter.js'
 
 type Step = 'connect' | 'listen' | 'end'
 
@@ -60,23 +61,12 @@ function open() {
     }
   }
   const notifications = new PostgresNotifications(pool as unknown as PostgresPool)
-  const wait = (key: string, { watch = async () => true, signal = new AbortController().signal } = {}) => {
-    const waiter = { is: 'waiting', signal }
-    notifications.changed(key, watch, signal).then(
-      () => {
-        waiter.is = 'woken'
-      },
-      () => {
-        waiter.is = 'failed'
-      }
-    )
-    return waiter
-  }
+  const wait = (key: string, { watch = async () => true, signal = new AbortController().signal } = {}) =>
+    waiter(notifications.changed(key, watch, signal), signal)
   const notify = (key: string) => clients.at(-1)?.emit('notification', { payload: messageOf(key) })
   return { clients, does, notifications, notify, options, wait }
 }
 
-const settle = () => new Promise((resolve) => setImmediate(resolve))
 const states = (waiters: { is: string }[]) => waiters.map(({ is }) => is)
 const down = () => Promise.reject(new Error('down'))
 const never = () => new Promise<void>(() => {})

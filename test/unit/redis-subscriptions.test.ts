@@ -2,6 +2,7 @@ import { EventEmitter, getEventListeners } from 'node:events'
 import t from 'tap'
 import type { RedisClient } from '../../lib/stores/redis.js'
 import { RedisSubscriptions } from '../../lib/stores/redis-subscriptions.js'
+import { settle, waiter } from '../support/waiter.js'
 
 /** The listening half of ioredis, which answers when it is told to. */
 class Connection extends EventEmitter {
@@ -37,24 +38,11 @@ function open(prepare: (connection: Connection) => void = () => {}) {
     }
   }
   const subscriptions = new RedisSubscriptions(client as unknown as RedisClient)
-  /** Somebody who waits for a change, and what has become of it. */
-  const wait = (channel: string, { watch = async () => true, signal = new AbortController().signal } = {}) => {
-    const waiter = { is: 'waiting', signal }
-    subscriptions.changed(channel, watch, signal).then(
-      () => {
-        waiter.is = 'woken'
-      },
-      () => {
-        waiter.is = 'failed'
-      }
-    )
-    return waiter
-  }
+  const wait = (channel: string, { watch = async () => true, signal = new AbortController().signal } = {}) =>
+    waiter(subscriptions.changed(channel, watch, signal), signal)
   return { connections, subscriptions, wait }
 }
 
-/** Lets everything happen that can happen without the test. */
-const settle = () => new Promise((resolve) => setImmediate(resolve))
 const first = (connections: Connection[]) => connections[0] as Connection
 
 t.test('all who listen on a channel share one subscription, and all channels one connection', async (t) => {
