@@ -694,10 +694,11 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /**
    * Nobody else sees what a transaction holds before its commit is sent, nor can it be lost to another unnoticed, as
-   * long as the server waits for a connection that has fallen silent.
+   * long as the server waits for a connection that has fallen silent. It holds the key before its operation has come to
+   * its verdict: who asked at the same moment must not ask for a connection, of which there may be no other.
    */
   #isHidden(): boolean {
-    return this.#transaction !== null && this.#isHeld() && this.#isLeased()
+    return this.#transaction !== null && this.phase !== 'ending' && !this.#isOver() && this.#isLeased()
   }
 
   #isOver(): boolean {

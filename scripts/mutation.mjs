@@ -43,9 +43,7 @@ const SPECIFIED_IN = {
   plugin: 'unit/early-routes integration/coverage integration/closing interop/hooks interop/encapsulation interop/auth',
   'store-in-use':
     'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
-  operation:
-    'integration/coverage integration/claim-events integration/errors integration/duplicates integration/life integration/identity ' +
-    'pitfalls/failures pitfalls/claim integration/closing integration/transactions integration/transaction-failures',
+  operation: 'unit/operation-claim unit/operation-end unit/operation-transaction',
   lifecycle:
     'integration/coverage integration/replies integration/errors integration/life integration/identity ' +
     'interop/errors interop/hooks pitfalls/failures pitfalls/replies interop/not-found interop/schemas pitfalls/claim integration/problem-details ' +

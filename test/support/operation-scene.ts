@@ -1,0 +1,203 @@
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import type { FastifyRequest } from 'fastify'
+import type { Test } from 'tap'
+import { atHand } from '../../lib/at-hand.js'
+import { idempotencyEvents } from '../../lib/events.js'
+import { Operation, type Verdict } from '../../lib/operation.js'
+import type { Policy } from '../../lib/options.js'
+import type { Registration } from '../../lib/registration.js'
+import { StoreInUse } from '../../lib/store-in-use.js'
+import type { IdempotencyEvent, IdempotencyStore } from '../../types/index.js'
+import { VirtualTime } from './virtual-time.js'
+
+export const LEASE = 30_000
+export const STORE_TIMEOUT = 1_500
+export const WAIT_TIMEOUT = 10_000
+export const TTL = 5_000
+
+/** What a store can be asked for. */
+type Method = 'acquire' | 'renew' | 'complete' | 'release' | 'get' | 'begin'
+
+/** What is answered: a value, or what a function of the call's arguments gives. */
+type Answer = unknown
+
+export const never = (): Promise<never> => new Promise(() => {})
+export const failing = (error: Error) => (): Promise<never> => Promise.reject(error)
+export const away = new Error('the store is away')
+
+/** A store that says what it was told to say: one answer after the other, the last again and again. */
+export class ScriptedStore {
+  readonly asked: [Method, ...unknown[]][] = []
+  readonly answers: Record<Method, Answer[]> = {
+    acquire: [{ state: 'acquired', attempt: 1 }],
+    renew: [true],
+    complete: [true],
+    release: [true],
+    get: [null],
+    begin: [undefined]
+  }
+  /** Are answers shown at once, as by a store in memory? */
+  readonly #shows: boolean
+
+  constructor(shows: boolean) {
+    this.#shows = shows
+  }
+
+  readonly acquire = (...args: unknown[]) => this.#answer('acquire', args)
+  readonly renew = (...args: unknown[]) => this.#answer('renew', args)
+  readonly complete = (...args: unknown[]) => this.#answer('complete', args)
+  readonly release = (...args: unknown[]) => this.#answer('release', args)
+  get?: IdempotencyStore['get'] = (...args: unknown[]) => this.#answer('get', args) as never
+  readonly begin = (...args: unknown[]) => this.#answer('begin', args)
+
+  /** The arguments of all calls of a method. */
+  calls(method: Method): unknown[][] {
+    return this.asked.filter(([name]) => name === method).map(([, ...args]) => args)
+  }
+
+  /** What was asked, by name. */
+  get names(): string[] {
+    return this.asked.map(([name]) => name)
+  }
+
+  /** The tokens of all claims, as they were asked for. */
+  get tokens(): string[] {
+    return this.calls('acquire').map(([, claim]) => (claim as { token: string }).token)
+  }
+
+  /** Which of the claims asked to take over. */
+  get takeovers(): boolean[] {
+    return this.calls('acquire').map(([, claim]) => (claim as { takeover: boolean }).takeover)
+  }
+
+  #answer(method: Method, args: unknown[]): unknown {
+    this.asked.push([method, ...args])
+    const answers = this.answers[method]
+    const answer = answers.length > 1 ? answers.shift() : answers[0]
+    const value = typeof answer === 'function' ? answer(...args) : answer
+    if (value instanceof Promise) return value
+    return this.#shows ? atHand(value) : Promise.resolve(value)
+  }
+}
+
+/** One operation, and what is heard of it. */
+export interface Actor {
+  readonly operation: Operation
+  readonly events: string[]
+  /** The errors that came with events, by the event's name. */
+  readonly errors: Record<string, unknown>
+  /** What was logged as a warning or an error: the level, and the error. */
+  readonly logged: [level: string, error: unknown][]
+  /** What every entry of the log says of the operation. */
+  readonly bindings: unknown[]
+}
+
+interface Cast {
+  key?: string
+  head?: string
+  policy?: Partial<Policy>
+  registration?: Registration
+}
+
+/** A store, a registration, and operations that use them. */
+export interface Scene {
+  readonly store: ScriptedStore
+  readonly registration: Registration
+  readonly inUse: StoreInUse
+  /** The time of timers, leases and limits. */
+  readonly time: VirtualTime
+  actor(cast?: Cast): Actor
+  registrationOf(): Registration
+}
+
+/** The time of all scenes of a file: timers that are shared go on from one to the next. */
+const time = new VirtualTime()
+
+export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } = {}): Scene {
+  time.install()
+  const store = new ScriptedStore(shows)
+  const actors = new Map<unknown, Actor>()
+  const hear = (message: unknown, channel: string | symbol) => {
+    const { request, error } = message as IdempotencyEvent
+    const actor = actors.get(request)
+    const name = String(channel).replace('fastify-idempotency:', '')
+    actor?.events.push(name)
+    if (actor !== undefined && error !== undefined) actor.errors[name] = error
+  }
+  for (const name of idempotencyEvents) subscribe(`fastify-idempotency:${name}`, hear)
+  t.teardown(() => {
+    time.uninstall()
+    for (const name of idempotencyEvents) unsubscribe(`fastify-idempotency:${name}`, hear)
+  })
+  const registrationOf = () => {
+    const operations = new Set<Operation>()
+    const ended = (operation: Operation) => operations.delete(operation)
+    return { operations, closed: false, closing: false, ended } as unknown as Registration
+  }
+  const registration = registrationOf()
+  const given = {
+    route: '/orders',
+    store: store as unknown as IdempotencyStore,
+    lease: LEASE,
+    retain: 60_000,
+    ttl: TTL,
+    storeTimeout: STORE_TIMEOUT,
+    waits: false,
+    waitTimeout: WAIT_TIMEOUT,
+    reruns: true,
+    transaction: false,
+    bypasses: false,
+    ...policy
+  } as Policy
+  return {
+    store,
+    registration,
+    inUse: StoreInUse.of(given.store),
+    time,
+    registrationOf,
+    actor(cast = {}) {
+      const logged: [string, unknown][] = []
+      const bindings: unknown[] = []
+      const level = (name: string) => (entry: { err?: unknown; idempotency: unknown }) => {
+        bindings.push(entry.idempotency)
+        if (name !== 'debug') logged.push([name, entry.err])
+      }
+      const request = { log: { debug: level('debug'), warn: level('warn'), error: level('error') } }
+      const operation = new Operation(
+        request as unknown as FastifyRequest,
+        { ...given, ...cast.policy },
+        cast.registration ?? registration,
+        cast.key ?? 'k',
+        null,
+        cast.head ?? 'head'
+      )
+      const actor = { operation, events: [], errors: {}, logged, bindings }
+      actors.set(request, actor)
+      return actor
+    }
+  }
+}
+
+/** Runs a test on a store that shows its answers at once, and on one that makes promises. */
+export function onBoth(t: Test, name: string, test: (t: Test, scene: Scene) => Promise<void>, policy = {}): void {
+  for (const shows of [true, false]) {
+    t.test(`${name} (${shows ? 'at hand' : 'promised'})`, (t) => test(t, scene(t, { shows, policy })))
+  }
+}
+
+/** What a step gives or throws, at once or later. */
+export async function outcome(step: () => unknown): Promise<unknown> {
+  try {
+    return await step()
+  } catch (error) {
+    return error
+  }
+}
+
+/** The verdict on a claim, with the payload known only behind it. */
+export async function verdictOf({ operation }: Actor, payload = 'payload'): Promise<Verdict | unknown> {
+  const claimed = await outcome(() => operation.claim())
+  if (claimed !== 'later') return claimed
+  operation.learn(payload)
+  return outcome(() => operation.settle())
+}

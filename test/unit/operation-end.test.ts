@@ -1,0 +1,761 @@
+import t, { type Test } from 'tap'
+import { join } from '../../lib/fingerprint.js'
+import { storageKey } from '../../lib/key.js'
+import type { Acquisition, StoredRecord } from '../../types/index.js'
+import { latch } from '../support/latch.js'
+import {
+  type Actor,
+  away,
+  failing,
+  LEASE,
+  never,
+  onBoth,
+  outcome,
+  type Scene,
+  STORE_TIMEOUT,
+  scene,
+  TTL,
+  verdictOf
+} from '../support/operation-scene.js'
+import { reply, tombstone } from '../support/store-fixtures.js'
+
+/* How a claim is kept, and how it ends: with a record, given back, or lost. */
+
+const KEY = storageKey(null, 'k')
+const OURS = join('head', 'payload')
+const RECORD: StoredRecord = { ...reply(), fingerprint: OURS }
+const TOMBSTONE: StoredRecord = { ...tombstone('hijacked'), fingerprint: OURS }
+const IN_PROGRESS = { code: 'FST_IDEMPOTENCY_IN_PROGRESS', statusCode: 409 }
+const UNAVAILABLE = { code: 'FST_IDEMPOTENCY_STORE_UNAVAILABLE', statusCode: 503 }
+
+const running = (leaseMs = LEASE): Acquisition => ({ state: 'running', fingerprint: OURS, leaseMs })
+const completed = (record: StoredRecord = RECORD): Acquisition => ({ state: 'completed', record, ttlMs: 1_000 })
+
+/** An operation whose handler runs. */
+async function atWork(s: Scene, cast?: Parameters<Scene['actor']>[0]): Promise<Actor> {
+  const actor = s.actor(cast)
+  actor.operation.learn('payload')
+  await actor.operation.claim()
+  actor.operation.start()
+  return actor
+}
+
+/** An operation whose reply could not be stored. */
+async function unstored(s: Scene, record = RECORD, cast?: Parameters<Scene['actor']>[0]): Promise<Actor> {
+  const actor = await atWork(s, cast)
+  s.store.answers.complete = [failing(away)]
+  await actor.operation.complete(record)
+  return actor
+}
+
+/** Nobody keeps this operation any more. */
+function isOver(t: Test, s: Scene, { operation }: Actor): void {
+  t.equal(operation.phase, 'over')
+  t.equal(s.inUse.live.size, 0)
+  t.equal(s.registration.operations.size, 0)
+}
+
+/* Storing */
+
+for (const [record, event] of [
+  [RECORD, 'stored'],
+  [TOMBSTONE, 'tombstoned']
+] as const) {
+  onBoth(t, `a record is ${event} in one call, and the claim is over`, async (t, s) => {
+    const a = await atWork(s)
+    const done = a.operation.complete(record)
+    t.equal(done instanceof Promise, done !== undefined)
+    await done
+    t.strictSame(s.store.names, ['acquire', 'complete'])
+    t.strictSame(s.store.calls('complete'), [[KEY, s.store.tokens[0], record, TTL]])
+    t.strictSame(a.events, ['acquired', event])
+    isOver(t, s, a)
+    t.equal(a.operation.signal.aborted, false)
+    await s.time.pass(LEASE)
+    t.strictSame(s.store.names, ['acquire', 'complete'])
+  })
+}
+
+t.test('what is stored at once is done at once', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  t.equal(a.operation.complete(RECORD), undefined)
+  t.equal(a.operation.phase, 'over')
+})
+
+t.test('an operation ends once', async (t) => {
+  const s = scene(t, { shows: false })
+  const a = await atWork(s)
+  const done = a.operation.complete(RECORD)
+  t.equal(a.operation.phase, 'ending')
+  t.equal(a.operation.complete(TOMBSTONE), undefined)
+  await a.operation.release()
+  await done
+  t.equal(a.operation.complete(TOMBSTONE), undefined)
+  await a.operation.release()
+  t.strictSame(s.store.names, ['acquire', 'complete'])
+  t.strictSame(a.events, ['acquired', 'stored'])
+})
+
+onBoth(t, 'a reply that the handler wants not to be stored is not, and the key is free', async (t, s) => {
+  const a = await atWork(s)
+  a.operation.discarded = true
+  await a.operation.complete(RECORD)
+  t.strictSame(s.store.names, ['acquire', 'release'])
+  t.strictSame(a.events, ['acquired', 'released'])
+  isOver(t, s, a)
+})
+
+onBoth(t, 'a store that has lost its data gets the claim anew, and then the record', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.complete = [false, true]
+  await a.operation.complete(RECORD)
+  t.strictSame(s.store.names, ['acquire', 'complete', 'get', 'acquire', 'complete'])
+  t.strictSame(s.store.calls('get'), [[KEY]])
+  t.strictSame(s.store.calls('acquire')[1], [
+    KEY,
+    { token: s.store.tokens[0], fingerprint: OURS, leaseMs: LEASE, retainMs: 60_000, takeover: false }
+  ])
+  t.strictSame(s.store.calls('complete')[1], [KEY, s.store.tokens[0], RECORD, TTL])
+  t.strictSame(a.events, ['acquired', 'stored'])
+  isOver(t, s, a)
+})
+
+for (const [what, prepare] of Object.entries({
+  'somebody else has the key': ({ store }: Scene) => {
+    store.answers.get = [running()]
+  },
+  'somebody else was faster': ({ store }: Scene) => {
+    store.answers.acquire = [running()]
+  },
+  'the store cannot tell': ({ store }: Scene) => {
+    delete store.get
+  },
+  'the store loses it once more': () => {}
+})) {
+  onBoth(t, `a claim is lost when the store does not know it and ${what}`, async (t, s) => {
+    const a = await atWork(s)
+    s.store.answers.complete = [false]
+    prepare(s)
+    await a.operation.complete(RECORD)
+    t.strictSame(a.events, ['acquired', 'lease-lost'])
+    t.equal(a.operation.signal.aborted, true)
+    t.strictSame(a.logged, [['warn', undefined]])
+    t.equal(s.store.calls('complete').length, what === 'the store loses it once more' ? 2 : 1)
+    t.strictSame(s.store.calls('release'), [])
+    isOver(t, s, a)
+  })
+}
+
+t.test('who has the signal already hears that the claim is lost', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  const { signal } = a.operation
+  s.store.answers.complete = [false]
+  s.store.answers.get = [running()]
+  await a.operation.complete(RECORD)
+  t.equal(signal.aborted, true)
+})
+
+/* A reply that cannot be stored */
+
+onBoth(t, 'a reply leaves although it could not be stored, which is tried again until it is', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.complete = [failing(away), failing(away), failing(away), true]
+  t.equal(await a.operation.complete(RECORD), undefined)
+  t.equal(a.operation.phase, 'ending')
+  t.strictSame(a.events, ['acquired', 'store-error'])
+  t.equal(a.errors['store-error'], away)
+  t.strictSame(a.logged, [['error', away]])
+  await s.time.pass(40)
+  t.equal(s.store.calls('complete').length, 1)
+  await s.time.pass(20)
+  t.equal(s.store.calls('complete').length, 2)
+  await s.time.pass(110)
+  t.equal(s.store.calls('complete').length, 3)
+  await s.time.pass(210)
+  t.strictSame(s.store.calls('complete'), Array(4).fill([KEY, s.store.tokens[0], RECORD, TTL]))
+  t.strictSame(a.events, ['acquired', 'store-error', 'stored'])
+  t.strictSame(a.logged.length, 1)
+  isOver(t, s, a)
+})
+
+t.test('a store that throws when it should store has failed', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  s.store.answers.complete = [
+    () => {
+      throw away
+    },
+    true
+  ]
+  await a.operation.complete(RECORD)
+  await s.time.pass(60)
+  t.strictSame(a.events, ['acquired', 'store-error', 'stored'])
+})
+
+t.test('a store that does not answer in time has failed', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  s.store.answers.complete = [never, true]
+  const done = a.operation.complete(RECORD)
+  await s.time.pass(STORE_TIMEOUT + 10)
+  await done
+  t.match(a.errors['store-error'], { name: 'StoreTimeout' })
+  await s.time.pass(60)
+  t.strictSame(a.events, ['acquired', 'store-error', 'stored'])
+})
+
+onBoth(t, 'a reply that could not be stored in time turns out to be another’s', async (t, s) => {
+  const a = await unstored(s)
+  s.store.answers.complete = [false]
+  s.store.answers.get = [completed()]
+  await s.time.pass(60)
+  t.strictSame(a.events, ['acquired', 'store-error', 'lease-lost'])
+  isOver(t, s, a)
+})
+
+onBoth(t, 'a claim whose reply is not stored yet is renewed', async (t, s) => {
+  await unstored(s)
+  await s.time.pass(LEASE / 3 + 10)
+  t.equal(s.store.calls('renew').length, 1)
+  await s.time.pass(LEASE / 3 + 10)
+  t.strictSame(s.store.calls('renew'), Array(2).fill([KEY, s.store.tokens[0], LEASE]))
+})
+
+onBoth(t, 'what could not be stored is given up when the server has closed', async (t, s) => {
+  const a = await unstored(s)
+  Object.assign(s.registration, { closed: true })
+  const before = s.store.calls('complete').length
+  await s.time.pass(3_000)
+  t.equal(s.store.calls('complete').length, before)
+  t.strictSame(a.events, ['acquired', 'store-error'])
+  isOver(t, s, a)
+})
+
+onBoth(t, 'a reply that is not stored yet is replayed from memory, without asking', async (t, s) => {
+  await unstored(s)
+  const asked = s.store.asked.length
+  const b = s.actor()
+  t.equal(await b.operation.claim(), 'later')
+  t.equal(s.store.asked.length, asked)
+  b.operation.learn('payload')
+  t.equal(await b.operation.settle(), 'replay')
+  t.equal(b.operation.reply, RECORD)
+  t.equal(s.store.asked.length, asked)
+  t.match(await verdictOf(s.actor(), 'another'), { code: 'FST_IDEMPOTENCY_KEY_REUSED' })
+})
+
+onBoth(t, 'what was remembered is asked for again when the payload is known', async (t, s) => {
+  const a = await unstored(s)
+  const b = s.actor()
+  t.equal(await b.operation.claim(), 'later')
+  s.store.answers.complete = [true]
+  await s.time.pass(60)
+  isOver(t, { ...s, registration: s.registrationOf() }, a)
+  const asked = s.store.calls('acquire').length
+  const another: StoredRecord = { ...RECORD, statusCode: 418 }
+  s.store.answers.acquire = [completed(another)]
+  b.operation.learn('payload')
+  t.equal(await b.operation.settle(), 'replay')
+  t.equal(b.operation.reply, another)
+  t.equal(s.store.calls('acquire').length, asked + 1)
+})
+
+onBoth(t, 'what the store has said is not asked for again', async (t, s) => {
+  s.store.answers.acquire = [completed()]
+  const b = s.actor()
+  t.equal(await b.operation.claim(), 'later')
+  b.operation.learn('payload')
+  t.equal(await b.operation.settle(), 'replay')
+  t.equal(s.store.asked.length, 1)
+})
+
+/** The time of a lease passes, in which the store is not heard of. */
+async function cutOff(s: Scene, ms = LEASE): Promise<void> {
+  s.store.answers.renew = [failing(away)]
+  await s.time.pass(ms)
+}
+
+onBoth(t, 'a reply is replayed from memory for as long as nobody else can have the key', async (t, s) => {
+  await unstored(s)
+  await cutOff(s, LEASE - 10)
+  const before = s.store.asked.length
+  t.equal(await verdictOf(s.actor()), 'replay')
+  t.equal(s.store.asked.length, before)
+})
+
+onBoth(t, 'after that the store has to take the reply first', async (t, s) => {
+  const a = await unstored(s)
+  await cutOff(s)
+  const before = s.store.asked.length
+  s.store.answers.complete = [true]
+  const b = s.actor()
+  t.equal(await verdictOf(b), 'replay')
+  t.equal(b.operation.reply, RECORD)
+  t.strictSame(s.store.names.slice(before, before + 1), ['complete'])
+  t.strictSame(a.events.at(-1), 'stored')
+  t.equal(a.operation.phase, 'over')
+  t.equal(a.events.filter((event) => event === 'stored').length, 1)
+})
+
+onBoth(t, 'a renewal lets a reply be replayed from memory for another lease', async (t, s) => {
+  await unstored(s)
+  await s.time.pass(LEASE)
+  s.store.answers.renew = [failing(away)]
+  await s.time.pass(LEASE / 2)
+  const before = s.store.asked.length
+  t.equal(await verdictOf(s.actor()), 'replay')
+  t.equal(s.store.asked.length, before)
+})
+
+onBoth(t, 'a renewal that the store refuses ends that', async (t, s) => {
+  await unstored(s)
+  s.store.answers.renew = [false]
+  await s.time.pass(LEASE / 3 + 10)
+  const before = s.store.asked.length
+  s.store.answers.complete = [true]
+  t.equal(await verdictOf(s.actor()), 'replay')
+  t.equal(s.store.names[before], 'complete')
+})
+
+t.test('a renewal counts from when it was asked for', async (t) => {
+  const s = scene(t)
+  await unstored(s)
+  const answer = latch<boolean>()
+  s.store.answers.renew = [() => answer.promise, failing(away)]
+  await s.time.pass(LEASE / 3 + STORE_TIMEOUT / 2)
+  answer.open(true)
+  await s.time.pass(LEASE - STORE_TIMEOUT / 2 + 100)
+  const before = s.store.asked.length
+  s.store.answers.complete = [true]
+  await verdictOf(s.actor())
+  t.equal(s.store.names[before], 'complete')
+})
+
+onBoth(t, 'if another has the key by then, its reply is given', async (t, s) => {
+  const a = await unstored(s)
+  await cutOff(s)
+  const another: StoredRecord = { ...RECORD, statusCode: 418 }
+  s.store.answers.complete = [false]
+  s.store.answers.get = [completed(another)]
+  s.store.answers.acquire = [completed(another)]
+  const b = s.actor()
+  t.equal(await verdictOf(b), 'replay')
+  t.equal(b.operation.reply, another)
+  t.strictSame(a.events.at(-1), 'lease-lost')
+  t.equal(a.operation.phase, 'over')
+})
+
+onBoth(t, 'if the store cannot take it, nobody knows', async (t, s) => {
+  await unstored(s)
+  await cutOff(s)
+  const b = s.actor()
+  const error = await outcome(() => b.operation.claim())
+  t.match(error, UNAVAILABLE)
+  t.equal((error as Error).cause, away)
+  t.strictSame(b.events, ['store-error'])
+})
+
+onBoth(
+  t,
+  'if the store cannot take it where the route prefers to run, the reply is better than to run once more',
+  async (t, s) => {
+    await unstored(s)
+    await cutOff(s)
+    const b = s.actor()
+    t.equal(await verdictOf(b), 'replay')
+    t.equal(b.operation.reply, RECORD)
+    t.strictSame(b.events, ['store-error', 'replayed'])
+  },
+  { bypasses: true }
+)
+
+t.test('all who ask for a reply that the store has to take first share one attempt', async (t) => {
+  const s = scene(t)
+  const a = await unstored(s)
+  await cutOff(s)
+  const answer = latch<boolean>()
+  s.store.answers.complete = [() => answer.promise]
+  const before = s.store.calls('complete').length
+  const verdicts = [s.actor(), s.actor(), s.actor()].map((actor) => verdictOf(actor))
+  await s.time.pass(1_200)
+  t.equal(s.store.calls('complete').length, before + 1)
+  answer.open(true)
+  await s.time.pass(0)
+  t.strictSame(await Promise.all(verdicts), ['replay', 'replay', 'replay'])
+  t.strictSame(
+    a.events.filter((event) => event !== 'store-error'),
+    ['acquired', 'stored']
+  )
+})
+
+t.test('an attempt that has failed is not shared with those who come later', async (t) => {
+  const s = scene(t)
+  await unstored(s)
+  await cutOff(s)
+  t.match(await outcome(() => s.actor().operation.claim()), UNAVAILABLE)
+  s.store.answers.complete = [true]
+  t.equal(await verdictOf(s.actor()), 'replay')
+})
+
+for (const [lease, gone] of [
+  [LEASE, LEASE / 3],
+  [3_000, STORE_TIMEOUT]
+] as const) {
+  t.test(`with a lease of ${lease} ms an attempt that hangs ends after ${gone} ms, and another is made`, async (t) => {
+    const s = scene(t, { policy: { lease } })
+    await unstored(s)
+    s.store.answers.complete = [never]
+    await s.time.pass(60)
+    t.equal(s.store.calls('complete').length, 2)
+    await s.time.pass(gone - 40)
+    t.equal(s.store.calls('complete').length, 2)
+    await s.time.pass(200)
+    t.equal(s.store.calls('complete').length, 3)
+  })
+}
+
+t.test('who asks while an attempt hangs is told in time that the store does not answer', async (t) => {
+  const s = scene(t)
+  await unstored(s)
+  await cutOff(s)
+  s.store.answers.complete = [never]
+  const verdict = outcome(() => s.actor().operation.claim())
+  await s.time.pass(STORE_TIMEOUT + 10)
+  t.match(await verdict, { ...UNAVAILABLE, cause: { name: 'StoreTimeout' } })
+})
+
+onBoth(t, 'a first attempt that arrives late does not count twice', async (t, s) => {
+  const a = await atWork(s)
+  const answer = latch<boolean>()
+  s.store.answers.complete = [() => answer.promise, true]
+  const done = a.operation.complete(RECORD)
+  await s.time.pass(STORE_TIMEOUT + 10)
+  await done
+  await s.time.pass(60)
+  t.strictSame(a.events, ['acquired', 'store-error', 'stored'])
+  const before = s.store.asked.length
+  answer.open(false)
+  await s.time.pass(0)
+  t.strictSame(a.events, ['acquired', 'store-error', 'stored'])
+  // Whether the key is still there is asked; it is not claimed anew, for it may have been deleted since.
+  t.strictSame(s.store.names.slice(before), ['get'])
+})
+
+/* Deleting */
+
+onBoth(t, 'a reply whose key was deleted is not remembered, nor is its claim renewed', async (t, s) => {
+  const a = await unstored(s)
+  a.operation.forget()
+  s.store.answers.complete = [false]
+  s.store.answers.acquire = [{ state: 'acquired', attempt: 1 }]
+  s.store.asked.length = 0
+  const b = s.actor({ registration: s.registrationOf() })
+  t.equal(await b.operation.claim(), 'run')
+  await s.time.pass(60)
+  t.strictSame(s.store.names, ['acquire', 'complete', 'get'])
+  t.equal(a.operation.phase, 'over')
+})
+
+onBoth(t, 'a reply that cannot be stored when its key was deleted before is nobody’s', async (t, s) => {
+  const a = await atWork(s)
+  a.operation.forget()
+  s.store.answers.complete = [failing(away)]
+  await a.operation.complete(RECORD)
+  const before = s.store.asked.length
+  s.store.answers.acquire = [running()]
+  t.match(await outcome(() => s.actor({ policy: { lease: LEASE * 2 } }).operation.claim()), IN_PROGRESS)
+  t.equal(s.store.names[before], 'acquire')
+  await s.time.pass(2 * LEASE)
+  t.ok(s.store.calls('renew').length <= 1)
+})
+
+t.test('a key that is deleted while a lost claim is claimed anew does not come back', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  const [seen, claimed] = [latch<null>(), latch<unknown>()]
+  s.store.answers.complete = [false]
+  s.store.answers.get = [() => seen.promise]
+  const done = a.operation.complete(RECORD)
+  a.operation.forget()
+  seen.open(null)
+  await done
+  t.strictSame(s.store.names, ['acquire', 'complete', 'get'])
+  t.strictSame(a.events, ['acquired', 'lease-lost'])
+
+  const b = await atWork(s, { key: 'other' })
+  s.store.asked.length = 0
+  s.store.answers.get = [null]
+  s.store.answers.acquire = [() => claimed.promise]
+  const over = b.operation.complete(RECORD)
+  await s.time.pass(0)
+  t.strictSame(s.store.names, ['complete', 'get', 'acquire'])
+  b.operation.forget()
+  claimed.open({ state: 'acquired', attempt: 1 })
+  await over
+  t.strictSame(s.store.names, ['complete', 'get', 'acquire', 'release'])
+  t.strictSame(s.store.calls('release'), [[b.operation.storageKey, s.store.tokens[0]]])
+  t.strictSame(b.events, ['acquired', 'lease-lost'])
+})
+
+/* Giving back */
+
+onBoth(t, 'a key is given back in one call', async (t, s) => {
+  const a = await atWork(s)
+  await a.operation.release()
+  t.strictSame(s.store.asked.slice(1), [['release', KEY, s.store.tokens[0]]])
+  t.strictSame(a.events, ['acquired', 'released'])
+  t.equal(a.operation.signal.aborted, false)
+  isOver(t, s, a)
+  await s.time.pass(LEASE)
+  t.strictSame(s.store.names, ['acquire', 'release'])
+})
+
+onBoth(t, 'a key that is another’s when it is given back was lost', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.release = [false]
+  await a.operation.release()
+  t.strictSame(a.events, ['acquired', 'lease-lost'])
+  isOver(t, s, a)
+})
+
+onBoth(t, 'a key that cannot be given back is tried again until it can be', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.release = [failing(away), failing(away), true]
+  await a.operation.release()
+  t.equal(a.operation.phase, 'ending')
+  t.strictSame(a.events, ['acquired', 'store-error'])
+  t.ok(s.registration.operations.has(a.operation))
+  await s.time.pass(60)
+  t.strictSame(s.store.calls('release'), Array(3).fill([KEY, s.store.tokens[0]]))
+  t.strictSame(a.events, ['acquired', 'store-error', 'released'])
+  isOver(t, s, a)
+})
+
+t.test('a store that does not answer a release in time has failed', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  s.store.answers.release = [never, true]
+  const done = a.operation.release()
+  await s.time.pass(STORE_TIMEOUT + 10)
+  await done
+  t.match(a.errors['store-error'], { name: 'StoreTimeout' })
+  await s.time.pass(0)
+  t.strictSame(a.events.at(-1), 'released')
+})
+
+onBoth(t, 'a key that is not given back before the store is closed is not said to be free', async (t, s) => {
+  s.inUse.enter()
+  const a = await atWork(s)
+  s.store.answers.release = [failing(away)]
+  await a.operation.release()
+  await s.inUse.leave()
+  await s.time.pass(0)
+  t.strictSame(a.events, ['acquired', 'store-error'])
+  isOver(t, s, a)
+})
+
+for (const reruns of [true, false]) {
+  onBoth(
+    t,
+    `a claim that cannot be given back ${reruns ? 'lapses' : 'does not lapse where that would call it abandoned'}`,
+    async (t, s) => {
+      const a = await atWork(s)
+      s.store.answers.release = [failing(away)]
+      await a.operation.release()
+      await s.time.pass(LEASE + 100)
+      t.equal(s.store.calls('renew').length, reruns ? 0 : 3)
+      // Somebody else has asked in the meantime, and may have had it renewed.
+      a.operation.renew()
+      await s.time.pass(0)
+      t.equal(s.store.calls('renew').length, reruns ? 0 : 4)
+      s.store.answers.release = [true]
+      await s.time.pass(1_100)
+      const renewals = s.store.calls('renew').length
+      await s.time.pass(LEASE)
+      t.equal(s.store.calls('renew').length, renewals)
+    },
+    { reruns }
+  )
+}
+
+onBoth(t, 'a claim that is being given back is not held against others in this process', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.release = [never]
+  void a.operation.release()
+  s.store.answers.acquire = [failing(away)]
+  t.match(await outcome(() => s.actor().operation.claim()), UNAVAILABLE)
+})
+
+onBoth(t, 'whoever has the key after its owner keeps it when the owner is done', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.release = [never]
+  const done = a.operation.release()
+  const b = await atWork(s)
+  await s.time.pass(STORE_TIMEOUT + 10)
+  s.store.answers.release = [true]
+  await done
+  await s.time.pass(STORE_TIMEOUT + 1_100)
+  t.equal(a.operation.phase, 'over')
+  t.equal(s.inUse.live.get(KEY), b.operation)
+})
+
+onBoth(t, 'a claim that turns out to be needless is given back', async (t, s) => {
+  const a = s.actor()
+  await a.operation.claim()
+  a.operation.disown()
+  await s.time.pass(0)
+  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0]]])
+})
+
+/* Keeping */
+
+onBoth(t, 'a claim is renewed three times in a lease, for as long as it is held', async (t, s) => {
+  const a = s.actor()
+  await a.operation.claim()
+  await s.time.pass(LEASE / 3 - 10)
+  t.equal(s.store.calls('renew').length, 0)
+  await s.time.pass(20)
+  t.strictSame(s.store.calls('renew'), [[KEY, s.store.tokens[0], LEASE]])
+  a.operation.start()
+  await s.time.pass(LEASE)
+  t.equal(s.store.calls('renew').length, 4)
+  await a.operation.complete(RECORD)
+  await s.time.pass(LEASE)
+  t.equal(s.store.calls('renew').length, 4)
+  a.operation.renew()
+  await s.time.pass(0)
+  t.equal(s.store.calls('renew').length, 4)
+})
+
+onBoth(t, 'a renewal that fails is told, and tried again', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.renew = [failing(away), true]
+  await s.time.pass(LEASE / 3 + 10)
+  t.strictSame(a.events, ['acquired', 'store-error'])
+  t.strictSame(a.logged, [['error', away]])
+  await s.time.pass(LEASE / 3 + 10)
+  t.equal(s.store.calls('renew').length, 2)
+  t.equal(a.operation.phase, 'running')
+})
+
+t.test('a renewal that is not answered in time has failed', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  s.store.answers.renew = [never, true]
+  await s.time.pass(LEASE / 3 + STORE_TIMEOUT + 10)
+  t.match(a.errors['store-error'], { name: 'StoreTimeout' })
+  await s.time.pass(LEASE / 3 + 10)
+  t.equal(s.store.calls('renew').length, 2)
+})
+
+t.test('a renewal that fails when the claim is over is nobody’s concern', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  const answer = latch<boolean>()
+  s.store.answers.renew = [() => answer.promise]
+  await s.time.pass(LEASE / 3 + 10)
+  await a.operation.complete(RECORD)
+  answer.fail(away)
+  await s.time.pass(LEASE)
+  t.strictSame(a.events, ['acquired', 'stored'])
+  t.equal(s.store.calls('renew').length, 1)
+})
+
+onBoth(t, 'a claim that the store has forgotten is claimed anew, and kept', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.renew = [false, true]
+  await s.time.pass(LEASE / 3 + 10)
+  t.strictSame(s.store.names, ['acquire', 'renew', 'get', 'acquire'])
+  t.equal(s.store.tokens[1], s.store.tokens[0])
+  t.strictSame([a.operation.phase, a.events], ['running', ['acquired']])
+  await s.time.pass(LEASE / 3 + 10)
+  t.equal(s.store.calls('renew').length, 2)
+})
+
+onBoth(t, 'a lease that was claimed anew counts from then', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.renew = [false, failing(away)]
+  await s.time.pass(LEASE / 3 + 10)
+  s.store.answers.complete = [failing(away)]
+  await a.operation.complete(RECORD)
+  await s.time.pass(LEASE - 100)
+  const before = s.store.asked.length
+  t.equal(await verdictOf(s.actor()), 'replay')
+  t.equal(s.store.asked.length, before)
+})
+
+onBoth(
+  t,
+  'a claim that another has taken over is lost: the handler is told, and nothing more is asked',
+  async (t, s) => {
+    const a = await atWork(s)
+    s.store.answers.renew = [false]
+    s.store.answers.get = [running()]
+    await s.time.pass(LEASE / 3 + 10)
+    t.equal(a.operation.signal.aborted, true)
+    t.strictSame(a.events, ['acquired', 'lease-lost'])
+    t.strictSame(a.logged, [['warn', undefined]])
+    isOver(t, s, a)
+    await a.operation.complete(RECORD)
+    await s.time.pass(LEASE)
+    t.strictSame(s.store.names, ['acquire', 'renew', 'get'])
+  }
+)
+
+t.test('a claim that ends while its renewal is refused finds out by itself', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  const [renewed, stored] = [latch<boolean>(), latch<boolean>()]
+  s.store.answers.renew = [() => renewed.promise]
+  s.store.answers.complete = [() => stored.promise]
+  await s.time.pass(LEASE / 3 + 10)
+  const done = a.operation.complete(RECORD)
+  renewed.open(false)
+  await s.time.pass(0)
+  t.strictSame(s.store.names, ['acquire', 'renew', 'complete'])
+  t.equal(a.operation.phase, 'ending')
+  stored.open(true)
+  await done
+  t.strictSame(a.events, ['acquired', 'stored'])
+})
+
+t.test('a claim that ends while it is claimed anew is not called lost', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  const seen = latch<unknown>()
+  s.store.answers.renew = [false]
+  s.store.answers.get = [() => seen.promise]
+  await s.time.pass(LEASE / 3 + 10)
+  await a.operation.complete(RECORD)
+  seen.open(running())
+  await s.time.pass(0)
+  t.strictSame(a.events, ['acquired', 'stored'])
+})
+
+t.test('a store that does not answer when a claim is claimed anew has failed, and is asked again later', async (t) => {
+  const s = scene(t)
+  const a = await atWork(s)
+  s.store.answers.renew = [false]
+  s.store.answers.get = [never]
+  await s.time.pass(LEASE / 3 + STORE_TIMEOUT + 10)
+  t.match(a.errors['store-error'], { name: 'StoreTimeout' })
+  t.equal(a.operation.phase, 'running')
+  await s.time.pass(LEASE / 3 + 10)
+  t.equal(s.store.calls('renew').length, 2)
+})
+
+onBoth(t, 'a claim is not renewed any more when the server has closed', async (t, s) => {
+  const a = await atWork(s)
+  Object.assign(s.registration, { closed: true })
+  await s.time.pass(LEASE / 3 + 10)
+  t.equal(s.store.calls('renew').length, 1)
+  await s.time.pass(LEASE)
+  t.equal(s.store.calls('renew').length, 1)
+  const b = await atWork(s, { key: 'other' })
+  b.operation.abandon()
+  await s.time.pass(LEASE)
+  t.equal(s.store.calls('renew').length, 1)
+  t.equal(a.operation.phase, 'running')
+})
