@@ -126,6 +126,9 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
   }
   for (const name of idempotencyEvents) subscribe(`fastify-idempotency:${name}`, hear)
   t.teardown(() => {
+    // What is still going on comes to its end.
+    Object.assign(registration, { closed: true })
+    Object.assign(store.answers, { complete: [true], release: [true] })
     time.uninstall()
     for (const name of idempotencyEvents) unsubscribe(`fastify-idempotency:${name}`, hear)
   })
