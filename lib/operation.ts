@@ -3,6 +3,7 @@ import type {
   Acquisition,
   Claim,
   ClaimTransaction,
+  IdempotencyEventName,
   IdempotencyStore,
   StoredRecord,
   StoredReply,
@@ -232,7 +233,7 @@ export class Operation implements Subject, Waiter, Renewable {
       const released = await within(storeTimeout, () =>
         transaction === null ? store.release(this.storageKey, this.#token) : transaction.rollback().then(() => true)
       )
-      if (released) this.#released()
+      if (released) this.#tell('released')
       else this.#lost()
     } catch (error) {
       this.#report(error)
@@ -241,13 +242,13 @@ export class Operation implements Subject, Waiter, Renewable {
         if (!this.takesOver) keepAlive(this)
         void this.#giveBack(this.#token).then((given) => {
           this.#end()
-          if (given) this.#released()
+          if (given) this.#tell('released')
         })
         return
       }
       // A transaction needs no more than that its connection ends.
       this.#transaction.abandon()
-      this.#released()
+      this.#tell('released')
     }
     this.#end()
   }
@@ -337,8 +338,7 @@ export class Operation implements Subject, Waiter, Renewable {
       throw this.#unavailable(error.cause)
     }
     this.phase = 'unprotected'
-    publish('bypassed', this, error.cause)
-    this.#log('bypassed')
+    this.#tell('bypassed', error.cause)
     return 'run'
   }
 
@@ -349,8 +349,7 @@ export class Operation implements Subject, Waiter, Renewable {
     this.#taken = found.state !== 'abandoned'
     const theirs = found.state === 'completed' ? found.record.fingerprint : found.fingerprint
     if (!agree(theirs, this.fingerprint)) {
-      publish('mismatch', this)
-      this.#log('mismatch')
+      this.#tell('mismatch')
       throw new KeyReused()
     }
     switch (found.state) {
@@ -387,29 +386,26 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   #hold(attempt: number): Maybe<Verdict> {
-    if (this.#transaction?.lost.aborted) throw new StoreFailure('The key was lost again', { cause: undefined })
+    if (this.#transaction?.lost.aborted) throw new StoreFailure('The key was lost again')
     this.attempt = attempt
     this.phase = 'held'
     this.#store.live.set(this.storageKey, this)
     this.#transaction?.lost.addEventListener('abort', this)
     keepAlive(this)
-    publish('acquired', this)
-    if (attempt > 1) publish('takeover', this)
-    this.#log(attempt > 1 ? 'taken over' : 'acquired')
+    this.#tell('acquired')
+    if (attempt > 1) this.#tell('takeover')
     return this.#gone ? this.release().then(() => 'gone') : 'run'
   }
 
   #replay(reply: StoredReply): Verdict {
     this.reply = reply
     this.replayed = true
-    publish('replayed', this)
-    this.#log('replayed')
+    this.#tell('replayed')
     return 'replay'
   }
 
   #conflict<E extends Error>(error: E): E {
-    publish('conflict', this, error)
-    this.#log('conflict')
+    this.#tell('conflict', error)
     return error
   }
 
@@ -443,14 +439,16 @@ export class Operation implements Subject, Waiter, Renewable {
 
   #askStore(takeover: boolean): Maybe<Found> {
     const other = this.#store.live.get(this.storageKey)
-    // The reply is there, only the store does not have it yet.
-    if (other !== undefined && other.#unstored !== null) return this.#askOwner(other, other.#unstored, takeover)
-    const running = other !== undefined && other !== this && !other.#releasing ? other.#asRunning() : null
-    if (other !== undefined && running !== null && other.#isHidden()) return running
+    if (other !== undefined) {
+      // The reply is there, only the store does not have it yet.
+      if (other.#unstored !== null) return this.#askOwner(other, other.#unstored, takeover)
+      if (other.#isHidden()) return other.#asRunning()
+    }
+    const owner = other === undefined || other.#releasing ? undefined : other
     const answer = attempt(() => this.#ask(takeover))
     const found = reveal(answer)
-    if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, other, running)
-    return this.#understand(found, other, running)
+    if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, owner)
+    return this.#understand(found, owner)
   }
 
   /** The owner's reply counts for as long as nobody else can have the key: after that the store has to take it first. */
@@ -473,33 +471,29 @@ export class Operation implements Subject, Waiter, Renewable {
     return stored ? { state: 'completed', record, ttlMs: owner.policy.ttl } : this.#askStore(takeover)
   }
 
-  /** What the answer means to this process, which knows more than the store. */
-  #understand(found: Found, other: Operation | undefined, running: Acquisition | null): Found {
+  /** What the answer means to this process, which knows more than the store. `owner`: who had the key here before. */
+  #understand(found: Found, owner: Operation | undefined): Found {
     if ('transaction' in found) {
       this.#transaction = found.transaction
       this.#store.live.set(this.storageKey, this)
     }
     // Others cannot see into a transaction, but this process can, if it is its own.
     if (found.state === 'running' && found.fingerprint === '') {
-      const owner = this.#store.live.get(this.storageKey)
-      return owner === undefined ? found : owner.#asRunning()
+      const holder = this.#store.live.get(this.storageKey)
+      return holder === undefined ? found : holder.#asRunning()
     }
-    if (found.state !== 'abandoned' || running === null) return found
+    if (found.state !== 'abandoned' || owner === undefined) return found
     // The owner is alive in this very process, which has stalled for longer than the lease.
-    other?.renew()
-    return running
+    owner.renew()
+    return owner.#asRunning()
   }
 
-  async #awaitAnswer(
-    answer: Promise<Found>,
-    other: Operation | undefined,
-    running: Acquisition | null
-  ): Promise<Found> {
+  async #awaitAnswer(answer: Promise<Found>, owner: Operation | undefined): Promise<Found> {
     const token = this.#token
     try {
       const found = await within(this.policy.storeTimeout, () => answer)
       if (!isAcquisition(found)) throw new TypeError('The idempotency store gave no valid answer')
-      return this.#understand(found, other, running)
+      return this.#understand(found, owner)
     } catch (error) {
       this.#report(error)
       // The claim may have been written all the same, or be about to be.
@@ -514,7 +508,7 @@ export class Operation implements Subject, Waiter, Renewable {
       }
       // Who asks again does so under another name: the old one may be given back at any time.
       this.#token = newToken()
-      if (running !== null) return running
+      if (owner !== undefined) return owner.#asRunning()
       throw new StoreFailure('The key could not be asked for', { cause: error })
     }
   }
@@ -608,15 +602,8 @@ export class Operation implements Subject, Waiter, Renewable {
     else this.#lost()
   }
 
-  #released(): void {
-    publish('released', this)
-    this.#log('released')
-  }
-
   #stored(record: StoredRecord): void {
-    const event = record.kind === 'reply' ? 'stored' : 'tombstoned'
-    publish(event, this)
-    this.#log(event)
+    this.#tell(record.kind === 'reply' ? 'stored' : 'tombstoned')
   }
 
   async #renew(): Promise<void> {
@@ -714,7 +701,8 @@ export class Operation implements Subject, Waiter, Renewable {
     return withRetryAfter(new StoreUnavailable({ cause }), Math.ceil(this.policy.storeTimeout / 1_000))
   }
 
-  #log(event: string): void {
+  #tell(event: IdempotencyEventName, error?: unknown): void {
+    publish(event, this, error)
     this.request.log.debug(this.#bindings(), `idempotency ${event}`)
   }
 

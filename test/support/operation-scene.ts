@@ -88,6 +88,8 @@ export interface Actor {
   readonly errors: Record<string, unknown>
   /** What was logged as a warning or an error: the level, and the error. */
   readonly logged: [level: string, error: unknown][]
+  /** What the log says in words. */
+  readonly words: string[]
   /** What every entry of the log says of the operation. */
   readonly bindings: unknown[]
 }
@@ -161,8 +163,10 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
     actor(cast = {}) {
       const logged: [string, unknown][] = []
       const bindings: unknown[] = []
-      const level = (name: string) => (entry: { err?: unknown; idempotency: unknown }) => {
+      const words: string[] = []
+      const level = (name: string) => (entry: { err?: unknown; idempotency: unknown }, said: string) => {
         bindings.push(entry.idempotency)
+        words.push(said)
         if (name !== 'debug') logged.push([name, entry.err])
       }
       const request = { log: { debug: level('debug'), warn: level('warn'), error: level('error') } }
@@ -174,7 +178,7 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
         null,
         cast.head ?? 'head'
       )
-      const actor = { operation, events: [], errors: {}, logged, bindings }
+      const actor = { operation, events: [], errors: {}, logged, words, bindings }
       actors.set(request, actor)
       return actor
     }

@@ -41,7 +41,7 @@ const NOT_REPLAYABLE = { code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', statusCode: 409
 const UNAVAILABLE = { code: 'FST_IDEMPOTENCY_STORE_UNAVAILABLE', statusCode: 503, headers: { 'retry-after': '2' } }
 
 onBoth(t, 'a free key is claimed in one call, and held', async (t, s) => {
-  const { operation, events, logged, bindings } = s.actor()
+  const { operation, events, logged, words, bindings } = s.actor()
   const verdict = operation.claim()
   t.ok(s.registration.operations.has(operation))
   t.equal(await verdict, 'run')
@@ -54,6 +54,7 @@ onBoth(t, 'a free key is claimed in one call, and held', async (t, s) => {
   t.equal(s.inUse.live.get(KEY), operation)
   t.ok(s.registration.operations.has(operation))
   t.strictSame([events, logged], [['acquired'], []])
+  t.strictSame(words, ['idempotency acquired'])
   t.strictSame(bindings, [{ key: KEY, route: '/orders', attempt: 1 }])
   t.equal(await operation.settle(), 'run')
   t.equal(operation.transaction, null)
@@ -98,7 +99,7 @@ onBoth(t, 'a claim that was taken over says so', async (t, s) => {
   t.equal(await operation.claim(), 'run')
   t.equal(operation.attempt, 3)
   t.strictSame(events, ['acquired', 'takeover'])
-  t.match(bindings, [{ attempt: 3 }])
+  t.match(bindings, [{ attempt: 3 }, { attempt: 3 }])
 })
 
 onBoth(t, 'a running key is a conflict, at once', async (t, s) => {
@@ -547,6 +548,22 @@ t.test('a key that becomes free for a duplicate that has left is given back', as
   t.equal(s.inUse.live.size, 0)
 })
 
+t.test('a key that becomes free for a duplicate that leaves at this very moment is given back', async (t) => {
+  const s = scene(t, { policy: { waits: true } })
+  s.store.answers.acquire = [running(), acquired()]
+  const a = s.actor()
+  // The last thing that happens before the duplicate hears of its key.
+  Object.assign(s.store, {
+    changed: (_key: string, signal: AbortSignal) => {
+      signal.addEventListener('abort', () => void a.operation.cancel())
+      return never()
+    }
+  })
+  t.equal(await verdictOf(a), 'gone')
+  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0]]])
+  t.equal(a.operation.phase, 'over')
+})
+
 /* Others in the same process */
 
 onBoth(
@@ -556,12 +573,22 @@ onBoth(
     const owner = s.actor()
     owner.operation.learn('payload')
     await owner.operation.claim()
-    s.store.answers.acquire = [abandoned()]
-    t.match(await outcome(() => s.actor().operation.claim()), IN_PROGRESS)
-    await s.time.pass(0)
-    t.strictSame(s.store.calls('renew'), [[KEY, s.store.tokens[0], LEASE]])
+    for (const found of [abandoned(), abandoned('')]) {
+      s.store.answers.acquire = [found]
+      s.store.asked.length = 0
+      t.match(await outcome(() => s.actor().operation.claim()), IN_PROGRESS)
+      await s.time.pass(0)
+      t.match(s.store.asked, [['acquire'], ['renew', KEY, String, LEASE]])
+      t.equal(s.store.asked.length, 2)
+    }
   }
 )
+
+onBoth(t, 'a key that the store says is another’s is not the one’s who believes to have it here', async (t, s) => {
+  await s.actor().operation.claim()
+  s.store.answers.acquire = [running(join('another', ''))]
+  t.match(await outcome(() => s.actor({ head: 'another' }).operation.claim()), IN_PROGRESS)
+})
 
 onBoth(t, 'a claim that has lapsed, whose owner here is giving it back, is taken over', async (t, s) => {
   const owner = s.actor()

@@ -264,6 +264,7 @@ t.test('a connection that is lost while the handler runs is told at once', async
   t.equal(a.operation.signal.aborted, true)
   t.strictSame(a.events, ['acquired', 'lease-lost'])
   t.strictSame(a.logged, [['warn', undefined]])
+  t.match(a.words.at(-1), /connection/)
   t.equal(a.operation.phase, 'running')
 })
 
@@ -444,6 +445,22 @@ t.test('who waited for one that got the key is told so, without asking', async (
   t.equal(await verdicts[0], 'run')
   t.match(await verdicts[1], IN_PROGRESS)
   t.equal(s.store.calls('begin').length, 1)
+})
+
+t.test('of three who want a key at the same moment one runs, be it the second', async (t) => {
+  const s = scene(t, { policy })
+  const [first, second] = [latch<unknown>(), latch<unknown>()]
+  s.store.answers.begin = [() => first.promise, () => second.promise]
+  const actors = [s.actor(), s.actor(), s.actor()]
+  const verdicts = actors.map(({ operation }) => outcome(() => operation.claim()))
+  await s.time.pass(0)
+  first.open(running())
+  await s.time.pass(0)
+  second.open(begun(new Transaction()))
+  t.match(await verdicts[0], IN_PROGRESS)
+  t.equal(await verdicts[1], 'run')
+  t.match(await verdicts[2], IN_PROGRESS)
+  t.equal(s.inUse.live.get(KEY), actors[1]?.operation)
 })
 
 t.test('who asks for another key does not wait', async (t) => {
