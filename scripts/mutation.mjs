@@ -72,7 +72,7 @@ const SPECIFIED_IN = {
   'stores/postgres-guard': 'unit/sql-guard',
   'stores/postgres-notifications': 'unit/postgres-notifications',
   'stores/postgres-rows': 'unit/postgres-rows',
-  'stores/postgres-sql': 'stores/postgres-server stores/postgres',
+  'stores/postgres-sql': 'unit/postgres-sql stores/postgres-server stores/postgres',
   'stores/postgres-transaction': 'unit/postgres-transaction',
   'stores/postgres': 'unit/postgres-store'
 }
