@@ -594,17 +594,23 @@ test('in a pool of one client duplicates get their answers while it is away, and
   }
 })
 
-test('of two requests at the very same time one runs, and the other is told so, be the only client of the pool away', async (t) => {
-  const { first, entered, leave } = held()
-  const scene = await open(t, { first, options: { storeTimeout: 60_000 }, pool: { max: 1 } })
-  const both = [scene.send(), scene.send()]
-  await entered
-  t.same(told(await Promise.race(both)), IN_PROGRESS)
-  leave()
-  const replies = (await Promise.all(both)).map(told)
-  t.same(replies.sort(), [RAN_1, IN_PROGRESS])
-  t.same([await scene.ledger(), scene.runs()], [['run 1'], 1])
-})
+for (const what of ['', ', also behind a store of somebody else']) {
+  test(`of two requests at the very same time one runs, and the other is told so, be the only client of the pool away${what}`, async (t) => {
+    const { first, entered, leave } = held()
+    const scene = await open(t, { first, options: { storeTimeout: 60_000 }, pool: { max: 1 } })
+    if (what) {
+      const begin = scene.store.begin.bind(scene.store)
+      scene.store.begin = async (...args) => await begin(...args)
+    }
+    const both = [scene.send(), scene.send()]
+    await entered
+    t.same(told(await Promise.race(both)), IN_PROGRESS)
+    leave()
+    const replies = (await Promise.all(both)).map(told)
+    t.same(replies.sort(), [RAN_1, IN_PROGRESS])
+    t.same([await scene.ledger(), scene.runs()], [['run 1'], 1])
+  })
+}
 
 test('who asks when the reply has been seen gets it, also behind one who asked before, whose answer is late', async (t) => {
   const { first, entered, leave } = held()
