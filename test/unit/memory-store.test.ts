@@ -1,9 +1,12 @@
 import { createHook } from 'node:async_hooks'
 import { getEventListeners } from 'node:events'
 import t, { type Test } from 'tap'
+import { sizeOf } from '../../lib/stores/kept.js'
 import { MemoryStore, type MemoryStoreOptions } from '../../lib/stores/memory.js'
+import { RELEASE_MEMORY_MS } from '../../lib/stores/released.js'
 import type { Claim, StoredReply } from '../../types/index.js'
 import { until } from '../support/latch.js'
+import { VirtualTime } from '../support/virtual-time.js'
 
 const MINUTE = 60_000
 const DAY = 86_400_000
@@ -465,4 +468,92 @@ t.test('fingerprints come back to the letter, whatever they are made of', async 
     t.match(await store.get(`key ${fingerprint}`), { state: 'completed', record: { fingerprint } })
   }
   await store.close()
+})
+
+/* Bounds, to the moment and to the byte */
+
+/** A clock that moves when it is told to, and a store that sweeps each full second. */
+async function clocked(t: Test, options?: MemoryStoreOptions) {
+  const time = new VirtualTime()
+  time.install()
+  t.teardown(() => time.uninstall())
+  const store = new MemoryStore(options)
+  await finish(store, 'kept')
+  return { time, store }
+}
+
+t.test('a lease ends at its moment, for whoever asks', async (t) => {
+  const { time, store } = await clocked(t)
+  await store.acquire('k', claim('a', { leaseMs: 500 }))
+  await time.pass(499)
+  t.match(await store.get('k'), { state: 'running', leaseMs: 1 })
+  t.match(await store.acquire('k', claim('b')), { state: 'running' })
+  const { signal } = new AbortController()
+  let isTold = false
+  void store.changed('k', signal).then(() => {
+    isTold = true
+  })
+  await time.pass(0)
+  t.equal(isTold, false)
+  await time.pass(1)
+  t.match(await store.get('k'), { state: 'abandoned' })
+  await store.changed('k', signal)
+  t.match(await store.acquire('k', claim('b', { takeover: false })), { state: 'abandoned' })
+  t.match(await store.acquire('k', claim('b')), { state: 'acquired', attempt: 2 })
+})
+
+t.test('an abandoned claim, a reply and a release are remembered until their moment', async (t) => {
+  const { time, store } = await clocked(t)
+  await store.acquire('claim', claim('a', { leaseMs: 300, retainMs: 200 }))
+  await store.acquire('reply', claim('a'))
+  await store.complete('reply', 'a', reply(), 500)
+  await time.pass(499)
+  t.strictSame(await states(store, 'claim', 'reply'), ['abandoned', 'completed'])
+  await time.pass(1)
+  t.strictSame(await states(store, 'claim', 'reply'), ['free', 'free'])
+  await store.acquire('released', claim('a'))
+  await store.release('released', 'a')
+  await time.pass(RELEASE_MEMORY_MS - 1)
+  t.equal(await store.release('released', 'a'), true)
+  await time.pass(1)
+  t.equal(await store.release('released', 'a'), false)
+})
+
+t.test('what has ended at the moment of a sweep is swept', async (t) => {
+  const { time, store } = await clocked(t, { maxEntries: 2 })
+  await store.acquire('claim', claim('a', { leaseMs: 500, retainMs: 500 }))
+  await time.pass(1_000)
+  await store.acquire('another', claim('a'))
+  t.strictSame(await states(store, 'kept', 'another'), ['completed', 'running'])
+  // When nothing is left there are no more sweeps.
+  await time.pass(MINUTE - 1_001)
+  t.equal(time.pending, 1)
+  await time.pass(1)
+  t.equal(time.pending, 0)
+  await store.release('another', 'a')
+  await time.pass(RELEASE_MEMORY_MS - 1)
+  t.equal(time.pending, 1)
+  await time.pass(1)
+  t.equal(time.pending, 0)
+})
+
+t.test('a full store has room when a lease ends', async (t) => {
+  const { time, store } = await clocked(t, { maxEntries: 1 })
+  await store.acquire('claim', claim('a', { leaseMs: 500 }))
+  await time.pass(499)
+  await t.rejects(store.acquire('another', claim('a')), FULL(1))
+  await time.pass(1)
+  t.match(await store.acquire('another', claim('a')), { state: 'acquired' })
+})
+
+t.test('a store may be full to the last byte', async (t) => {
+  const size = sizeOf('a', reply('body'))
+  const store = new MemoryStore({ maxBytes: 2 * size })
+  await finish(store, 'a', reply('body'))
+  await finish(store, 'b', reply('body'))
+  t.match(await store.get('a'), { record: { kind: 'reply' } })
+  t.match(await store.get('b'), { record: { kind: 'reply' } })
+  const small = new MemoryStore({ maxBytes: size })
+  await finish(small, 'a', reply('body'))
+  t.match(await small.get('a'), { record: { kind: 'reply' } })
 })

@@ -491,6 +491,16 @@ t.test('header: false is refused where there is neither a field nor a getKey', a
   t.equal(policy({ field: 'key' }, { header: false }).header, null)
 })
 
+t.test('headers are known as they were configured, too, for people', async (t) => {
+  for (const [given, known] of [
+    ['X-Ours', 'X-Ours'],
+    [false, null]
+  ] as const) {
+    t.equal(policy({ header: given, field: 'key' }).headerName, known)
+    t.equal(policy({ replayHeader: given }).replayHeaderName, known)
+  }
+})
+
 t.test('config.idempotency takes true, false or an object, and nothing else', async (t) => {
   const values: [unknown, string][] = [
     [null, 'null'],
