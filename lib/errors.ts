@@ -38,7 +38,7 @@ export const StoreUnavailable = createError<[{ cause: unknown }]>(
   'The idempotency store is not available',
   503
 )
-export const ScopeFailed = createError<[string, { cause: unknown }]>(
+export const ScopeFailed = createError<[string, { cause?: unknown }?]>(
   'FST_IDEMPOTENCY_SCOPE',
   'The scope of the idempotency key is not known: %s',
   500

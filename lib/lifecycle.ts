@@ -81,7 +81,6 @@ export class Lifecycle {
     if (typeof this.#policy.fingerprint === 'function') {
       return this.#guarded(request, reply, this.#learnAndSettle(request, exchange))
     }
-    if (exchange.operation.phase === 'held') return done()
     let answer: Maybe<FastifyReply | undefined>
     try {
       answer = this.#settle(exchange)
@@ -121,7 +120,7 @@ export class Lifecycle {
       return done(null, payloadOf(operation.reply) ?? (isNothing(payload) ? undefined : ''))
     }
     if (exchange.handler === 'waiting') {
-      if (operation.phase === 'over' || operation.phase === 'unprotected') return done(null, payload)
+      if (operation.phase === 'over') return done(null, payload)
       return operation.cancel().then(() => payload)
     }
     if (exchange.sending === 'storing') {
@@ -282,7 +281,7 @@ export class Lifecycle {
   #answer(verdict: Verdict, exchange: Exchange): FastifyReply | undefined {
     const { operation, reply } = exchange
     if (verdict === 'gone') stop(reply)
-    if (verdict !== 'replay' || operation.reply === null) return undefined
+    if (operation.reply === null) return undefined
     exchange.headersBefore = snapshot(reply)
     putOn(reply, operation.reply, this.#policy.replayHeader)
     return reply.send(payloadOf(operation.reply))
@@ -368,7 +367,7 @@ async function scopeOf(request: FastifyRequest, scope: NonNullable<Policy['scope
   }
   if (typeof value === 'bigint' || Number.isFinite(value)) return String(value)
   if (typeof value === 'string' && value !== '') return value
-  throw new ScopeFailed('the option "scope" gave nothing', { cause: undefined })
+  throw new ScopeFailed('the option "scope" gave nothing')
 }
 
 function isNothing(payload: unknown): boolean {

@@ -44,10 +44,7 @@ const SPECIFIED_IN = {
   'store-in-use':
     'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
   operation: 'unit/operation-claim unit/operation-end unit/operation-transaction',
-  lifecycle:
-    'integration/coverage integration/replies integration/errors integration/life integration/identity ' +
-    'interop/errors interop/hooks pitfalls/failures pitfalls/replies interop/not-found interop/schemas pitfalls/claim integration/problem-details ' +
-    'integration/transactions integration/transaction-failures',
+  lifecycle: 'unit/lifecycle',
   'stores/memory': 'unit/memory-store stores/memory',
   'stores/shelf': 'unit/memory-store unit/local-cache',
   'stores/kept': 'unit/memory-store unit/local-cache',

@@ -1,0 +1,1235 @@
+import { EventEmitter } from 'node:events'
+import { Readable } from 'node:stream'
+import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest, RouteShorthandOptions } from 'fastify'
+import t, { type Test } from 'tap'
+import {
+  type IdempotencyOptions,
+  type IdempotencyRouteOptions,
+  type IdempotencyStore,
+  MemoryStore,
+  type StoredRecord
+} from '../../index.js'
+import { TransactionBroken } from '../../lib/errors.js'
+import { kExchange, kRefusal, kSight } from '../../lib/exchange.js'
+import { Lifecycle } from '../../lib/lifecycle.js'
+import { type Policy, registrationOptions, routePolicy } from '../../lib/options.js'
+import { Registration } from '../../lib/registration.js'
+import type { TransactionAcquisition, TransactionOutcome } from '../../types/index.js'
+import { build, codeOf, inject, REPLAYED } from '../support/app.js'
+import { latch, until } from '../support/latch.js'
+import { settled, VirtualTime } from '../support/virtual-time.js'
+import { settle } from '../support/waiter.js'
+
+type Reply = Awaited<ReturnType<typeof inject>>
+/** Who is given a reply itself waits for its end. */
+type Replying = { reply: FastifyReply }
+type Handler = (request: FastifyRequest, reply: FastifyReply) => unknown
+
+const HOOKS = ['onRequest', 'preParsing', 'preValidation', 'preHandler'] as const
+
+interface Sent {
+  key?: string | null
+  body?: unknown
+  headers?: Record<string, string>
+  method?: 'POST' | 'PUT'
+  url?: string
+}
+
+/** Sends a request, with the key `k` unless it is said otherwise. */
+function send(app: FastifyInstance, { key = 'k', body, headers = {}, method = 'POST', url = '/' }: Sent = {}) {
+  return inject(app, {
+    method,
+    url,
+    headers: { ...(key === null ? {} : { 'idempotency-key': key }), ...headers },
+    ...(body === undefined ? {} : { payload: body as object })
+  })
+}
+
+/** An app with one covered route. */
+async function serve(
+  t: Test,
+  options: IdempotencyOptions = {},
+  handler: Handler = async () => 'done',
+  { before = () => {}, ...route }: RouteShorthandOptions & { before?: (app: FastifyInstance) => void } = {}
+): Promise<FastifyInstance> {
+  const app = await build(t, options)
+  before(app)
+  app.post('/', { ...route, config: { idempotency: true } }, handler as never)
+  return app
+}
+
+/** Counts its runs, and replies with their number. */
+function counter() {
+  const counted = { runs: 0, handler: async () => `run ${++counted.runs}` }
+  return counted
+}
+
+/** What a client makes of a reply: its status, its error's code or its body, and whether it is a replay. */
+function told(reply: Reply): unknown[] {
+  const isError = reply.headers['content-type']?.toString().includes('json') === true
+  return [
+    reply.statusCode,
+    isError ? codeOf(reply) : reply.payload,
+    reply.headers[REPLAYED] === 'true' ? 'replay' : 'fresh'
+  ]
+}
+
+/** Replies with the key that the handler finds. */
+const keyOf = async ({ idempotency }: FastifyRequest) => (idempotency === null ? 'none' : idempotency.key)
+
+const RAN_1 = [200, 'run 1', 'fresh']
+const RAN_2 = [200, 'run 2', 'fresh']
+const REPLAYED_1 = [200, 'run 1', 'replay']
+const REUSED = [422, 'FST_IDEMPOTENCY_KEY_REUSED', 'fresh']
+const IN_PROGRESS = [409, 'FST_IDEMPOTENCY_IN_PROGRESS', 'fresh']
+const NOT_REPLAYABLE = [409, 'FST_IDEMPOTENCY_NOT_REPLAYABLE', 'fresh']
+
+/** Hooks that note when they are called. */
+function noting(notes: string[]): RouteShorthandOptions {
+  return Object.fromEntries(HOOKS.map((name) => [name, async () => void notes.push(name)]))
+}
+
+/** A store whose answers take some turns of the event loop, as those of a server do; it notes what it was asked. */
+class RemoteStore extends MemoryStore {
+  readonly notes: string[]
+  readonly records: StoredRecord[] = []
+
+  constructor(notes: string[] = []) {
+    super()
+    this.notes = notes
+  }
+
+  override async acquire(...args: Parameters<IdempotencyStore['acquire']>) {
+    this.notes.push('claim')
+    await settle()
+    return super.acquire(...args)
+  }
+
+  override async complete(...args: Parameters<IdempotencyStore['complete']>) {
+    await settle()
+    this.records.push(args[2])
+    this.notes.push('stored')
+    return super.complete(...args)
+  }
+
+  override async release(...args: Parameters<IdempotencyStore['release']>) {
+    await settle()
+    this.notes.push('released')
+    return super.release(...args)
+  }
+}
+
+/* A request's way */
+
+/** The hooks of a route, and a request's way through them as long as nothing has to be waited for. */
+function route(options: IdempotencyOptions = {}) {
+  const registration = new Registration(registrationOptions(options))
+  const declaration = { method: 'POST', url: '/', config: { idempotency: true } }
+  const lifecycle = new Lifecycle(routePolicy(declaration, registration.options) as Policy, registration)
+  const request = (key?: string, body?: unknown) =>
+    ({
+      method: 'POST',
+      originalUrl: '/',
+      headers: { 'content-length': '1', ...(key === undefined ? {} : { 'idempotency-key': key }) },
+      body,
+      raw: {},
+      log: { debug: () => {} },
+      [kExchange]: null,
+      [kRefusal]: null,
+      [kSight]: null
+    }) as unknown as FastifyRequest
+  return { lifecycle, request }
+}
+
+/** A reply of which nothing is known but what it was sent. */
+function replyTo(request: FastifyRequest) {
+  const sent: unknown[] = []
+  const headers: Record<string, unknown> = {}
+  const reply = {
+    raw: Object.assign(new EventEmitter(), { socket: {}, headersSent: false, destroyed: false }),
+    request,
+    statusCode: 200,
+    getHeaders: () => ({ ...headers }),
+    getHeader: (name: string) => headers[name],
+    hasHeader: (name: string) => name in headers,
+    removeHeader: (name: string) => {
+      delete headers[name]
+    },
+    header: (name: string, value: unknown) => {
+      headers[name] = value
+    },
+    send: (payload: unknown) => {
+      sent.push(payload)
+      return reply
+    }
+  }
+  return { reply: reply as unknown as FastifyReply, sent }
+}
+
+/** What comes out of a hook, which has to be there when the hook returns. */
+function atOnce(hook: (done: (error?: Error | null, payload?: unknown) => void) => unknown): unknown {
+  let outcome: unknown = 'nothing'
+  const result = hook((error, payload) => {
+    outcome = (error as FastifyError | undefined)?.code ?? payload ?? 'next'
+  })
+  return result instanceof Promise ? 'a promise' : outcome
+}
+
+t.test('where all answers are at hand a request goes its whole way without being held up', async (t) => {
+  const { lifecycle, request: requestWith } = route()
+  const handler = lifecycle.wrap(() => 'done')
+  const go = (key?: string, body: unknown = 'body') => {
+    const request = requestWith(key, body)
+    const { reply, sent } = replyTo(request)
+    const before = (['claim', 'look', 'settle'] as const).map((name) =>
+      atOnce((done) => lifecycle[name](request, reply, done))
+    )
+    const way = before.every((outcome) => outcome === 'next') ? [handler.call({} as never, request, reply)] : sent
+    return [...before, ...way, atOnce((done) => lifecycle.onSend(request, reply, 'done', done))]
+  }
+  t.same(go(), ['next', 'next', 'next', 'done', 'done'], 'without a key')
+  t.same(go('k'), ['next', 'next', 'next', 'done', 'done'], 'a first request')
+  t.same(go('k'), ['next', 'next', 'nothing', 'done', 'done'], 'its replay')
+  t.same(go('k', 'other'), ['next', 'next', 'FST_IDEMPOTENCY_KEY_REUSED', 'done'], 'another with its key')
+  t.same(go(','), ['FST_IDEMPOTENCY_KEY_INVALID', 'next', 'next', 'done'], 'a key that is none')
+})
+
+t.test('an error of a request without a key, or one that is nothing, is left to Fastify', async (t) => {
+  const { lifecycle, request: requestWith } = route()
+  for (const isKeyed of [false, true]) {
+    for (const error of [new Error('x'), undefined, null]) {
+      const request = requestWith(isKeyed ? `${error}` : undefined)
+      const { reply } = replyTo(request)
+      lifecycle.claim(request, reply, () => {})
+      t.equal(
+        atOnce((done) => lifecycle.onError(request, reply, error as FastifyError, done)),
+        'next'
+      )
+    }
+  }
+})
+
+/* Which requests are covered */
+
+/** Bodies with a file, as @fastify/multipart gives them. A file is read at most once in earnest, at a price. */
+function takeFiles(app: FastifyInstance) {
+  const files = { reads: 0 }
+  app.addContentTypeParser('multipart/form-data', { parseAs: 'string' }, (_request, content, done) => {
+    const toBuffer = async () => {
+      files.reads++
+      return Buffer.from(content)
+    }
+    done(null, { file: { type: 'file', toBuffer } })
+  })
+  return files
+}
+
+const upload = (content = 'content') => ({ body: content, headers: { 'content-type': 'multipart/form-data' } })
+
+t.test('of a route with several methods only those are covered that are in methods', async (t) => {
+  let asked = 0
+  const asks = { skip: () => ++asked < 0, getKey: () => (++asked > 0 ? 'k' : undefined) }
+  const variants: IdempotencyOptions[] = [{}, { field: '_key' }, { hook: 'preHandler' }, asks]
+  for (const options of variants) {
+    const app = await build(t, { global: true, methods: ['POST'], ...options })
+    const files = takeFiles(app)
+    app.route({ method: ['POST', 'PUT'], url: '/', handler: keyOf })
+    t.equal((await send(app)).payload, 'k')
+    asked = 0
+    for (const body of [undefined, { _key: 'k' }]) {
+      const reply = await send(app, { method: 'PUT', body })
+      t.strictSame([reply.payload, reply.headers[REPLAYED]], ['none', undefined])
+    }
+    t.equal((await send(app, { method: 'PUT', ...upload() })).payload, 'none')
+    t.strictSame([files.reads, asked], [0, 0], 'nor is anything done for the others')
+  }
+})
+
+t.test('what is not to be compared is not looked at', async (t) => {
+  const cases: [name: string, options: IdempotencyOptions, sent: Sent, reads: number][] = [
+    ['a request with a key', {}, {}, 1],
+    ['a request without one', {}, { key: null }, 0],
+    ['the same where it might come with the body', { field: '_key' }, { key: null }, 0],
+    ['the same where it is claimed before the validation', { hook: 'preValidation' }, { key: null }, 0],
+    ['a request for which getKey finds none', { getKey: () => undefined }, {}, 0],
+    ['a request that is skipped', { skip: () => true }, {}, 0],
+    ['a route that compares nothing', { fingerprint: false }, {}, 0],
+    ['a route that compares by itself', { fingerprint: () => 'x' }, {}, 0]
+  ]
+  for (const [name, options, sent, reads] of cases) {
+    let files = { reads: 0 }
+    const app = await serve(t, options, undefined, {
+      before: (app) => {
+        files = takeFiles(app)
+      }
+    })
+    t.equal((await send(app, { ...upload(), ...sent })).payload, 'done')
+    t.equal(files.reads, reads, name)
+  }
+})
+
+t.test('skip is asked once, at the claim, and before anything is asked of the key', async (t) => {
+  for (const hook of HOOKS) {
+    for (const field of [undefined, '_key']) {
+      const notes: string[] = []
+      const skip = async ({ headers }: FastifyRequest) => {
+        notes.push('skip')
+        return headers['x-skip'] !== undefined
+      }
+      const options: IdempotencyOptions = { skip, hook, ...(field && { field }), store: new RemoteStore(notes) }
+      const app = await serve(t, options, keyOf, noting(notes))
+      const asked = HOOKS.flatMap((name) => (name === hook ? [name, 'skip'] : [name]))
+      for (const key of ['k', ',']) {
+        for (const body of [undefined, { _key: 'k' }, { _key: 7 }]) {
+          notes.length = 0
+          t.equal((await send(app, { key, headers: { 'x-skip': '1' }, body })).payload, 'none')
+          t.strictSame(notes, asked)
+        }
+      }
+      notes.length = 0
+      t.equal((await send(app)).payload, 'k')
+      t.strictSame(
+        notes.filter((note) => note === 'skip'),
+        ['skip']
+      )
+      if (field === undefined) continue
+      notes.length = 0
+      t.equal((await send(app, { key: null, body: { _key: 'b' } })).payload, 'b')
+      t.strictSame(
+        notes.filter((note) => note === 'skip'),
+        ['skip']
+      )
+    }
+  }
+})
+
+/* Where the key is, and when it is claimed */
+
+t.test('a key is claimed behind the hooks of its phase, and before those of the next', async (t) => {
+  for (const hook of HOOKS) {
+    const notes: string[] = []
+    const app = await serve(t, { hook, store: new RemoteStore(notes) }, undefined, noting(notes))
+    t.equal((await send(app, { body: {} })).payload, 'done')
+    t.strictSame(notes, [...HOOKS.flatMap((name) => (name === hook ? [name, 'claim'] : [name])), 'stored'])
+  }
+})
+
+t.test(
+  'a key that comes with the body is claimed when the body is there, and all hooks have had their say',
+  async (t) => {
+    for (const hook of HOOKS) {
+      const notes: string[] = []
+      const options: IdempotencyOptions = { hook, field: '_key', store: new RemoteStore(notes) }
+      const app = await serve(t, options, keyOf, noting(notes))
+      t.equal((await send(app, { key: null, body: { _key: 'b' } })).payload, 'b')
+      t.strictSame(notes, [...HOOKS, 'claim', 'stored'])
+      notes.length = 0
+      t.equal((await send(app, { key: 'h', body: { _key: 'b' } })).payload, 'h', 'the header goes first')
+      t.equal((await send(app, { key: null, url: '/?_key=q', body: { _key: 'b' } })).payload, 'q', 'then the query')
+      const early = [...HOOKS.flatMap((name) => (name === hook ? [name, 'claim'] : [name])), 'stored']
+      t.strictSame(notes, [...early, ...early], 'which can be seen at once')
+    }
+  }
+)
+
+t.test('getKey is asked once, goes for header and field, and may find nothing', async (t) => {
+  for (const hook of HOOKS) {
+    for (const found of ['g', Promise.resolve('g'), undefined, null, Promise.resolve(undefined)]) {
+      let asked = 0
+      const getKey = () => {
+        asked++
+        return found as string
+      }
+      const app = await serve(t, { hook, getKey, field: '_key' }, keyOf)
+      t.equal((await send(app, { key: 'h', body: { _key: 'b' } })).payload, (await found) === 'g' ? 'g' : 'none')
+      t.equal(asked, 1)
+    }
+  }
+})
+
+t.test(
+  'a key that is required and missing is missed as soon as there is no place left, and all are named',
+  async (t) => {
+    const header = 'the header idempotency-key'
+    const documentation = 'see the documentation of this service'
+    const [first, last] = [['onRequest'], [...HOOKS]]
+    const cases: [options: IdempotencyRouteOptions, places: string, hooks: readonly string[]][] = [
+      [{}, header, first],
+      [{ hook: 'preParsing' }, header, ['onRequest', 'preParsing']],
+      [{ hook: 'preHandler' }, header, last],
+      [{ skip: () => false }, header, first],
+      [{ field: '_key' }, `${header} or the field _key`, last],
+      [{ field: '_key', skip: () => false }, `${header} or the field _key`, last],
+      [{ field: '_key', header: false }, 'the field _key', last],
+      [{ getKey: () => undefined }, documentation, first],
+      [{ getKey: () => undefined, field: '_key' }, documentation, first],
+      [{ getKey: () => undefined, hook: 'preHandler' }, documentation, last]
+    ]
+    for (const [options, places, hooks] of cases) {
+      const notes: string[] = []
+      const app = await serve(t, { ...options, required: true }, async () => t.fail('it ran'), noting(notes))
+      const reply = await send(app, { key: null, body: { a: 1 } })
+      t.equal(reply.statusCode, 400)
+      t.match(reply.json(), {
+        code: 'FST_IDEMPOTENCY_KEY_MISSING',
+        message: `This request needs an idempotency key: ${places}`
+      })
+      t.strictSame(notes, hooks, places)
+      const free = await serve(t, options)
+      t.equal((await send(free, { key: null, body: { a: 1 } })).payload, 'done', 'otherwise it runs without')
+    }
+  }
+)
+
+t.test('a key that is none is refused with the reason, wherever it was', async (t) => {
+  for (const hook of HOOKS) {
+    const app = await serve(t, { hook, field: '_key' }, async () => t.fail('it ran'))
+    const twice: Sent[] = [{ key: 'a, b' }, { key: null, body: { _key: ['a', 'b'] } }]
+    for (const sent of twice) {
+      const reply = await send(app, sent)
+      t.equal(reply.statusCode, 422)
+      t.match(reply.json(), { code: 'FST_IDEMPOTENCY_KEY_INVALID', message: /was sent more than once/ })
+    }
+  }
+})
+
+t.test('what the client sent counts, not what hooks have made of it since', async (t) => {
+  let runs = 0
+  const app = await serve(
+    t,
+    { hook: 'preHandler', field: '_key' },
+    async ({ idempotency }) => `${idempotency?.key} ${++runs}`,
+    {
+      preHandler: async (request) => {
+        request.headers['idempotency-key'] = 'of the hook'
+        request.headers.authorization = `${Math.random()}`
+        request.body = { random: Math.random() }
+      }
+    }
+  )
+  const alice: Sent = { headers: { authorization: 'alice' }, body: { a: 1 } }
+  t.same(told(await send(app, alice)), [200, 'k 1', 'fresh'])
+  t.same(told(await send(app, alice)), [200, 'k 1', 'replay'])
+  t.same(told(await send(app, { ...alice, body: { a: 2 } })), REUSED)
+  t.same(told(await send(app, { ...alice, headers: { authorization: 'bob' } })), REUSED)
+  const inBody = { ...alice, key: null, body: { _key: 'b' } }
+  t.same(told(await send(app, inBody)), [200, 'b 2', 'fresh'])
+  t.same(told(await send(app, inBody)), [200, 'b 2', 'replay'])
+})
+
+t.test('a key that a hook provides is as good as any', async (t) => {
+  for (const fingerprint of [true, false]) {
+    const app = await serve(t, { hook: 'preHandler', fingerprint }, counter().handler, {
+      preHandler: async ({ headers }) => {
+        headers['idempotency-key'] = 'of the hook'
+      }
+    })
+    t.same(told(await send(app, { key: null, body: { a: 1 } })), RAN_1)
+    t.same(told(await send(app, { key: null, body: { a: 1 } })), REPLAYED_1)
+    t.same(told(await send(app, { key: null, body: { a: 2 } })), fingerprint ? REUSED : REPLAYED_1)
+  }
+})
+
+/* What makes two requests the same */
+
+t.test('payloads are compared, unless that is not wanted; files by what is in them', async (t) => {
+  for (const hook of HOOKS) {
+    for (const fingerprint of [true, false]) {
+      const app = await serve(t, { hook, fingerprint }, counter().handler, { before: takeFiles })
+      for (const [key, send1, send2] of [
+        ['json', { body: { a: 1 } }, { body: { a: 2 } }],
+        ['file', upload('1'), upload('2')]
+      ] as const) {
+        const first = told(await send(app, { key, ...send1 }))
+        t.same(told(await send(app, { key, ...send1 })), [200, first[1], 'replay'])
+        t.same(told(await send(app, { key, ...send2 })), fingerprint ? REUSED : [200, first[1], 'replay'])
+      }
+    }
+  }
+})
+
+t.test('a route that does not compare payloads any more replays what it stored when it did', async (t) => {
+  for (const hook of HOOKS) {
+    const store = new MemoryStore()
+    const { handler } = counter()
+    t.same(told(await send(await serve(t, { store, hook }, handler), { body: { a: 1 } })), RAN_1)
+    const app = await serve(t, { store, hook, fingerprint: false }, handler)
+    t.same(told(await send(app, { body: { a: 2 } })), REPLAYED_1)
+  }
+})
+
+t.test('credentials are compared where there is no scope, which stands for them', async (t) => {
+  for (const hook of HOOKS) {
+    for (const scope of [undefined, () => 'us']) {
+      const app = await serve(t, { hook, ...(scope && { scope }) }, counter().handler)
+      t.same(told(await send(app, { headers: { authorization: 'alice' } })), RAN_1)
+      t.same(told(await send(app, { headers: { authorization: 'alice' } })), REPLAYED_1)
+      t.same(told(await send(app, { headers: { authorization: 'bob' } })), scope ? REPLAYED_1 : REUSED)
+    }
+  }
+})
+
+t.test("a fingerprint of the user's own is asked for once, and compared", async (t) => {
+  const functions: ((request: FastifyRequest) => string | Promise<string>)[] = [
+    ({ body }) => (body as { a: string }).a,
+    async ({ body }) => (body as { a: string }).a
+  ]
+  for (const hook of ['onRequest', 'preHandler'] as const) {
+    for (const make of functions) {
+      let asked = 0
+      const fingerprint = (request: FastifyRequest) => {
+        asked++
+        return make(request)
+      }
+      const app = await serve(t, { hook, fingerprint, field: '_key' }, counter().handler)
+      for (const [sent, outcome] of [
+        [{ body: { a: 'x', b: 1 } }, RAN_1],
+        [{ body: { a: 'x', b: 2 } }, REPLAYED_1],
+        [{ body: { a: 'y' } }, REUSED],
+        [{ key: null, body: { a: 'x', _key: 'b' } }, RAN_2],
+        [{ key: null, body: { a: 'y', _key: 'b' } }, REUSED]
+      ] as const) {
+        asked = 0
+        t.same(told(await send(app, sent)), outcome)
+        t.equal(asked, 1)
+      }
+    }
+  }
+})
+
+t.test('another payload goes before a conflict where it is known at the claim', async (t) => {
+  const isA = ({ body }: FastifyRequest) => `${(body as { a: number }).a}`
+  const cases: [options: IdempotencyOptions, outcome: unknown[]][] = [
+    [{ hook: 'onRequest' }, IN_PROGRESS],
+    [{ hook: 'preValidation' }, REUSED],
+    [{ hook: 'preHandler' }, REUSED],
+    [{ hook: 'preValidation', fingerprint: false }, IN_PROGRESS],
+    [{ hook: 'preHandler', fingerprint: false }, IN_PROGRESS],
+    [{ hook: 'onRequest', fingerprint: isA }, IN_PROGRESS],
+    [{ hook: 'preHandler', fingerprint: isA }, REUSED]
+  ]
+  for (const [options, outcome] of cases) {
+    for (const store of [new MemoryStore(), new RemoteStore()]) {
+      const [entered, leave] = [latch(), latch()]
+      const app = await serve(t, { ...options, store }, async () => {
+        entered.open()
+        await leave.promise
+        return 'done'
+      })
+      const first = send(app, { body: { a: 1 } })
+      await entered.promise
+      t.same(told(await send(app, { body: { a: 1 } })), IN_PROGRESS)
+      t.same(told(await send(app, { body: { a: 2 } })), outcome, `${options.hook}`)
+      leave.open()
+      t.equal((await first).payload, 'done')
+    }
+  }
+})
+
+t.test('callers are kept apart by their scope: a text, or a number of any size', async (t) => {
+  const scopes = new Map<string, unknown>([
+    ['text', 'tenant'],
+    ['number', 7],
+    ['zero', 0],
+    ['bigint', 7_000_000_000_000_000_000_000n],
+    ['promise', Promise.resolve('promised')]
+  ])
+  const scope = ({ headers }: FastifyRequest) => scopes.get(`${headers['x-who']}`) as string
+  const app = await serve(t, { scope }, counter().handler)
+  let run = 0
+  for (const [who, value] of scopes) {
+    t.same(told(await send(app, { headers: { 'x-who': who } })), [200, `run ${++run}`, 'fresh'])
+    t.same(told(await send(app, { headers: { 'x-who': who } })), [200, `run ${run}`, 'replay'])
+    t.match(await app.idempotency.get('k', { scope: `${await value}` }), { state: 'completed' })
+  }
+})
+
+t.test('a scope that fails, or gives nothing, lets nothing run, and the reason is known', async (t) => {
+  const why = new Error('who is that?')
+  const fail = () => {
+    throw why
+  }
+  const cases: [scope: () => unknown, message: RegExp, cause: unknown][] = [
+    [fail, /"scope" failed/, why],
+    [() => Promise.reject(why), /"scope" failed/, why],
+    ...['', undefined, null, Number.NaN, Number.POSITIVE_INFINITY, true, {}].map(
+      (value): [() => unknown, RegExp, unknown] => [() => value, /"scope" gave nothing/, undefined]
+    )
+  ]
+  for (const [scope, message, cause] of cases) {
+    let error: FastifyError | undefined
+    const app = await serve(t, { scope: scope as () => string }, async () => t.fail('it ran'), {
+      errorHandler: (met, _request, reply) => {
+        error = met
+        reply.code(500).send('x')
+      }
+    })
+    t.equal((await send(app)).statusCode, 500)
+    t.match(error, { code: 'FST_IDEMPOTENCY_SCOPE', message })
+    t.equal(error?.cause, cause)
+  }
+})
+
+/* Before the handler */
+
+t.test('a client that has left, or leaves while the store is asked, is not worked for any more', async (t) => {
+  for (const when of ['before', 'meanwhile']) {
+    const notes: string[] = []
+    const [claiming, claimed, entered] = [latch(), latch(), latch<Replying>()]
+    const store = new RemoteStore(notes)
+    const acquire = store.acquire.bind(store)
+    store.acquire = async (...args) => {
+      claiming.open()
+      await claimed.promise
+      return acquire(...args)
+    }
+    const app = await serve(t, { store }, async () => notes.push('handler'), {
+      ...noting(notes),
+      onRequest: async (_request, reply) => {
+        if (when === 'before') reply.raw.destroy()
+        entered.open({ reply })
+      }
+    })
+    send(app).catch(() => {})
+    const { reply } = await entered.promise
+    if (when === 'meanwhile') {
+      await claiming.promise
+      reply.raw.destroy()
+      await settle()
+    }
+    claimed.open()
+    await until(() => reply.sent, { message: 'Fastify to be told' })
+    await settle()
+    t.strictSame(notes, when === 'before' ? [] : ['claim', 'released'])
+  }
+})
+
+t.test(
+  'for a client that leaves before its duplicate is answered nothing runs, nor what is around a handler',
+  async (t) => {
+    const notes: string[] = []
+    const [entered, leave] = [latch<Replying>(), latch()]
+    const preHandler = async (request: FastifyRequest, reply: FastifyReply) => {
+      if (request.headers['x-leave'] === undefined) return
+      entered.open({ reply })
+      await leave.promise
+    }
+    const app = await serve(t, { store: new RemoteStore(notes) }, async () => 'done', {
+      preHandler,
+      before: (app) =>
+        app.addHook('onRoute', (route) => {
+          const { handler } = route
+          route.handler = function (request, reply) {
+            notes.push('handler')
+            return handler.call(this, request, reply)
+          }
+        })
+    })
+    t.equal((await send(app)).payload, 'done')
+    t.strictSame(notes, ['claim', 'handler', 'stored'])
+    notes.length = 0
+    send(app, { headers: { 'x-leave': '1' } }).catch(() => {})
+    const { reply } = await entered.promise
+    reply.raw.destroy()
+    await settle()
+    leave.open()
+    await until(() => reply.sent, { message: 'Fastify to be told' })
+    await settle()
+    t.strictSame(notes, ['claim'])
+  }
+)
+
+t.test('what ends a request before its handler leaves when the key is free again, as it is', async (t) => {
+  for (const status of [401, 200]) {
+    const notes: string[] = []
+    const app = await serve(t, { store: new RemoteStore(notes) }, counter().handler, {
+      preHandler: async ({ headers }, reply) => {
+        if (headers['x-stop'] !== undefined) return reply.code(status).header('x-hook', '1').send('stopped')
+      }
+    })
+    const reply = await send(app, { headers: { 'x-stop': '1' } })
+    notes.push('replied')
+    t.same([...told(reply), reply.headers['x-hook']], [status, 'stopped', 'fresh', '1'])
+    t.strictSame(notes, ['claim', 'released', 'replied'])
+    t.same(told(await send(app)), RAN_1)
+  }
+})
+
+t.test('what ends a duplicate before its replay, or a request that runs unprotected, touches no key', async (t) => {
+  const stop: RouteShorthandOptions['preHandler'] = async ({ headers }, reply) => {
+    if (headers['x-stop'] !== undefined) return reply.code(401).send('stopped')
+  }
+  const notes: string[] = []
+  const app = await serve(t, { store: new RemoteStore(notes) }, counter().handler, { preHandler: stop })
+  t.same(told(await send(app)), RAN_1)
+  t.same(told(await send(app, { headers: { 'x-stop': '1' } })), [401, 'stopped', 'fresh'])
+  t.same(told(await send(app)), REPLAYED_1)
+  t.strictSame(notes, ['claim', 'stored', 'claim', 'claim'])
+
+  const down = new RemoteStore()
+  down.acquire = async () => {
+    throw new Error('down')
+  }
+  const bypass = await serve(t, { store: down, onStoreError: 'bypass' }, counter().handler, { preHandler: stop })
+  t.same(told(await send(bypass, { headers: { 'x-stop': '1' } })), [401, 'stopped', 'fresh'])
+  t.same(told(await send(bypass)), RAN_1)
+  t.same(told(await send(bypass)), RAN_2)
+  t.strictSame(down.notes, [])
+})
+
+t.test("an error of the user's own functions is the reply, as it is, and leaves the key free", async (t) => {
+  const fail = (error: Error) => () => {
+    throw error
+  }
+  for (const reject of [fail, (error: Error) => () => Promise.reject(error)]) {
+    for (const hook of ['onRequest', 'preHandler'] as const) {
+      for (const name of ['skip', 'getKey', 'fingerprint']) {
+        const error = Object.assign(new Error('mine'), { statusCode: 418, headers: { 'x-mine': '1' } })
+        const notes: string[] = []
+        const app = await serve(
+          t,
+          {
+            hook,
+            [name]: reject(error),
+            store: new RemoteStore(notes),
+            problemDetails: true,
+            documentationUrl: 'https://a.example'
+          },
+          async () => t.fail('it ran')
+        )
+        const reply = await send(app)
+        t.strictSame(reply.json(), { statusCode: 418, error: "I'm a Teapot", message: 'mine' })
+        t.equal(reply.headers.link, undefined, 'it is none of ours')
+        t.strictSame(notes, name === 'fingerprint' && hook === 'onRequest' ? ['claim', 'released'] : [])
+      }
+    }
+  }
+})
+
+/* The plugin's own errors */
+
+t.test('an error is a problem document where that is wanted, and never otherwise', async (t) => {
+  for (const problemDetails of [false, true]) {
+    for (const documentationUrl of [undefined, 'https://a.example/']) {
+      const lengths: unknown[] = []
+      const options = { problemDetails, ...(documentationUrl && { documentationUrl }) }
+      const app = await serve(t, { ...options, required: true, fingerprint: () => 7 as never }, undefined, {
+        onRequest: async (_request, reply) => void reply.header('link', '</a>; rel="next"'),
+        onSend: async (_request, reply, payload) => {
+          const length = reply.getHeader('content-length')
+          lengths.push(length === undefined || Number(length) === Buffer.byteLength(payload as string))
+        }
+      })
+      for (const [key, status, error, code, detail] of [
+        [null, 400, 'Bad Request', 'FST_IDEMPOTENCY_KEY_MISSING', /needs an idempotency key/],
+        // The key is held when that is found out.
+        ['k', 500, 'Internal Server Error', 'FST_IDEMPOTENCY_INVALID_OPTION', /"fingerprint" must return/]
+      ] as const) {
+        const reply = await send(app, { key })
+        t.equal(reply.statusCode, status)
+        const { type, title, message, ...rest } = reply.json()
+        if (problemDetails) {
+          t.equal(reply.headers['content-type'], 'application/problem+json')
+          t.strictSame([type, title], [documentationUrl ?? 'about:blank', error])
+          t.match(rest, { status, code, detail })
+        } else {
+          t.equal(reply.headers['content-type'], 'application/json; charset=utf-8')
+          t.strictSame(rest, { statusCode: status, code, error })
+          t.match(message, detail)
+        }
+        const link = documentationUrl ? ', <https://a.example/>; rel="describedby"' : ''
+        t.equal(reply.headers.link, `</a>; rel="next"${link}`)
+      }
+      t.strictSame(lengths, [true, true], 'no length is on it that is not its own')
+    }
+  }
+})
+
+t.test('the link to the documentation comes alone, or behind all that are there', async (t) => {
+  for (const there of [[], ['</a>; rel="next"', '</b>; rel="prev"']]) {
+    const app = await serve(t, { required: true, documentationUrl: 'https://a.example' }, undefined, {
+      onRequest: async (_request, reply) => {
+        if (there.length > 0) reply.header('link', there)
+      }
+    })
+    t.equal(
+      (await send(app, { key: null })).headers.link,
+      [...there, '<https://a.example>; rel="describedby"'].join(', ')
+    )
+  }
+})
+
+t.test('an error comes with its headers, whoever answers with it', async (t) => {
+  const [entered, leave] = [latch(), latch()]
+  const app = await serve(
+    t,
+    {},
+    async () => {
+      entered.open()
+      await leave.promise
+    },
+    { errorHandler: (error, _request, reply) => void reply.code(418).send(error.code) }
+  )
+  const first = send(app)
+  await entered.promise
+  const reply = await send(app)
+  t.same(told(reply), [418, 'FST_IDEMPOTENCY_IN_PROGRESS', 'fresh'])
+  t.equal(reply.headers['retry-after'], '1')
+  leave.open()
+  await first
+})
+
+/* The replay */
+
+t.test('a replay is the first reply, with what the hooks of today have set', async (t) => {
+  let run = 0
+  const app = await serve(
+    t,
+    {},
+    async (_request, reply) => {
+      reply.code(201).header('x-run', ++run).header('etag', '"1"')
+      return { run }
+    },
+    { onRequest: async (request, reply) => void reply.header('x-request', request.headers['x-request'] ?? 'none') }
+  )
+  const first = await send(app, { headers: { 'x-request': '1' } })
+  const again = await send(app, { headers: { 'x-request': '2' } })
+  t.same([again.statusCode, again.payload], [201, first.payload])
+  const { date: _, ...headers } = first.headers
+  t.match(again.headers, { ...headers, 'x-request': '2', [REPLAYED]: 'true' })
+})
+
+t.test('a replay has the type of the first reply, be it none, or that of a hook', async (t) => {
+  for (const type of [undefined, 'text/csv']) {
+    for (const text of ['x', '']) {
+      const app = await serve(t, {}, async () => Readable.from(text === '' ? [] : [Buffer.from(text)]), {
+        onRequest: async (_request, reply) => {
+          if (type !== undefined) reply.type(type)
+        }
+      })
+      for (const isReplay of [false, true]) {
+        const reply = await send(app)
+        t.same([reply.payload, reply.headers['content-type']], [text, type])
+        t.equal(reply.headers[REPLAYED], isReplay ? 'true' : undefined)
+      }
+    }
+  }
+})
+
+t.test("what the instance's hooks make of a replay is void, also where there is nothing to replay", async (t) => {
+  for (const [status, body] of [
+    [200, 'body'],
+    [200, undefined],
+    [204, undefined],
+    [304, undefined]
+  ] as const) {
+    for (const made of ['made', null, undefined]) {
+      let isFirst = true
+      const app = await serve(t, {}, async (_request, reply) => reply.code(status).send(body), {
+        before: (app) =>
+          app.addHook('onSend', async (_request, reply, payload) => {
+            if (isFirst) return payload
+            reply.code(418).header('x-made', '1').type('text/made')
+            return made
+          })
+      })
+      const first = await send(app)
+      isFirst = false
+      const again = await send(app)
+      t.same([again.statusCode, again.payload], [status, body ?? ''])
+      t.equal(again.headers[REPLAYED], 'true')
+      t.equal(again.headers['content-type'], first.headers['content-type'])
+      if (status !== 304 || made !== 'made') t.equal(again.headers['content-length'], first.headers['content-length'])
+    }
+  }
+})
+
+t.test('a replay that cannot be sent is an error, with nothing of the replay on it', async (t) => {
+  let isBroken = false
+  const app = await serve(t, {}, async (_request, reply) => reply.code(201).header('x-run', '1').send('done'), {
+    before: (app) =>
+      app.addHook('onSend', async () => {
+        if (!isBroken) return
+        isBroken = false
+        throw new Error('broken')
+      }),
+    onRequest: async (_request, reply) => void reply.header('x-run', 'before')
+  })
+  t.same(told(await send(app)), [201, 'done', 'fresh'])
+  isBroken = true
+  const broken = await send(app)
+  t.match(broken.json(), { statusCode: 500, message: 'broken' })
+  t.match(broken.headers, { 'x-run': 'before', [REPLAYED]: undefined })
+  const again = await send(app)
+  t.same([...told(again), again.headers['x-run']], [201, 'done', 'replay', '1'])
+})
+
+/* What is kept of a reply */
+
+t.test('a reply leaves when it is stored', async (t) => {
+  const notes: string[] = []
+  const app = await serve(t, { store: new RemoteStore(notes) }, async () => 'done')
+  t.same(told(await send(app)), [200, 'done', 'fresh'])
+  notes.push('replied')
+  t.strictSame(notes, ['claim', 'stored', 'replied'])
+})
+
+t.test('the first reply that is sent is the reply, whatever is sent while it is being stored', async (t) => {
+  const store = new RemoteStore()
+  const app = await serve(t, { store }, (_request, reply) => {
+    reply.code(201).send('first')
+    reply.code(202).send('second')
+  })
+  t.same(told(await send(app)), [201, 'first', 'fresh'])
+  t.match(store.records, [{ statusCode: 201, body: Buffer.from('first') }])
+  t.equal(store.records.length, 1)
+})
+
+t.test('an error behind a reply that is stored already is the reply, and changes nothing that is stored', async (t) => {
+  let isBroken = true
+  const stream = Readable.from(['do', 'ne'])
+  for (const body of ['done', stream]) {
+    isBroken = true
+    const app = await serve(t, {}, async () => body, {
+      onSend: async () => {
+        if (isBroken) throw new Error('broken behind it')
+      }
+    })
+    isBroken = true
+    t.match((await send(app)).json(), { statusCode: 500, message: 'broken behind it' })
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+    isBroken = false
+    t.same(told(await send(app)), [200, 'done', 'replay'])
+  }
+  t.equal(stream.readableEnded, true, 'a stream is read to its end')
+})
+
+t.test('a Response is taken apart as Fastify does, and stored', async (t) => {
+  const responses: [make: () => Response, status: number, text: string][] = [
+    [() => new Response('text', { status: 201, headers: { 'x-a': '1' } }), 201, 'text'],
+    [() => new Response(null, { status: 202, headers: { 'x-a': '1' } }), 202, ''],
+    [() => new Response(null, { status: 204, headers: { 'x-a': '1' } }), 204, '']
+  ]
+  for (const [make, status, text] of responses) {
+    const app = await serve(t, {}, async () => make())
+    for (const isReplay of [false, true]) {
+      const reply = await send(app)
+      t.same([reply.statusCode, reply.payload, reply.headers['x-a']], [status, text, '1'])
+      t.equal(reply.headers[REPLAYED], isReplay ? 'true' : undefined)
+    }
+  }
+})
+
+t.test(
+  'a Response that cannot be sent is the error that it is without the plugin, and leaves the key free',
+  async (t) => {
+    const unfit: (() => Promise<Response>)[] = [
+      async () => Response.error(),
+      async () => {
+        const response = new Response('x', { status: 201, headers: { 'x-a': '1' } })
+        await response.text()
+        return response
+      }
+    ]
+    for (const make of unfit) {
+      let runs = 0
+      const app = await serve(t, {}, async () => (++runs === 1 ? make() : 'done'))
+      app.post('/bare', make)
+      const bare = await send(app, { url: '/bare' })
+      const reply = await send(app)
+      t.equal(reply.statusCode, 500)
+      t.strictSame(reply.json(), bare.json())
+      t.equal(reply.headers['x-a'], bare.headers['x-a'])
+      t.same(told(await send(app)), [200, 'done', 'fresh'])
+    }
+  }
+)
+
+t.test('a reply is kept up to maxReplySize bytes', async (t) => {
+  for (const [body, isKept] of [
+    ['12345', true],
+    ['123456', false],
+    ['1234ä', false],
+    [Buffer.from('12345'), true],
+    [Buffer.from('123456'), false],
+    [Readable.from(['12345']), true],
+    [Readable.from(['123456']), false]
+  ] as const) {
+    const store = new RemoteStore()
+    const app = await serve(t, { store, maxReplySize: 5 }, async () => body)
+    const first = await send(app)
+    t.equal(first.statusCode, 200)
+    t.same(told(await send(app)), isKept ? [200, first.payload, 'replay'] : NOT_REPLAYABLE)
+    t.match(store.records, [isKept ? { kind: 'reply' } : { kind: 'tombstone', reason: 'too-large' }])
+  }
+})
+
+t.test('of a status without a body nothing but the head is kept, whatever the handler gave', async (t) => {
+  for (const status of [204, 304]) {
+    const store = new RemoteStore()
+    const app = await serve(t, { store, maxReplySize: 2 }, async (_request, reply) =>
+      reply
+        .code(status)
+        .header('x-a', '1')
+        .send(Readable.from(['too large']))
+    )
+    for (const isReplay of [false, true]) {
+      const reply = await send(app)
+      t.equal(reply.statusCode, status)
+      t.equal(reply.headers['x-a'], '1')
+      t.equal(reply.headers[REPLAYED], isReplay ? 'true' : undefined)
+    }
+    t.match(store.records, [{ kind: 'reply', body: Buffer.alloc(0) }])
+  }
+})
+
+t.test('a reply that is not final gives the key back, of whatever kind it is', async (t) => {
+  for (const [status, make] of [
+    [500, () => 'text'],
+    [500, () => Readable.from(['stream'])],
+    [204, () => Readable.from(['stream'])],
+    [200, () => new Response('response')],
+    [200, () => 'x'.repeat(100)]
+  ] as const) {
+    const store = new RemoteStore()
+    let asked = 0
+    const shouldStore = () => ++asked < 0
+    const app = await serve(t, { store, shouldStore, maxReplySize: 50 }, async (_request, reply) =>
+      reply.code(status).send(make())
+    )
+    t.equal((await send(app)).statusCode, status)
+    await until(() => store.notes.includes('released'))
+    t.strictSame([store.notes, asked], [['claim', 'released'], 1])
+  }
+})
+
+t.test('a reply of which a part was written past Fastify cannot be kept', async (t) => {
+  const store = new RemoteStore()
+  const app = await serve(t, { store }, async (_request, reply) => {
+    reply.raw.write('past ')
+    return 'behind'
+  })
+  await send(app).catch(() => {})
+  await until(() => store.records.length > 0)
+  t.match(store.records, [{ kind: 'tombstone', reason: 'hijacked' }])
+  t.same(told(await send(app)), NOT_REPLAYABLE)
+})
+
+/* A handler whose time is up */
+
+const TIME = 1_000
+
+/** Time that passes when it is told to: until then no handler's is up, however slow the machine. */
+function holdTime(t: Test): { up(): Promise<void> } {
+  const time = new VirtualTime()
+  time.install()
+  t.teardown(() => time.uninstall())
+  return { up: () => time.pass(TIME) }
+}
+
+t.test('the reply of a timeout is no reply of the handler, which is waited for', async (t) => {
+  const time = holdTime(t)
+  for (const isSlow of [false, true]) {
+    const leave = latch()
+    const app = await serve(t, {}, async () => leave.promise.then(() => 'late'), {
+      handlerTimeout: TIME,
+      errorHandler: async (error: FastifyError, _request, reply) => {
+        if (isSlow) await settle()
+        return reply.code(error.statusCode ?? 500).send(error.code)
+      }
+    })
+    const first = send(app)
+    await time.up()
+    t.same(told(await first), [503, 'FST_ERR_HANDLER_TIMEOUT', 'fresh'])
+    t.same(told(await send(app)), IN_PROGRESS)
+    leave.open()
+    await settled()
+    t.same(told(await send(app)), [200, 'late', 'replay'])
+  }
+})
+
+t.test('a handler with a callback is waited for as well', async (t) => {
+  const time = holdTime(t)
+  const entered = latch<Replying>()
+  const app = await serve(t, {}, (_request, reply) => entered.open({ reply }), { handlerTimeout: TIME })
+  const first = send(app)
+  const { reply } = await entered.promise
+  await time.up()
+  t.equal((await first).statusCode, 503)
+  t.same(told(await send(app)), IN_PROGRESS)
+  reply.send('late')
+  await settled()
+  t.same(told(await send(app)), [200, 'late', 'replay'])
+})
+
+t.test('of a reply that may be either cannot be told whose it is: it is not kept', async (t) => {
+  const time = holdTime(t)
+  const store = new RemoteStore()
+  const leave = latch()
+  const app = await serve(t, { store }, async () => leave.promise, {
+    handlerTimeout: TIME,
+    errorHandler: async (error, _request, reply) => {
+      await settle()
+      return error.code === 'FST_ERR_HANDLER_TIMEOUT' ? reply.code(504).send('slow') : reply.send(error)
+    }
+  })
+  const first = send(app)
+  await time.up()
+  t.same(told(await first), [504, 'slow', 'fresh'])
+  t.match(store.records, [{ kind: 'tombstone', reason: 'hijacked' }])
+  t.same(told(await send(app)), NOT_REPLAYABLE)
+  leave.open()
+})
+
+t.test("a reply that is sent while the timeout's reply is still leaving is stored when that has left", async (t) => {
+  const time = holdTime(t)
+  for (const [answer, outcome] of [
+    ['late', [201, 'late', 'replay']],
+    [Response.error(), [200, 'run 2', 'fresh']]
+  ] as const) {
+    const [entered, leaving] = [latch<Replying>(), latch()]
+    let runs = 0
+    const handler: Handler = async (_request, reply) => {
+      if (++runs > 1) return `run ${runs}`
+      entered.open({ reply })
+      return reply
+    }
+    const app = await serve(t, {}, handler, {
+      handlerTimeout: TIME,
+      onSend: async (_request, reply) => {
+        if (reply.statusCode === 503) await leaving.promise
+      }
+    })
+    const first = send(app)
+    const { reply } = await entered.promise
+    await time.up()
+    reply.code(201).send(answer)
+    await settled()
+    t.same(told(await send(app)), IN_PROGRESS)
+    leaving.open()
+    t.equal((await first).statusCode, 503)
+    await settled()
+    t.same(told(await send(app)), outcome)
+  }
+})
+
+t.test('a timeout that strikes when the reply is on its way changes nothing', async (t) => {
+  const time = holdTime(t)
+  const logged: string[] = []
+  const [stored, leave] = [latch(), latch()]
+  const store = new RemoteStore()
+  const complete = store.complete.bind(store)
+  store.complete = async (...args) => {
+    await stored.promise
+    return complete(...args)
+  }
+  const stream = { write: (line: string) => logged.push(line) }
+  const app = await build(t, { store }, { logger: { level: 'error', stream } })
+  app.post('/', { config: { idempotency: true }, handlerTimeout: TIME }, async (_request, reply) => {
+    reply.send('first')
+    await leave.promise
+    throw new Error('afterwards')
+  })
+  const first = send(app)
+  await time.up()
+  t.match(logged, [/FST_ERR_HANDLER_TIMEOUT/], 'it has struck')
+  stored.open()
+  t.same(told(await first), [200, 'first', 'fresh'])
+  leave.open()
+  await settled()
+  t.match(logged[1], /handler failed after its reply was sent/)
+  t.same(told(await send(app)), [200, 'first', 'replay'])
+})
+
+t.test("an error that only looks like the timeout's is an error of the handler", async (t) => {
+  let runs = 0
+  const app = await serve(t, {}, async () => {
+    if (++runs > 1) return `run ${runs}`
+    throw Object.assign(new Error('of a service behind'), { code: 'FST_ERR_HANDLER_TIMEOUT', statusCode: 503 })
+  })
+  t.equal((await send(app)).statusCode, 503)
+  t.same(told(await send(app)), RAN_2)
+})
+
+t.test('an error of a handler in time is its reply, stored if it is final', async (t) => {
+  let runs = 0
+  const app = await serve(t, {}, async () => {
+    runs++
+    throw Object.assign(new Error('no'), { statusCode: 402, code: 'NO' })
+  })
+  t.same(told(await send(app)), [402, 'NO', 'fresh'])
+  t.same([...told(await send(app)), runs], [402, 'NO', 'replay', 1])
+})
+
+/* Transactions */
+
+/** A store with transactions that do nothing; `outcome` is how they end. */
+function transactional(outcome: TransactionOutcome) {
+  const undone: unknown[] = []
+  class Store extends MemoryStore {
+    async begin(key: string): Promise<TransactionAcquisition> {
+      const transaction = {
+        client: {} as never,
+        lost: new AbortController().signal,
+        complete: async (_record: unknown, _ttl: unknown, undo: unknown) => {
+          undone.push(undo)
+          return outcome
+        },
+        rollback: async () => {
+          undone.push('all')
+          return true
+        },
+        keepAlive: () => {},
+        abandon: () => {}
+      }
+      return { state: 'acquired', attempt: key.length > 0 ? 1 : 0, transaction }
+    }
+  }
+  return { store: new Store(), undone }
+}
+
+const LINK = '<https://a.example>; rel="describedby"'
+
+t.test('what a handler does in a transaction counts with its reply, and not with that of an error', async (t) => {
+  const { store, undone } = transactional({ state: 'committed' })
+  let isFailing = false
+  const app = await serve(t, { store, transaction: true }, async (_request, reply) => {
+    if (isFailing) throw Object.assign(new Error('no'), { statusCode: 402 })
+    return reply.code(402).send('no')
+  })
+  t.equal((await send(app)).statusCode, 402)
+  isFailing = true
+  t.equal((await send(app)).statusCode, 402)
+  t.strictSame(undone, [false, true])
+})
+
+t.test('the misuse of a transaction is an error of the plugin, wherever it is found out', async (t) => {
+  const broken = () => new TransactionBroken('The transaction was misused')
+  for (const where of ['in the handler', 'at the end']) {
+    const { store, undone } = transactional({ state: 'refused', error: broken() })
+    const options: IdempotencyOptions = { store, transaction: true, documentationUrl: 'https://a.example' }
+    const app = await serve(t, { ...options, problemDetails: true }, async () => {
+      if (where === 'in the handler') throw broken()
+      return 'done'
+    })
+    const reply = await send(app)
+    t.equal(reply.headers['content-type'], 'application/problem+json')
+    t.match(reply.json(), { status: 500, code: 'FST_IDEMPOTENCY_TRANSACTION', detail: 'The transaction was misused' })
+    t.equal(reply.headers.link, LINK, 'which is linked to once')
+    t.strictSame(undone, [where === 'in the handler' ? 'all' : false])
+  }
+})
+
+t.test("any other error of a handler is its own, whatever the plugin's are", async (t) => {
+  const app = await serve(t, { documentationUrl: 'https://a.example', problemDetails: true }, async () => {
+    throw Object.assign(new Error('mine'), { code: 'FST_IDEMPOTENCY_MINE' })
+  })
+  const reply = await send(app)
+  t.strictSame(reply.json(), {
+    statusCode: 500,
+    code: 'FST_IDEMPOTENCY_MINE',
+    error: 'Internal Server Error',
+    message: 'mine'
+  })
+  t.equal(reply.headers.link, undefined)
+})
