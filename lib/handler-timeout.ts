@@ -1,3 +1,4 @@
+import { AsyncLocalStorage } from 'node:async_hooks'
 import type { ServerResponse } from 'node:http'
 import type { FastifyReply } from 'fastify'
 import { type Headers, snapshot } from './capture.js'
@@ -42,16 +43,24 @@ export function interrupt(reply: FastifyReply): Timeout {
   return timeout
 }
 
+/** The timeout in whose name code runs: its error handler, and all that its reply meets on its way. */
+const answering = new AsyncLocalStorage<Timeout>()
+
+/** Runs what answers in the handler's place, so that it can be told from the handler, which has the same reply. */
+export function inNameOf(timeout: Timeout, run: () => void): void {
+  answering.run(timeout, run)
+}
+
 /** Fastify's handlerTimeout answers in the handler's place. The claim stays until the handler has ended. */
 export function passTimeout(exchange: Exchange, timeout: Timeout, isOver = isClosed(exchange.reply)): void {
   const { reply } = exchange
   exchange.sending = 'passed'
   watchStatus(reply.raw, timeout)
+  reply.send = sendLate as never
   const end = () => {
     if (exchange.timeout !== timeout || timeout.isOver) return
     timeout.isOver = true
     restoreAll(reply, timeout.headers)
-    reply.send = sendLate as never
     timeout.end()
   }
   if (isOver) setImmediate(end)
@@ -71,11 +80,19 @@ function watchStatus(raw: ServerResponse, timeout: Timeout): void {
   })
 }
 
-/** In the place of a reply's own `send`, when the reply is over, and another `send` would be dropped. */
+/** In the place of a reply's own `send`, once the timeout's reply is on its way: Fastify would drop another. */
 function sendLate(this: FastifyReply, payload?: unknown): FastifyReply {
   const exchange = exchangeOf(this.request)
-  if (exchange !== null && exchange.timeout !== null) goOnNowhere(exchange, exchange.timeout)
-  return this.send(payload)
+  const timeout = exchange?.timeout
+  if (!exchange || !timeout) return this.send(payload)
+  // The timeout's reply could not be sent, and this is the error's. Or its client has left meanwhile.
+  if (answering.getStore() === timeout) return Object.getPrototypeOf(this).send.call(this, payload)
+  if (timeout.isOver) {
+    goOnNowhere(exchange, timeout)
+    return this.send(payload)
+  }
+  timeout.over.then(() => void this.send(payload)).catch((error) => void this.send(error))
+  return this
 }
 
 /**

@@ -7,7 +7,7 @@ import { isRefusal, KeyMissing, ScopeFailed, TransactionBroken } from './errors.
 import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, kSight, SKIPPED } from './exchange.js'
 import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { type Handler, protect } from './handler.js'
-import { goOnNowhere, interrupt, passTimeout } from './handler-timeout.js'
+import { inNameOf, interrupt, passTimeout } from './handler-timeout.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
 import { Operation, type Verdict } from './operation.js'
 import type { Policy } from './options.js'
@@ -127,25 +127,12 @@ export class Lifecycle {
       // Somebody sends twice, or the handler's timeout strikes: the first reply is on its way.
       return new Promise(() => {})
     }
-    if (exchange.sending === 'passed' && exchange.timeout !== null) {
-      // The handler replies while its timeout's reply is still leaving.
-      const { timeout } = exchange
-      return timeout.over.then(() => {
-        if (exchange.timeout !== null) goOnNowhere(exchange, timeout)
-        return this.#sendLate(exchange, request, payload)
-      })
-    }
     if (exchange.sending === 'passed') {
       // Sending the first reply failed: a stream that nobody reads any more is read to its end for the record.
       exchange.stream?.destroy()
       return done(null, payload)
     }
-    let kept: Maybe<unknown>
-    try {
-      kept = this.#keep(exchange, request, payload)
-    } catch (error) {
-      return done(this.#refuse(request, reply, error))
-    }
+    const kept = this.#keep(exchange, request, payload)
     return kept instanceof Promise ? this.#guarded(request, reply, kept) : done(null, kept)
   }
 
@@ -165,7 +152,11 @@ export class Lifecycle {
       if (exchange.operation.reply !== null)
         takeOff(reply, exchange.operation.reply, replayHeader, exchange.headersBefore)
       const working = exchange.handler === 'started' || exchange.handler === 'detached'
-      if (error?.code === HANDLER_TIMEOUT && working && exchange.sending === 'no') exchange.timeout = interrupt(reply)
+      if (error?.code === HANDLER_TIMEOUT && working && exchange.sending === 'no') {
+        exchange.timeout = interrupt(reply)
+        inNameOf(exchange.timeout, done)
+        return
+      }
     }
     done()
   }
@@ -308,14 +299,6 @@ export class Lifecycle {
       }
     }
     return error as Error
-  }
-
-  async #sendLate(exchange: Exchange, request: FastifyRequest, payload: Payload): Promise<unknown> {
-    try {
-      return await this.#keep(exchange, request, payload)
-    } catch (error) {
-      throw this.#refuse(request, exchange.reply, error)
-    }
   }
 
   /** The handler's reply has come: decides what is kept of it. */

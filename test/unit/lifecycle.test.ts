@@ -58,10 +58,10 @@ async function serve(
   return app
 }
 
-/** Counts its runs, and replies with their number. */
-function counter() {
-  const counted = { runs: 0, handler: async () => `run ${++counted.runs}` }
-  return counted
+/** A handler that replies with the number of the run. */
+function counting(): Handler {
+  let runs = 0
+  return async () => `run ${++runs}`
 }
 
 /** What a client makes of a reply: its status, its error's code or its body, and whether it is a replay. */
@@ -88,6 +88,9 @@ const NOT_REPLAYABLE = [409, 'FST_IDEMPOTENCY_NOT_REPLAYABLE', 'fresh']
 function noting(notes: string[]): RouteShorthandOptions {
   return Object.fromEntries(HOOKS.map((name) => [name, async () => void notes.push(name)]))
 }
+
+/** All hooks, and what is noted between one of them and the next. */
+const behind = (hook: string, note: string) => HOOKS.flatMap((name) => (name === hook ? [name, note] : [name]))
 
 /** A store whose answers take some turns of the event loop, as those of a server do; it notes what it was asked. */
 class RemoteStore extends MemoryStore {
@@ -278,7 +281,7 @@ t.test('skip is asked once, at the claim, and before anything is asked of the ke
       }
       const options: IdempotencyOptions = { skip, hook, ...(field && { field }), store: new RemoteStore(notes) }
       const app = await serve(t, options, keyOf, noting(notes))
-      const asked = HOOKS.flatMap((name) => (name === hook ? [name, 'skip'] : [name]))
+      const asked = behind(hook, 'skip')
       for (const key of ['k', ',']) {
         for (const body of [undefined, { _key: 'k' }, { _key: 7 }]) {
           notes.length = 0
@@ -310,27 +313,24 @@ t.test('a key is claimed behind the hooks of its phase, and before those of the 
     const notes: string[] = []
     const app = await serve(t, { hook, store: new RemoteStore(notes) }, undefined, noting(notes))
     t.equal((await send(app, { body: {} })).payload, 'done')
-    t.strictSame(notes, [...HOOKS.flatMap((name) => (name === hook ? [name, 'claim'] : [name])), 'stored'])
+    t.strictSame(notes, [...behind(hook, 'claim'), 'stored'])
   }
 })
 
-t.test(
-  'a key that comes with the body is claimed when the body is there, and all hooks have had their say',
-  async (t) => {
-    for (const hook of HOOKS) {
-      const notes: string[] = []
-      const options: IdempotencyOptions = { hook, field: '_key', store: new RemoteStore(notes) }
-      const app = await serve(t, options, keyOf, noting(notes))
-      t.equal((await send(app, { key: null, body: { _key: 'b' } })).payload, 'b')
-      t.strictSame(notes, [...HOOKS, 'claim', 'stored'])
-      notes.length = 0
-      t.equal((await send(app, { key: 'h', body: { _key: 'b' } })).payload, 'h', 'the header goes first')
-      t.equal((await send(app, { key: null, url: '/?_key=q', body: { _key: 'b' } })).payload, 'q', 'then the query')
-      const early = [...HOOKS.flatMap((name) => (name === hook ? [name, 'claim'] : [name])), 'stored']
-      t.strictSame(notes, [...early, ...early], 'which can be seen at once')
-    }
+t.test('a key that comes with the body is claimed when the body is there, behind all hooks', async (t) => {
+  for (const hook of HOOKS) {
+    const notes: string[] = []
+    const options: IdempotencyOptions = { hook, field: '_key', store: new RemoteStore(notes) }
+    const app = await serve(t, options, keyOf, noting(notes))
+    t.equal((await send(app, { key: null, body: { _key: 'b' } })).payload, 'b')
+    t.strictSame(notes, [...HOOKS, 'claim', 'stored'])
+    notes.length = 0
+    t.equal((await send(app, { key: 'h', body: { _key: 'b' } })).payload, 'h', 'the header goes first')
+    t.equal((await send(app, { key: null, url: '/?_key=q', body: { _key: 'b' } })).payload, 'q', 'then the query')
+    const early = [...behind(hook, 'claim'), 'stored']
+    t.strictSame(notes, [...early, ...early], 'which can be seen at once')
   }
-)
+})
 
 t.test('getKey is asked once, goes for header and field, and may find nothing', async (t) => {
   for (const hook of HOOKS) {
@@ -347,39 +347,35 @@ t.test('getKey is asked once, goes for header and field, and may find nothing', 
   }
 })
 
-t.test(
-  'a key that is required and missing is missed as soon as there is no place left, and all are named',
-  async (t) => {
-    const header = 'the header idempotency-key'
-    const documentation = 'see the documentation of this service'
-    const [first, last] = [['onRequest'], [...HOOKS]]
-    const cases: [options: IdempotencyRouteOptions, places: string, hooks: readonly string[]][] = [
-      [{}, header, first],
-      [{ hook: 'preParsing' }, header, ['onRequest', 'preParsing']],
-      [{ hook: 'preHandler' }, header, last],
-      [{ skip: () => false }, header, first],
-      [{ field: '_key' }, `${header} or the field _key`, last],
-      [{ field: '_key', skip: () => false }, `${header} or the field _key`, last],
-      [{ field: '_key', header: false }, 'the field _key', last],
-      [{ getKey: () => undefined }, documentation, first],
-      [{ getKey: () => undefined, field: '_key' }, documentation, first],
-      [{ getKey: () => undefined, hook: 'preHandler' }, documentation, last]
-    ]
-    for (const [options, places, hooks] of cases) {
-      const notes: string[] = []
-      const app = await serve(t, { ...options, required: true }, async () => t.fail('it ran'), noting(notes))
-      const reply = await send(app, { key: null, body: { a: 1 } })
-      t.equal(reply.statusCode, 400)
-      t.match(reply.json(), {
-        code: 'FST_IDEMPOTENCY_KEY_MISSING',
-        message: `This request needs an idempotency key: ${places}`
-      })
-      t.strictSame(notes, hooks, places)
-      const free = await serve(t, options)
-      t.equal((await send(free, { key: null, body: { a: 1 } })).payload, 'done', 'otherwise it runs without')
-    }
+t.test('a required key is missed as soon as there is no place left for it, and all places are named', async (t) => {
+  const header = 'the header idempotency-key'
+  const documentation = 'see the documentation of this service'
+  const [first, last] = [['onRequest'], [...HOOKS]]
+  const cases: [options: IdempotencyRouteOptions, places: string, hooks: readonly string[]][] = [
+    [{}, header, first],
+    [{ hook: 'preParsing' }, header, ['onRequest', 'preParsing']],
+    [{ hook: 'preHandler' }, header, last],
+    [{ skip: () => false }, header, first],
+    [{ field: '_key' }, `${header} or the field _key`, last],
+    [{ field: '_key', skip: () => false }, `${header} or the field _key`, last],
+    [{ field: '_key', header: false }, 'the field _key', last],
+    [{ getKey: () => undefined }, documentation, first],
+    [{ getKey: () => undefined, field: '_key' }, documentation, first],
+    [{ getKey: () => undefined, hook: 'preHandler' }, documentation, last]
+  ]
+  for (const [options, places, hooks] of cases) {
+    const notes: string[] = []
+    const app = await serve(t, options, undefined, noting(notes))
+    const required = { ...noting(notes), config: { idempotency: { required: true } } }
+    app.post('/required', required, async () => t.fail('it ran'))
+    t.equal((await send(app, { key: null, body: { a: 1 } })).payload, 'done', 'where it is not required it runs')
+    notes.length = 0
+    const { statusCode, code, message } = (await send(app, { key: null, body: { a: 1 }, url: '/required' })).json()
+    t.strictSame([statusCode, code], [400, 'FST_IDEMPOTENCY_KEY_MISSING'])
+    t.equal(message, `This request needs an idempotency key: ${places}`)
+    t.strictSame(notes, hooks, places)
   }
-)
+})
 
 t.test('a key that is none is refused with the reason, wherever it was', async (t) => {
   for (const hook of HOOKS) {
@@ -417,9 +413,20 @@ t.test('what the client sent counts, not what hooks have made of it since', asyn
   t.same(told(await send(app, inBody)), [200, 'b 2', 'replay'])
 })
 
+t.test('what the client sent is compared, also where the key is not a part of it', async (t) => {
+  const app = await serve(t, { hook: 'preHandler', getKey: () => 'k' }, counting(), {
+    preHandler: async (request) => {
+      request.body = { random: Math.random() }
+    }
+  })
+  t.same(told(await send(app, { key: null, body: { a: 1 } })), RAN_1)
+  t.same(told(await send(app, { key: null, body: { a: 1 } })), REPLAYED_1)
+  t.same(told(await send(app, { key: null, body: { a: 2 } })), REUSED)
+})
+
 t.test('a key that a hook provides is as good as any', async (t) => {
   for (const fingerprint of [true, false]) {
-    const app = await serve(t, { hook: 'preHandler', fingerprint }, counter().handler, {
+    const app = await serve(t, { hook: 'preHandler', fingerprint }, counting(), {
       preHandler: async ({ headers }) => {
         headers['idempotency-key'] = 'of the hook'
       }
@@ -435,7 +442,7 @@ t.test('a key that a hook provides is as good as any', async (t) => {
 t.test('payloads are compared, unless that is not wanted; files by what is in them', async (t) => {
   for (const hook of HOOKS) {
     for (const fingerprint of [true, false]) {
-      const app = await serve(t, { hook, fingerprint }, counter().handler, { before: takeFiles })
+      const app = await serve(t, { hook, fingerprint }, counting(), { before: takeFiles })
       for (const [key, send1, send2] of [
         ['json', { body: { a: 1 } }, { body: { a: 2 } }],
         ['file', upload('1'), upload('2')]
@@ -451,7 +458,7 @@ t.test('payloads are compared, unless that is not wanted; files by what is in th
 t.test('a route that does not compare payloads any more replays what it stored when it did', async (t) => {
   for (const hook of HOOKS) {
     const store = new MemoryStore()
-    const { handler } = counter()
+    const handler = counting()
     t.same(told(await send(await serve(t, { store, hook }, handler), { body: { a: 1 } })), RAN_1)
     const app = await serve(t, { store, hook, fingerprint: false }, handler)
     t.same(told(await send(app, { body: { a: 2 } })), REPLAYED_1)
@@ -461,7 +468,7 @@ t.test('a route that does not compare payloads any more replays what it stored w
 t.test('credentials are compared where there is no scope, which stands for them', async (t) => {
   for (const hook of HOOKS) {
     for (const scope of [undefined, () => 'us']) {
-      const app = await serve(t, { hook, ...(scope && { scope }) }, counter().handler)
+      const app = await serve(t, { hook, ...(scope && { scope }) }, counting())
       t.same(told(await send(app, { headers: { authorization: 'alice' } })), RAN_1)
       t.same(told(await send(app, { headers: { authorization: 'alice' } })), REPLAYED_1)
       t.same(told(await send(app, { headers: { authorization: 'bob' } })), scope ? REPLAYED_1 : REUSED)
@@ -481,7 +488,7 @@ t.test("a fingerprint of the user's own is asked for once, and compared", async 
         asked++
         return make(request)
       }
-      const app = await serve(t, { hook, fingerprint, field: '_key' }, counter().handler)
+      const app = await serve(t, { hook, fingerprint, field: '_key' }, counting())
       for (const [sent, outcome] of [
         [{ body: { a: 'x', b: 1 } }, RAN_1],
         [{ body: { a: 'x', b: 2 } }, REPLAYED_1],
@@ -535,7 +542,7 @@ t.test('callers are kept apart by their scope: a text, or a number of any size',
     ['promise', Promise.resolve('promised')]
   ])
   const scope = ({ headers }: FastifyRequest) => scopes.get(`${headers['x-who']}`) as string
-  const app = await serve(t, { scope }, counter().handler)
+  const app = await serve(t, { scope }, counting())
   let run = 0
   for (const [who, value] of scopes) {
     t.same(told(await send(app, { headers: { 'x-who': who } })), [200, `run ${++run}`, 'fresh'])
@@ -605,7 +612,7 @@ t.test('a client that has left, or leaves while the store is asked, is not worke
 })
 
 t.test(
-  'for a client that leaves before its duplicate is answered nothing runs, nor what is around a handler',
+  'a client that leaves before its duplicate is answered has nothing run, nor what is around a handler',
   async (t) => {
     const notes: string[] = []
     const [entered, leave] = [latch<Replying>(), latch()]
@@ -642,7 +649,7 @@ t.test(
 t.test('what ends a request before its handler leaves when the key is free again, as it is', async (t) => {
   for (const status of [401, 200]) {
     const notes: string[] = []
-    const app = await serve(t, { store: new RemoteStore(notes) }, counter().handler, {
+    const app = await serve(t, { store: new RemoteStore(notes) }, counting(), {
       preHandler: async ({ headers }, reply) => {
         if (headers['x-stop'] !== undefined) return reply.code(status).header('x-hook', '1').send('stopped')
       }
@@ -660,7 +667,7 @@ t.test('what ends a duplicate before its replay, or a request that runs unprotec
     if (headers['x-stop'] !== undefined) return reply.code(401).send('stopped')
   }
   const notes: string[] = []
-  const app = await serve(t, { store: new RemoteStore(notes) }, counter().handler, { preHandler: stop })
+  const app = await serve(t, { store: new RemoteStore(notes) }, counting(), { preHandler: stop })
   t.same(told(await send(app)), RAN_1)
   t.same(told(await send(app, { headers: { 'x-stop': '1' } })), [401, 'stopped', 'fresh'])
   t.same(told(await send(app)), REPLAYED_1)
@@ -670,7 +677,7 @@ t.test('what ends a duplicate before its replay, or a request that runs unprotec
   down.acquire = async () => {
     throw new Error('down')
   }
-  const bypass = await serve(t, { store: down, onStoreError: 'bypass' }, counter().handler, { preHandler: stop })
+  const bypass = await serve(t, { store: down, onStoreError: 'bypass' }, counting(), { preHandler: stop })
   t.same(told(await send(bypass, { headers: { 'x-stop': '1' } })), [401, 'stopped', 'fresh'])
   t.same(told(await send(bypass)), RAN_1)
   t.same(told(await send(bypass)), RAN_2)
@@ -704,6 +711,55 @@ t.test("an error of the user's own functions is the reply, as it is, and leaves 
       }
     }
   }
+})
+
+/** The first request is at work, and a duplicate waits for it. */
+async function waiting(t: Test, options: IdempotencyOptions, end: Handler) {
+  const [entered, leave, asked] = [latch(), latch(), latch<Replying>()]
+  let runs = 0
+  const handler: Handler = async (request, reply) => {
+    if (++runs > 1) return `run ${runs}`
+    entered.open()
+    await leave.promise
+    return end(request, reply)
+  }
+  const app = await serve(t, { onConflict: 'wait', ...options }, handler, {
+    preHandler: async (request, reply) => {
+      if (request.headers['x-second'] !== undefined) asked.open({ reply })
+    }
+  })
+  const first = send(app)
+  await entered.promise
+  const second = send(app, { headers: { 'x-second': '1' } })
+  const { reply } = await asked.promise
+  await settle()
+  return { app, first, second, reply, leave: () => leave.open() }
+}
+
+t.test('a duplicate that waits has what comes of the first: its reply, its turn, or a refusal', async (t) => {
+  const large = 'x'.repeat(100)
+  const endings: [end: Handler, first: unknown[], second: unknown[]][] = [
+    [() => 'run 1', RAN_1, REPLAYED_1],
+    [(_request, reply) => reply.code(500).send('failed'), [500, 'failed', 'fresh'], RAN_2],
+    [() => large, [200, large, 'fresh'], NOT_REPLAYABLE]
+  ]
+  for (const [end, ...outcomes] of endings) {
+    const documentationUrl = 'https://a.example'
+    const { first, second, leave } = await waiting(t, { maxReplySize: 50, documentationUrl }, end)
+    leave()
+    t.same([told(await first), told(await second)], outcomes)
+    t.equal((await second).headers.link !== undefined, outcomes[1] === NOT_REPLAYABLE)
+  }
+})
+
+t.test('a duplicate whose client leaves while it waits has no turn', async (t) => {
+  const { app, first, second, reply, leave } = await waiting(t, {}, (_request, reply) => reply.code(500).send('failed'))
+  second.catch(() => {})
+  reply.raw.destroy()
+  await until(() => reply.sent, { message: 'Fastify to be told' })
+  leave()
+  await first
+  t.same(told(await send(app)), RAN_2)
 })
 
 /* The plugin's own errors */
@@ -920,30 +976,27 @@ t.test('a Response is taken apart as Fastify does, and stored', async (t) => {
   }
 })
 
-t.test(
-  'a Response that cannot be sent is the error that it is without the plugin, and leaves the key free',
-  async (t) => {
-    const unfit: (() => Promise<Response>)[] = [
-      async () => Response.error(),
-      async () => {
-        const response = new Response('x', { status: 201, headers: { 'x-a': '1' } })
-        await response.text()
-        return response
-      }
-    ]
-    for (const make of unfit) {
-      let runs = 0
-      const app = await serve(t, {}, async () => (++runs === 1 ? make() : 'done'))
-      app.post('/bare', make)
-      const bare = await send(app, { url: '/bare' })
-      const reply = await send(app)
-      t.equal(reply.statusCode, 500)
-      t.strictSame(reply.json(), bare.json())
-      t.equal(reply.headers['x-a'], bare.headers['x-a'])
-      t.same(told(await send(app)), [200, 'done', 'fresh'])
+t.test('a Response that cannot be sent is the error that it is elsewhere, and leaves the key free', async (t) => {
+  const unfit: (() => Promise<Response>)[] = [
+    async () => Response.error(),
+    async () => {
+      const response = new Response('x', { status: 201, headers: { 'x-a': '1' } })
+      await response.text()
+      return response
     }
+  ]
+  for (const make of unfit) {
+    let runs = 0
+    const app = await serve(t, {}, async () => (++runs === 1 ? make() : 'done'))
+    app.post('/bare', make)
+    const bare = await send(app, { url: '/bare' })
+    const reply = await send(app)
+    t.equal(reply.statusCode, 500)
+    t.strictSame(reply.json(), bare.json())
+    t.equal(reply.headers['x-a'], bare.headers['x-a'])
+    t.same(told(await send(app)), [200, 'done', 'fresh'])
   }
-)
+})
 
 t.test('a reply is kept up to maxReplySize bytes', async (t) => {
   for (const [body, isKept] of [
@@ -1083,9 +1136,10 @@ t.test('of a reply that may be either cannot be told whose it is: it is not kept
 
 t.test("a reply that is sent while the timeout's reply is still leaving is stored when that has left", async (t) => {
   const time = holdTime(t)
-  for (const [answer, outcome] of [
-    ['late', [201, 'late', 'replay']],
-    [Response.error(), [200, 'run 2', 'fresh']]
+  for (const [answer, outcome, type] of [
+    ['late', [201, 'late', 'replay'], 'text/plain; charset=utf-8'],
+    [{ code: 'LATE' }, [201, 'LATE', 'replay'], 'application/json; charset=utf-8'],
+    [Response.error(), RAN_2, 'text/plain; charset=utf-8']
   ] as const) {
     const [entered, leaving] = [latch<Replying>(), latch()]
     let runs = 0
@@ -1109,8 +1163,62 @@ t.test("a reply that is sent while the timeout's reply is still leaving is store
     leaving.open()
     t.equal((await first).statusCode, 503)
     await settled()
-    t.same(told(await send(app)), outcome)
+    const again = await send(app)
+    t.same(told(again), outcome)
+    t.equal(again.headers['content-type'], type)
   }
+})
+
+/** Answers errors itself, as most applications do, when it may. */
+function answering(may: Promise<void> = Promise.resolve()) {
+  return async (error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
+    await may
+    return reply.code(error.statusCode ?? 500).send(error.message)
+  }
+}
+
+t.test("an error that comes of the timeout's reply is answered as well, and is no reply of the handler", async (t) => {
+  const time = holdTime(t)
+  const leave = latch()
+  let isBroken = true
+  const app = await serve(t, {}, async () => leave.promise.then(() => 'late'), {
+    handlerTimeout: TIME,
+    errorHandler: answering(),
+    onSend: async () => {
+      if (!isBroken) return
+      isBroken = false
+      throw new Error('broken')
+    }
+  })
+  const first = send(app)
+  await time.up()
+  t.match((await first).json(), { statusCode: 503, message: 'broken' })
+  t.equal((await send(app)).statusCode, 409)
+  leave.open()
+  await settled()
+  t.same(told(await send(app)), [200, 'late', 'replay'])
+})
+
+t.test('the reply of a timeout that comes when its client has left is no reply of the handler either', async (t) => {
+  const time = holdTime(t)
+  const [entered, leave, answer] = [latch<Replying>(), latch(), latch()]
+  const handler: Handler = async (_request, reply) => {
+    entered.open({ reply })
+    await leave.promise
+    return 'late'
+  }
+  const app = await serve(t, {}, handler, { handlerTimeout: TIME, errorHandler: answering(answer.promise) })
+  send(app).catch(() => {})
+  const { reply } = await entered.promise
+  await time.up()
+  reply.raw.destroy()
+  await settled()
+  answer.open()
+  await settled()
+  t.match(await app.idempotency.get('k'), { state: 'running' })
+  leave.open()
+  await settled()
+  t.same(told(await send(app)), [200, 'late', 'replay'])
 })
 
 t.test('a timeout that strikes when the reply is on its way changes nothing', async (t) => {
@@ -1151,14 +1259,24 @@ t.test("an error that only looks like the timeout's is an error of the handler",
   t.same(told(await send(app)), RAN_2)
 })
 
-t.test('an error of a handler in time is its reply, stored if it is final', async (t) => {
-  let runs = 0
-  const app = await serve(t, {}, async () => {
-    runs++
-    throw Object.assign(new Error('no'), { statusCode: 402, code: 'NO' })
-  })
-  t.same(told(await send(app)), [402, 'NO', 'fresh'])
-  t.same([...told(await send(app)), runs], [402, 'NO', 'replay', 1])
+t.test('an error of a handler in time is its reply, thrown or sent: stored if it is final', async (t) => {
+  const error = (statusCode: number) => Object.assign(new Error('no'), { statusCode, code: 'NO' })
+  for (const fail of [
+    async (statusCode: number) => Promise.reject(error(statusCode)),
+    (statusCode: number, reply: FastifyReply) => void reply.send(error(statusCode))
+  ]) {
+    for (const [statusCode, outcome] of [
+      [402, [402, 'NO', 'replay']],
+      [503, RAN_2]
+    ] as const) {
+      let runs = 0
+      const app = await serve(t, {}, (_request, reply) =>
+        ++runs > 1 ? Promise.resolve(`run ${runs}`) : fail(statusCode, reply)
+      )
+      t.same(told(await send(app)), [statusCode, 'NO', 'fresh'])
+      t.same(told(await send(app)), outcome)
+    }
+  }
 })
 
 /* Transactions */
