@@ -5,7 +5,7 @@ import { setImmediate as turn } from 'node:timers/promises'
 import type { FastifyReply } from 'fastify'
 import t from 'tap'
 import { Exchange, kExchange } from '../../lib/exchange.js'
-import { goOnNowhere, interrupt, passTimeout } from '../../lib/handler-timeout.js'
+import { goOnNowhere, inNameOf, interrupt, passTimeout } from '../../lib/handler-timeout.js'
 import { NowhereResponse } from '../../lib/nowhere-response.js'
 import type { Operation } from '../../lib/operation.js'
 
@@ -138,6 +138,47 @@ t.test('what the handler sends afterwards takes the usual way, on a response tha
   send.call(reply, 'again')
   t.strictSame(calls, ['send late', 'send again'])
   t.equal(reply.raw, nowhere, 'the same one')
+})
+
+t.test("what it sends while the timeout's reply is still leaving waits for the end of that", async (t) => {
+  const { calls, exchange, raw, reply } = answered(late())
+  t.equal(reply.send('late'), reply)
+  t.equal(reply.send('again'), reply)
+  await turn()
+  t.strictSame(calls, [])
+  t.equal(reply.raw, raw)
+  raw.emit('finish')
+  await turn()
+  t.strictSame(calls, ['send late', 'send again'])
+  t.ok(reply.raw instanceof NowhereResponse)
+  t.equal(exchange.timeout, null)
+})
+
+t.test('what cannot be sent then is an error that is sent', async (t) => {
+  const { calls, raw, reply } = answered(late())
+  reply.send('late')
+  const { send } = Object.getPrototypeOf(reply)
+  Object.getPrototypeOf(reply).send = function (payload: unknown) {
+    if (payload === 'late') throw new Error('no serialiser')
+    return send.call(this, payload)
+  }
+  raw.emit('finish')
+  await turn()
+  t.strictSame(calls, ['send Error: no serialiser'])
+})
+
+t.test("what is sent in the timeout's name is sent at once, and is no reply of the handler", async (t) => {
+  for (const isOver of [false, true]) {
+    const { calls, exchange, raw, reply, timeout } = answered(late())
+    if (isOver) raw.emit('finish')
+    inNameOf(timeout, () => t.equal(reply.send('error'), reply))
+    t.strictSame(calls, ['send error'])
+    t.equal(exchange.timeout, timeout)
+    t.equal(reply.raw, raw)
+  }
+  const { calls, reply } = answered(late())
+  inNameOf(late().timeout, () => reply.send('late'))
+  t.strictSame(calls, [], "in another request's it waits, as all that a handler sends")
 })
 
 t.test('a status that the handler has set since is that of its reply', async (t) => {
