@@ -67,15 +67,16 @@ export function passTimeout(exchange: Exchange, timeout: Timeout, isOver = isClo
   else for (const event of ['prefinish', 'finish', 'close']) reply.raw.once(event, end)
 }
 
-/** From now on the response has one status for those who read it, and remembers another for those who set it. */
+/** From now on the response has the timeout's status for those who read it, and remembers another for the handler. */
 function watchStatus(raw: ServerResponse, timeout: Timeout): void {
-  const { statusCode } = raw
+  let { statusCode } = raw
   Object.defineProperty(raw, 'statusCode', {
     configurable: true,
     get: () => statusCode,
     set: (status: number) => {
+      if (answering.getStore() === timeout) statusCode = status
       // As long as the timeout's reply has not left, Node sets its status once more.
-      if (status !== statusCode || timeout.isOver) timeout.statusSet = status
+      else if (status !== statusCode || timeout.isOver) timeout.statusSet = status
     }
   })
 }

@@ -124,6 +124,18 @@ t.test("the response keeps the timeout's status, and what the handler sets since
   t.equal(timeout.statusSet, 503, 'now it can only be the handler')
 })
 
+t.test("a status that is set in the timeout's name is that of its reply, and none of the handler's", async (t) => {
+  const { raw, timeout } = answered(late())
+  for (const status of [504, 503]) {
+    inNameOf(timeout, () => {
+      raw.statusCode = status
+    })
+    t.equal(raw.statusCode, status)
+    t.equal(timeout.statusSet, null)
+    raw.emit('finish')
+  }
+})
+
 t.test('what the handler sends afterwards takes the usual way, on a response that leads nowhere', async (t) => {
   const { calls, exchange, raw, reply } = answered(late())
   raw.emit('finish')

@@ -1190,12 +1190,13 @@ t.test("an error that comes of the timeout's reply is answered as well, and is n
     onSend: async () => {
       if (!isBroken) return
       isBroken = false
-      throw new Error('broken')
+      throw Object.assign(new Error('broken'), { statusCode: 504 })
     }
   })
   const first = send(app)
   await time.up()
-  t.match((await first).json(), { statusCode: 503, message: 'broken' })
+  t.equal((await first).statusCode, 504)
+  t.match((await first).json(), { statusCode: 504, message: 'broken' })
   t.equal((await send(app)).statusCode, 409)
   leave.open()
   await settled()
@@ -1216,12 +1217,13 @@ t.test('the reply of a timeout that comes when its client has left is no reply o
   await time.up()
   reply.raw.destroy()
   await settled()
+  reply.code(201)
   answer.open()
   await settled()
   t.match(await app.idempotency.get('k'), { state: 'running' })
   leave.open()
   await settled()
-  t.same(told(await send(app)), [200, 'late', 'replay'])
+  t.same(told(await send(app)), [201, 'late', 'replay'])
 })
 
 t.test('a timeout that strikes when the reply is on its way changes nothing', async (t) => {
