@@ -11,8 +11,6 @@ import { restoreAll } from './replay.js'
 export interface Timeout {
   readonly statusCode: number
   readonly headers: Headers
-  /** Is this still the call in which it struck? Then what is sent is its own reply. */
-  isNew: boolean
   /** Has the timeout's own reply left? */
   isOver: boolean
   /** The status that the handler has set since. */
@@ -28,27 +26,28 @@ export function interrupt(reply: FastifyReply): Timeout {
   const over = new Promise<void>((resolve) => {
     end = resolve
   })
-  const timeout: Timeout = {
-    statusCode: reply.statusCode,
-    headers: snapshot(reply),
-    isNew: true,
-    isOver: false,
-    statusSet: null,
-    over,
-    end
-  }
-  queueMicrotask(() => {
-    timeout.isNew = false
-  })
-  return timeout
+  return { statusCode: reply.statusCode, headers: snapshot(reply), isOver: false, statusSet: null, over, end }
 }
 
 /** The timeout in whose name code runs: its error handler, and all that its reply meets on its way. */
 const answering = new AsyncLocalStorage<Timeout>()
+/** Those whose handler may still reply. Before Node 24 the whole process pays for an AsyncLocalStorage in use. */
+const pending = new Set<Timeout>()
 
 /** Runs what answers in the handler's place, so that it can be told from the handler, which has the same reply. */
 export function inNameOf(timeout: Timeout, run: () => void): void {
+  pending.add(timeout)
   answering.run(timeout, run)
+}
+
+/** Is this the timeout's own reply, as far as it can be told? */
+export function isOf(timeout: Timeout): boolean {
+  return answering.getStore() === timeout
+}
+
+/** Nothing needs to be told apart any more. */
+export function settle(timeout: Timeout): void {
+  if (pending.delete(timeout) && pending.size === 0) answering.disable()
 }
 
 /** Fastify's handlerTimeout answers in the handler's place. The claim stays until the handler has ended. */
@@ -74,7 +73,7 @@ function watchStatus(raw: ServerResponse, timeout: Timeout): void {
     configurable: true,
     get: () => statusCode,
     set: (status: number) => {
-      if (answering.getStore() === timeout) statusCode = status
+      if (isOf(timeout)) statusCode = status
       // As long as the timeout's reply has not left, Node sets its status once more.
       else if (status !== statusCode || timeout.isOver) timeout.statusSet = status
     }
@@ -87,7 +86,7 @@ function sendLate(this: FastifyReply, payload?: unknown): FastifyReply {
   const timeout = exchange?.timeout
   if (!exchange || !timeout) return this.send(payload)
   // The timeout's reply could not be sent, and this is the error's. Or its client has left meanwhile.
-  if (answering.getStore() === timeout) return Object.getPrototypeOf(this).send.call(this, payload)
+  if (isOf(timeout)) return Object.getPrototypeOf(this).send.call(this, payload)
   if (timeout.isOver) {
     goOnNowhere(exchange, timeout)
     return this.send(payload)
@@ -105,6 +104,7 @@ export function goOnNowhere(exchange: Exchange, timeout: Timeout): void {
   // Fastify's own again.
   Reflect.deleteProperty(reply, 'send')
   exchange.timeout = null
+  settle(timeout)
   exchange.sending = 'no'
   exchange.failed = false
   reply.raw = new NowhereResponse(reply.request.raw, () => endNowhere(exchange)) as never

@@ -7,7 +7,7 @@ import { isRefusal, KeyMissing, ScopeFailed, TransactionBroken } from './errors.
 import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, kSight, SKIPPED } from './exchange.js'
 import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { type Handler, protect } from './handler.js'
-import { inNameOf, interrupt, passTimeout } from './handler-timeout.js'
+import { inNameOf, interrupt, isOf, passTimeout, settle } from './handler-timeout.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
 import { Operation, type Verdict } from './operation.js'
 import type { Policy } from './options.js'
@@ -304,11 +304,11 @@ export class Lifecycle {
   /** The handler's reply has come: decides what is kept of it. */
   #keep(exchange: Exchange, request: FastifyRequest, payload: Payload): Maybe<unknown> {
     const { operation, reply, timeout } = exchange
-    if (timeout !== null && (timeout.isNew || reply.statusCode === 503)) return passTimeout(exchange, timeout)
+    if (timeout !== null && (isOf(timeout) || reply.statusCode === 503)) return passTimeout(exchange, timeout)
     const { fingerprint } = operation
-    // Either the timeout's reply, from a slow error handler, or the handler's, which was faster: who can tell?
-    const isAmbiguous = timeout !== null
-    if (isAmbiguous || reply.raw.headersSent) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
+    // The handler's, which was faster than an error handler; or that of one whose context got lost: who can tell?
+    if (timeout !== null) settle(timeout)
+    if (timeout !== null || reply.raw.headersSent) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
     let body = payload
     if (isResponse(payload)) {
       if (payload.bodyUsed) return payload

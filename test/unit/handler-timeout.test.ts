@@ -1,3 +1,4 @@
+import { AsyncResource } from 'node:async_hooks'
 import { EventEmitter } from 'node:events'
 import { IncomingMessage } from 'node:http'
 import { Socket } from 'node:net'
@@ -5,7 +6,7 @@ import { setImmediate as turn } from 'node:timers/promises'
 import type { FastifyReply } from 'fastify'
 import t from 'tap'
 import { Exchange, kExchange } from '../../lib/exchange.js'
-import { goOnNowhere, inNameOf, interrupt, passTimeout } from '../../lib/handler-timeout.js'
+import { goOnNowhere, inNameOf, interrupt, isOf, passTimeout, settle } from '../../lib/handler-timeout.js'
 import { NowhereResponse } from '../../lib/nowhere-response.js'
 import type { Operation } from '../../lib/operation.js'
 
@@ -64,11 +65,48 @@ function answered(scene: ReturnType<typeof late>) {
   return scene
 }
 
-t.test('what the handler had set is remembered, and what comes in the same call is of the timeout', async (t) => {
+t.test('what the handler had set is remembered', async (t) => {
   const { timeout } = late()
-  t.match(timeout, { statusCode: 202, headers: { 'x-of': 'handler' }, isNew: true, isOver: false, statusSet: null })
-  await Promise.resolve()
-  t.equal(timeout.isNew, false)
+  t.match(timeout, { statusCode: 202, headers: { 'x-of': 'handler' }, isOver: false, statusSet: null })
+})
+
+t.test('what answers in its name is told from all else, however long it takes', async (t) => {
+  const [a, b] = [late(), late()]
+  t.equal(isOf(a.timeout), false)
+  const seen: boolean[][] = []
+  const look = () => seen.push([isOf(a.timeout), isOf(b.timeout)])
+  await new Promise<void>((resolve) => {
+    inNameOf(a.timeout, async () => {
+      look()
+      await turn()
+      look()
+      resolve()
+    })
+  })
+  look()
+  t.strictSame(seen, [
+    [true, false],
+    [true, false],
+    [false, false]
+  ])
+  for (const { timeout } of [a, b]) settle(timeout)
+})
+
+t.test('when all handlers have replied contexts are not followed any more, where that costs something', async (t) => {
+  const [a, b] = [late(), late()]
+  const looks: (() => boolean)[] = []
+  for (const { timeout } of [a, b]) {
+    inNameOf(timeout, () => void looks.push(AsyncResource.bind(() => isOf(timeout))))
+  }
+  const seen = () => looks.map((look) => look())
+  goOnNowhere(a.exchange, a.timeout)
+  goOnNowhere(a.exchange, a.timeout)
+  t.strictSame(seen(), [true, true], 'one is still at work')
+  settle(b.timeout)
+  const isFree = Number.parseInt(process.versions.node, 10) >= 24
+  t.strictSame(seen(), [isFree, isFree])
+  inNameOf(b.timeout, () => t.equal(isOf(b.timeout), true, 'the next one is told apart again'))
+  settle(b.timeout)
 })
 
 t.test("the timeout's reply is over when its response is about to end, has ended, or was closed", async (t) => {

@@ -1118,11 +1118,10 @@ t.test('a handler with a callback is waited for as well', async (t) => {
   t.same(told(await send(app)), [200, 'late', 'replay'])
 })
 
-t.test('of a reply that may be either cannot be told whose it is: it is not kept', async (t) => {
+t.test('an error handler may take its time, and answer a timeout as it likes', async (t) => {
   const time = holdTime(t)
-  const store = new RemoteStore()
   const leave = latch()
-  const app = await serve(t, { store }, async () => leave.promise, {
+  const app = await serve(t, {}, async () => leave.promise.then(() => 'late'), {
     handlerTimeout: TIME,
     errorHandler: async (error, _request, reply) => {
       await settle()
@@ -1131,6 +1130,28 @@ t.test('of a reply that may be either cannot be told whose it is: it is not kept
   })
   const first = send(app)
   await time.up()
+  t.same(told(await first), [504, 'slow', 'fresh'])
+  t.same(told(await send(app)), IN_PROGRESS)
+  leave.open()
+  await settled()
+  t.same(told(await send(app)), [200, 'late', 'replay'])
+})
+
+t.test('of a reply that may be either cannot be told whose it is: it is not kept', async (t) => {
+  const time = holdTime(t)
+  const store = new RemoteStore()
+  const lost = new EventEmitter()
+  const leave = latch()
+  const app = await serve(t, { store }, async () => leave.promise, {
+    handlerTimeout: TIME,
+    errorHandler: (error, _request, reply) => {
+      if (error.code !== 'FST_ERR_HANDLER_TIMEOUT') return reply.send(error)
+      lost.once('answer', () => reply.code(504).send('slow'))
+    }
+  })
+  const first = send(app)
+  await time.up()
+  lost.emit('answer')
   t.same(told(await first), [504, 'slow', 'fresh'])
   t.match(store.records, [{ kind: 'tombstone', reason: 'hijacked' }])
   t.same(told(await send(app)), NOT_REPLAYABLE)
