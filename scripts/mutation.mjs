@@ -46,7 +46,7 @@ const SPECIFIED_IN = {
   operation: 'unit/operation-claim unit/operation-end unit/operation-transaction',
   lifecycle: 'unit/lifecycle',
   'stores/memory': 'unit/memory-store stores/memory',
-  'stores/shelf': 'unit/memory-store unit/local-cache',
+  'stores/shelf': 'unit/shelf unit/memory-store unit/local-cache',
   'stores/kept': 'unit/memory-store unit/local-cache',
   'stores/local-cache': 'unit/local-cache',
   'stores/record': 'unit/record properties/record',
