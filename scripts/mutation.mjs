@@ -47,7 +47,7 @@ const SPECIFIED_IN = {
   lifecycle: 'unit/lifecycle',
   'stores/memory': 'unit/memory-store stores/memory',
   'stores/shelf': 'unit/shelf unit/memory-store unit/local-cache',
-  'stores/kept': 'unit/memory-store unit/local-cache',
+  'stores/kept': 'unit/kept unit/memory-store unit/local-cache',
   'stores/local-cache': 'unit/local-cache',
   'stores/record': 'unit/record properties/record',
   'stores/sweeper': 'unit/sweeper',

@@ -1,0 +1,121 @@
+import t from 'tap'
+import { bound, Kept, sizeOf } from '../../lib/stores/kept.js'
+import type { StoredRecord, StoredReply } from '../../types/index.js'
+import { reply, tombstone } from '../support/store-fixtures.js'
+
+/* Replies as they are kept in the memory of the process. */
+
+type Headers = StoredReply['headers']
+
+const kept = (record: StoredRecord, expires = 1_000) => new Kept('key', record, expires)
+const headersOf = (entry: Kept) => (entry.at(0).record as StoredReply).headers
+
+t.test('what is kept comes back as it was', async (t) => {
+  for (const record of [
+    reply(),
+    reply({ text: false, body: Buffer.from([0, 128, 255]) }),
+    reply({ text: true, body: Buffer.from('zwölf €') }),
+    reply({ text: true, body: Buffer.from([255, 254, 0]) }),
+    reply({ text: false, body: Buffer.alloc(0), headers: [], statusCode: 204 }),
+    reply({ fingerprint: '', createdAt: 0 }),
+    reply({ fingerprint: 'ÿ' }),
+    reply({ fingerprint: '€ 𝄞 \ud800' }),
+    tombstone('too-large'),
+    tombstone('hijacked')
+  ]) {
+    t.strictSame(kept(record).at(0), { state: 'completed', record, ttlMs: 1_000 })
+  }
+})
+
+t.test('each reply keeps its own headers, however like those of the one before they are', async (t) => {
+  const all: Headers[] = [
+    [['a', '1']],
+    [['a', '2']],
+    [['b', '2']],
+    [['b', '2']],
+    [
+      ['b', '2'],
+      ['a', '1']
+    ],
+    [
+      ['a', '1'],
+      ['b', '2']
+    ],
+    [
+      ['a', '1'],
+      ['b', '3']
+    ],
+    [
+      ['a', '1'],
+      ['c', '3']
+    ],
+    [
+      ['d', '1'],
+      ['c', '3']
+    ],
+    [
+      ['d', '1'],
+      ['c', ['3', '4']]
+    ],
+    [
+      ['d', '1'],
+      ['c', ['3', '5']]
+    ],
+    [['d', '1']],
+    [],
+    [['d', '1']]
+  ]
+  const entries = all.map((headers) => kept(reply({ headers: structuredClone(headers) })))
+  t.strictSame(entries.map(headersOf), all)
+})
+
+t.test('what is kept is nobody else’s, and what comes back neither', async (t) => {
+  const headers: Headers = [['set-cookie', ['a', 'b']]]
+  const given = reply({ text: false, headers, body: Buffer.from('body') })
+  const before = structuredClone({ ...given, body: [...given.body] })
+  const entry = kept(given)
+  for (const record of [given, entry.at(0).record as StoredReply]) {
+    record.body.fill(0)
+    for (const [, value] of record.headers) (value as string[]).push('c')
+    record.headers.push(['x', 'y'])
+  }
+  const { body, ...after } = entry.at(0).record as StoredReply
+  t.strictSame({ ...after, body: [...body] }, before)
+})
+
+t.test('what is left of its life is told in whole milliseconds, and nothing where it has no end', async (t) => {
+  const entry = kept(reply(), 1_000.9)
+  t.equal(entry.expires, 1_000)
+  t.equal(entry.at(0.5).ttlMs, 1_000)
+  t.equal(entry.at(999).ttlMs, 1)
+  t.equal(kept(reply(), Number.POSITIVE_INFINITY).at(5).ttlMs, null)
+})
+
+t.test('an entry takes more the more is in it', async (t) => {
+  const least = sizeOf('', tombstone('hijacked'))
+  const fingerprint = 'f'.repeat(1_000)
+  const many: Headers = Array.from({ length: 10 }, () => ['', ''])
+  const bare = reply({ headers: [], body: Buffer.alloc(0) })
+  for (const [more, less] of [
+    [sizeOf('k'.repeat(1_000), tombstone('hijacked')), least + 1_000],
+    [sizeOf('', { ...tombstone('hijacked'), fingerprint }), least + 900],
+    [sizeOf('', { ...bare, body: Buffer.alloc(1_000) }), sizeOf('', bare) + 1_000],
+    [sizeOf('', { ...bare, headers: [['n'.repeat(1_000), '']] }), sizeOf('', bare) + 1_000],
+    [sizeOf('', { ...bare, headers: [['', 'v'.repeat(1_000)]] }), sizeOf('', bare) + 1_000],
+    [sizeOf('', { ...bare, headers: many }), sizeOf('', bare) + 100]
+  ] as const) {
+    t.ok(more >= less, `${more} of ${less}`)
+  }
+  const entry = kept(bare)
+  t.equal(entry.size, sizeOf('key', bare))
+})
+
+t.test('a bound is a positive integer', async (t) => {
+  t.equal(bound('Store', 'maxBytes', 1), 1)
+  for (const wrong of [0, -1, 1.5, Number.NaN, Infinity, 2 ** 53, '1', null]) {
+    t.throws(() => bound('Store', 'maxBytes', wrong as number), {
+      code: 'FST_IDEMPOTENCY_INVALID_OPTION',
+      message: /^Store option "maxBytes" takes a positive integer, got /
+    })
+  }
+})
