@@ -542,6 +542,19 @@ export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStor
       interrupt: () => void data.ended.removeAllListeners()
     }
   },
+  'cannot listen again after its connection broke': () => {
+    const data = new ModelData()
+    let isDeaf = false
+    class Store extends ModelStore {
+      protected override listen(key: string, signal: AbortSignal) {
+        return isDeaf ? never : super.listen(key, signal)
+      }
+    }
+    const interrupt = () => {
+      isDeaf = true
+    }
+    return { store: new Store(data), second: new Store(data), interrupt }
+  },
   'loses its data when its connection breaks': () => {
     const data = new ModelData()
     return { store: new ModelStore(data), second: new ModelStore(data), interrupt: () => data.rows.clear() }
