@@ -45,8 +45,9 @@ export function isOf(timeout: Timeout): boolean {
   return answering.getStore() === timeout
 }
 
-/** Nothing needs to be told apart any more. */
-export function settle(timeout: Timeout): void {
+/** The handler has replied, as far as it can be told: what comes now is no concern of the timeout. */
+export function settle(exchange: Exchange, timeout: Timeout): void {
+  exchange.timeout = null
   if (pending.delete(timeout) && pending.size === 0) answering.disable()
 }
 
@@ -103,8 +104,7 @@ export function goOnNowhere(exchange: Exchange, timeout: Timeout): void {
   const { reply } = exchange
   // Fastify's own again.
   Reflect.deleteProperty(reply, 'send')
-  exchange.timeout = null
-  settle(timeout)
+  settle(exchange, timeout)
   exchange.sending = 'no'
   exchange.failed = false
   reply.raw = new NowhereResponse(reply.request.raw, () => endNowhere(exchange)) as never

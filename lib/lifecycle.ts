@@ -307,7 +307,7 @@ export class Lifecycle {
     if (timeout !== null && (isOf(timeout) || reply.statusCode === 503)) return passTimeout(exchange, timeout)
     const { fingerprint } = operation
     // The handler's, which was faster than an error handler; or that of one whose context got lost: who can tell?
-    if (timeout !== null) settle(timeout)
+    if (timeout !== null) settle(exchange, timeout)
     if (timeout !== null || reply.raw.headersSent) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
     let body = payload
     if (isResponse(payload)) {

@@ -88,7 +88,7 @@ t.test('what answers in its name is told from all else, however long it takes', 
     [true, false],
     [false, false]
   ])
-  for (const { timeout } of [a, b]) settle(timeout)
+  for (const { exchange, timeout } of [a, b]) settle(exchange, timeout)
 })
 
 t.test('when all overdue handlers have replied nothing is told apart any more, which costs something', async (t) => {
@@ -96,13 +96,14 @@ t.test('when all overdue handlers have replied nothing is told apart any more, w
   inNameOf(b.timeout, () => {})
   inNameOf(a.timeout, () => {
     goOnNowhere(b.exchange, b.timeout)
-    settle(another.timeout)
+    settle(another.exchange, another.timeout)
     t.equal(isOf(a.timeout), true, 'this one has not')
-    settle(a.timeout)
+    settle(a.exchange, a.timeout)
     t.equal(isOf(a.timeout), false)
   })
   inNameOf(b.timeout, () => t.equal(isOf(b.timeout), true, 'the next one is told apart again'))
-  settle(b.timeout)
+  settle(b.exchange, b.timeout)
+  t.equal(b.exchange.timeout, null)
 })
 
 t.test("the timeout's reply is over when its response is about to end, has ended, or was closed", async (t) => {

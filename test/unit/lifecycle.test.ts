@@ -1137,25 +1137,50 @@ t.test('an error handler may take its time, and answer a timeout as it likes', a
   t.same(told(await send(app)), [200, 'late', 'replay'])
 })
 
-t.test('of a reply that may be either cannot be told whose it is: it is not kept', async (t) => {
+/** An error handler that answers a timeout when it is told to, by code that knows nothing of the request. */
+function elsewhere(status: number) {
+  const told = new EventEmitter()
+  const errorHandler = (error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
+    if (error.code !== 'FST_ERR_HANDLER_TIMEOUT') return reply.send(error)
+    told.once('answer', () => reply.code(status).send('slow'))
+  }
+  return { errorHandler, answer: () => told.emit('answer') }
+}
+
+t.test('a 503 is the reply of the timeout, wherever it comes from', async (t) => {
   const time = holdTime(t)
-  const store = new RemoteStore()
-  const lost = new EventEmitter()
   const leave = latch()
-  const app = await serve(t, { store }, async () => leave.promise, {
-    handlerTimeout: TIME,
-    errorHandler: (error, _request, reply) => {
-      if (error.code !== 'FST_ERR_HANDLER_TIMEOUT') return reply.send(error)
-      lost.once('answer', () => reply.code(504).send('slow'))
-    }
-  })
+  const { errorHandler, answer } = elsewhere(503)
+  const app = await serve(t, {}, async () => leave.promise.then(() => 'late'), { handlerTimeout: TIME, errorHandler })
   const first = send(app)
   await time.up()
-  lost.emit('answer')
+  answer()
+  t.same(told(await first), [503, 'slow', 'fresh'])
+  t.same(told(await send(app)), IN_PROGRESS)
+  leave.open()
+  await settled()
+  t.same(told(await send(app)), [200, 'late', 'replay'])
+})
+
+t.test('of another reply cannot be told whose it is: it is not kept, and the handler has had its turn', async (t) => {
+  const time = holdTime(t)
+  const store = new RemoteStore()
+  const logged: string[] = []
+  const leave = latch()
+  const { errorHandler, answer } = elsewhere(504)
+  const stream = { write: (line: string) => logged.push(line) }
+  const app = await build(t, { store }, { logger: { level: 'warn', stream } })
+  const handler = async () => leave.promise.then(() => 'late')
+  app.post('/', { config: { idempotency: true }, handlerTimeout: TIME, errorHandler }, handler)
+  const first = send(app)
+  await time.up()
+  answer()
   t.same(told(await first), [504, 'slow', 'fresh'])
   t.match(store.records, [{ kind: 'tombstone', reason: 'hijacked' }])
   t.same(told(await send(app)), NOT_REPLAYABLE)
   leave.open()
+  await settled()
+  t.match(logged.at(-1), /handler returned a value after its reply was sent/)
 })
 
 t.test("a reply that is sent while the timeout's reply is still leaving is stored when that has left", async (t) => {
