@@ -17,9 +17,9 @@ class Counted extends MemoryStore {
   }
 }
 
-/** From now on the monotonic clock moves only when it is told to. */
+/** From now on the monotonic clock moves only when it is told to, from one whole millisecond to another. */
 function stopClock(t: Test): (ms: number) => void {
-  let now = performance.now()
+  let now = Math.ceil(performance.now())
   t.intercept(performance, 'now', { value: () => now })
   return (ms) => {
     now += ms
@@ -39,6 +39,18 @@ t.test('what was finished here is replayed without asking the store', async (t) 
   for (let n = 0; n < 3; n++) same(t, await cache.acquire(key, claim()), reply())
   t.strictSame(store.asked, [])
   t.ok(isAtHand(cache.acquire(key, claim())), 'and without a promise that has to be waited for')
+})
+
+t.test('who is turned away meanwhile makes no difference', async (t) => {
+  const store = new Counted()
+  const cache = new LocalCache(store)
+  const key = newKey()
+  const token = await take(cache, key)
+  t.match(await cache.acquire(key, claim()), { state: 'running' })
+  await cache.complete(key, token, reply(), LONG)
+  store.asked = []
+  same(t, await cache.acquire(key, claim()), reply())
+  t.strictSame(store.asked, [])
 })
 
 t.test('what another process finished is asked for once', async (t) => {
