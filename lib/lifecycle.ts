@@ -120,7 +120,8 @@ export class Lifecycle {
       return done(null, payloadOf(operation.reply) ?? (isNothing(payload) ? undefined : ''))
     }
     if (exchange.handler === 'waiting') {
-      if (operation.phase === 'over') return done(null, payload)
+      // Of what runs unprotected, too, no reply may be held up: Fastify would take it for unsent, and send another.
+      if (operation.phase === 'over' || operation.phase === 'unprotected') return done(null, payload)
       return operation.cancel().then(() => payload)
     }
     if (exchange.sending === 'storing') {

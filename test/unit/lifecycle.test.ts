@@ -1071,6 +1071,18 @@ t.test('a reply of which a part was written past Fastify cannot be kept', async 
   t.same(told(await send(app)), NOT_REPLAYABLE)
 })
 
+t.test('a reply that runs unprotected is sent at once, as without the plugin', async (t) => {
+  const store = new RemoteStore()
+  store.acquire = async () => Promise.reject(new Error('down'))
+  const errors: unknown[] = []
+  const app = await serve(t, { store, onStoreError: 'bypass' }, async (_request, reply) => void reply.send('mine'), {
+    onError: async (_request, _reply, error) => void errors.push(error)
+  })
+  t.same(told(await send(app)), [200, 'mine', 'fresh'])
+  await settled()
+  t.same(errors, [], 'Fastify would send once more what it takes for unsent')
+})
+
 /* A handler whose time is up */
 
 const TIME = 1_000
