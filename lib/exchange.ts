@@ -31,7 +31,7 @@ export class Exchange {
   /** The headers that were on the reply when the handler started, or the replay. */
   headersBefore: Headers = NO_HEADERS
   /** `detached`: the handler has returned without a promise, and replies from a callback, if ever. */
-  handler: 'waiting' | 'started' | 'detached' | 'settled' = 'waiting'
+  handler: 'waiting' | 'started' | 'detached' | 'settled' | 'failed' = 'waiting'
   /** Where the reply is: not there yet, being stored, or handed on to Fastify. */
   sending: 'no' | 'storing' | 'passed' = 'no'
   /** Has an error come up, and which? */

@@ -13,6 +13,8 @@ export interface Timeout {
   readonly headers: Headers
   /** Has the timeout's own reply left? */
   isOver: boolean
+  /** Has the handler replied while it was not decided yet what the timeout's reply is? They have one status and head. */
+  isMixed: boolean
   /** The status that the handler has set since. */
   statusSet: number | null
   /** Resolves when the timeout's own reply is over. */
@@ -26,7 +28,9 @@ export function interrupt(reply: FastifyReply): Timeout {
   const over = new Promise<void>((resolve) => {
     end = resolve
   })
-  return { statusCode: reply.statusCode, headers: snapshot(reply), isOver: false, statusSet: null, over, end }
+  reply.send = sendMeanwhile as never
+  const { statusCode } = reply
+  return { statusCode, headers: snapshot(reply), isOver: false, isMixed: false, statusSet: null, over, end }
 }
 
 /** The timeout in whose name code runs: its error handler, and all that its reply meets on its way. */
@@ -81,13 +85,25 @@ function watchStatus(raw: ServerResponse, timeout: Timeout): void {
   })
 }
 
+/** In the place of a reply's own `send`, until it is known what the timeout's reply is. */
+function sendMeanwhile(this: FastifyReply, payload?: unknown): FastifyReply {
+  const timeout = exchangeOf(this.request)?.timeout
+  if (timeout && !isOf(timeout)) timeout.isMixed = true
+  return sendBy(this, payload)
+}
+
+/** Fastify's own. */
+function sendBy(reply: FastifyReply, payload: unknown): FastifyReply {
+  return Object.getPrototypeOf(reply).send.call(reply, payload)
+}
+
 /** In the place of a reply's own `send`, once the timeout's reply is on its way: Fastify would drop another. */
 function sendLate(this: FastifyReply, payload?: unknown): FastifyReply {
   const exchange = exchangeOf(this.request)
   const timeout = exchange?.timeout
   if (!exchange || !timeout) return this.send(payload)
   // The timeout's reply could not be sent, and this is the error's. Or its client has left meanwhile.
-  if (isOf(timeout)) return Object.getPrototypeOf(this).send.call(this, payload)
+  if (isOf(timeout)) return sendBy(this, payload)
   if (timeout.isOver) {
     goOnNowhere(exchange, timeout)
     return this.send(payload)

@@ -98,7 +98,7 @@ function afterReturnLate(exchange: Exchange, value: unknown): unknown {
 
 function afterThrow(exchange: Exchange, error: unknown): unknown {
   const { reply, timeout } = exchange
-  exchange.handler = 'settled'
+  exchange.handler = 'failed'
   if (timeout !== null) {
     return timeout.over.then(() => {
       if (exchange.timeout !== null) goOnNowhere(exchange, timeout)

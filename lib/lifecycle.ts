@@ -7,7 +7,7 @@ import { isRefusal, KeyMissing, ScopeFailed, TransactionBroken } from './errors.
 import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, kSight, SKIPPED } from './exchange.js'
 import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { type Handler, protect } from './handler.js'
-import { inNameOf, interrupt, isOf, passTimeout, settle } from './handler-timeout.js'
+import { goOnNowhere, inNameOf, interrupt, isOf, passTimeout, settle, type Timeout } from './handler-timeout.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
 import { Operation, type Verdict } from './operation.js'
 import type { Policy } from './options.js'
@@ -128,6 +128,12 @@ export class Lifecycle {
       // Somebody sends twice, or the handler's timeout strikes: the first reply is on its way.
       return new Promise(() => {})
     }
+    const { timeout } = exchange
+    if (exchange.sending === 'passed' && timeout !== null && !isOf(timeout)) {
+      // The handler had sent its reply, but hooks held it up until the timeout's was on its way.
+      const kept = timeout.over.then(() => this.#keepLate(exchange, request, payload, timeout))
+      return this.#guarded(request, reply, kept)
+    }
     if (exchange.sending === 'passed') {
       // Sending the first reply failed: a stream that nobody reads any more is read to its end for the record.
       exchange.stream?.destroy()
@@ -152,7 +158,8 @@ export class Lifecycle {
       const { replayHeader } = this.#policy
       if (exchange.operation.reply !== null)
         takeOff(reply, exchange.operation.reply, replayHeader, exchange.headersBefore)
-      const working = exchange.handler === 'started' || exchange.handler === 'detached'
+      // What the handler has returned may still be on its way through hooks.
+      const working = exchange.handler !== 'waiting' && exchange.handler !== 'failed'
       if (error?.code === HANDLER_TIMEOUT && working && exchange.sending === 'no') {
         exchange.timeout = interrupt(reply)
         inNameOf(exchange.timeout, done)
@@ -300,6 +307,13 @@ export class Lifecycle {
       }
     }
     return error as Error
+  }
+
+  /** The same for a reply that met the timeout's on its way. */
+  #keepLate(exchange: Exchange, request: FastifyRequest, payload: Payload, timeout: Timeout): Maybe<unknown> {
+    if (exchange.timeout !== null) goOnNowhere(exchange, timeout)
+    if (!timeout.isMixed) return this.#keep(exchange, request, payload)
+    return finish(exchange, payload, tombstone(exchange.operation.fingerprint, 'hijacked'))
   }
 
   /** The handler's reply has come: decides what is kept of it. */

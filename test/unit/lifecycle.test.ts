@@ -1230,6 +1230,89 @@ t.test("a reply that is sent while the timeout's reply is still leaving is store
   }
 })
 
+t.test("a reply that hooks have held up until the timeout's has left is stored all the same", async (t) => {
+  const time = holdTime(t)
+  for (const handler of [
+    (_request, reply) => void reply.code(201).send('mine'),
+    async (_request, reply) => reply.code(201).send('mine'),
+    async (_request, reply) => {
+      reply.code(201)
+      return 'mine'
+    }
+  ] as Handler[]) {
+    const [entered, leave] = [latch(), latch()]
+    let runs = 0
+    const counted: Handler = (request, reply) => {
+      runs++
+      return handler(request, reply)
+    }
+    const before = (app: FastifyInstance) =>
+      app.addHook('onSend', async (_request, reply, payload) => {
+        if (payload !== 'mine' || reply.getHeader(REPLAYED) !== undefined) return
+        entered.open()
+        await leave.promise
+      })
+    const app = await serve(t, {}, counted, { handlerTimeout: TIME, before })
+    const first = send(app)
+    await entered.promise
+    await time.up()
+    t.same(told(await first), [503, 'FST_ERR_HANDLER_TIMEOUT', 'fresh'])
+    t.same(told(await send(app)), IN_PROGRESS)
+    leave.open()
+    await settled()
+    const again = await send(app)
+    t.same(told(again), [201, 'mine', 'replay'])
+    t.equal(again.headers['content-type'], 'text/plain; charset=utf-8')
+    t.equal(runs, 1)
+  }
+})
+
+t.test("a reply that is sent while the timeout's is being made has mixed with it: it is not kept", async (t) => {
+  const time = holdTime(t)
+  const [entered, deciding, leaving, leave] = [latch<Replying>(), latch(), latch(), latch()]
+  const before = (app: FastifyInstance) =>
+    app.addHook('onSend', async (_request, _reply, payload) => {
+      if (payload !== 'mine') {
+        deciding.open()
+        await leaving.promise
+      } else {
+        await leave.promise
+      }
+    })
+  const app = await serve(t, {}, (_request, reply) => entered.open({ reply }), { handlerTimeout: TIME, before })
+  const first = send(app)
+  const { reply } = await entered.promise
+  await time.up()
+  await deciding.promise
+  reply.code(402).send('mine')
+  leaving.open()
+  t.equal((await first).json().code, 'FST_ERR_HANDLER_TIMEOUT')
+  t.match(await app.idempotency.get('k'), { state: 'running' })
+  leave.open()
+  await settled()
+  t.same(told(await send(app)), NOT_REPLAYABLE)
+})
+
+t.test("a reply that comes before the timeout's, and cannot be sent, is answered by an error", async (t) => {
+  const time = holdTime(t)
+  const entered = latch<Replying>()
+  const app = await serve(t, {}, (_request, reply) => entered.open({ reply }), {
+    handlerTimeout: TIME,
+    errorHandler: (error, _request, reply) => {
+      if (error.code !== 'FST_ERR_HANDLER_TIMEOUT') reply.send(error)
+    },
+    onSend: async (_request, _reply, payload) => {
+      if (payload === 'mine') throw Object.assign(new Error('broken'), { statusCode: 504 })
+    }
+  })
+  const first = send(app)
+  const { reply } = await entered.promise
+  await time.up()
+  reply.send('mine')
+  t.equal((await first).statusCode, 504)
+  t.same(told(await send(app)), NOT_REPLAYABLE)
+})
+
 /** Answers errors itself, as most applications do, when it may. */
 function answering(may: Promise<void> = Promise.resolve()) {
   return async (error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
