@@ -88,7 +88,11 @@ function watchStatus(raw: ServerResponse, timeout: Timeout): void {
 /** In the place of a reply's own `send`, until it is known what the timeout's reply is. */
 function sendMeanwhile(this: FastifyReply, payload?: unknown): FastifyReply {
   const timeout = exchangeOf(this.request)?.timeout
-  if (timeout && !isOf(timeout)) timeout.isMixed = true
+  if (timeout && !isOf(timeout)) {
+    // Hijacked by what answers in the handler's place.
+    if (this.sent) return sendLate.call(this, payload)
+    timeout.isMixed = true
+  }
   return sendBy(this, payload)
 }
 
@@ -106,6 +110,8 @@ function sendLate(this: FastifyReply, payload?: unknown): FastifyReply {
   if (isOf(timeout)) return sendBy(this, payload)
   if (timeout.isOver) {
     goOnNowhere(exchange, timeout)
+    // Hijacked by what answered in the handler's place: Fastify drops what is sent.
+    if (this.sent) endUnkept(exchange, payload instanceof Error ? statusOf(payload, this.statusCode) : this.statusCode)
     return this.send(payload)
   }
   timeout.over.then(() => void this.send(payload)).catch((error) => void this.send(error))

@@ -89,10 +89,11 @@ function afterReturnLate(exchange: Exchange, value: unknown): unknown {
     return reply
   }
   goOnNowhere(exchange, timeout)
-  if (value !== undefined) return afterReturn(exchange, value)
   exchange.handler = 'settled'
-  if (!reply.sent) return reply.send()
-  buryHijacked(operation)
+  // Hijacked, by the handler or by what answered in its place: Fastify drops what is sent.
+  if (reply.sent) buryHijacked(operation)
+  else if (value !== undefined) return afterReturn(exchange, value)
+  else return reply.send()
   return reply
 }
 

@@ -1313,6 +1313,46 @@ t.test("a reply that comes before the timeout's, and cannot be sent, is answered
   t.same(told(await send(app)), NOT_REPLAYABLE)
 })
 
+t.test('a handler that ends after its reply was hijacked in its name ends its claim as well', async (t) => {
+  const time = holdTime(t)
+  const hijacking = (isOpen: boolean) => (_error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
+    reply.hijack()
+    reply.raw.statusCode = 503
+    if (isOpen) reply.raw.write('raw')
+    else reply.raw.end('raw')
+  }
+  const failure = Object.assign(new Error('no'), { statusCode: 503 })
+  for (const [end, isOpen, isKept] of [
+    ['value', false, true],
+    ['reply', false, true],
+    [failure, false, false],
+    ['reply', true, true]
+  ] as const) {
+    const store = new RemoteStore()
+    const [entered, leave] = [latch<Replying>(), latch<string>()]
+    const handler: Handler = (_request, reply) => {
+      entered.open({ reply })
+      return end === 'value' ? leave.promise : undefined
+    }
+    const app = await serve(t, { store }, handler, { handlerTimeout: TIME, errorHandler: hijacking(isOpen) })
+    const first = send(app)
+    const { reply } = await entered.promise
+    await time.up()
+    if (!isOpen) t.same(told(await first), [503, 'raw', 'fresh'])
+    if (end === 'value') leave.open('late')
+    else reply.send(end)
+    await settled()
+    if (isOpen) {
+      t.match(await app.idempotency.get('k'), { state: 'running' })
+      reply.raw.end()
+      await first
+      await settled()
+    }
+    t.match(store.records, isKept ? [{ kind: 'tombstone', reason: 'hijacked' }] : [])
+    t.equal((await app.idempotency.get('k'))?.state, isKept ? 'completed' : undefined)
+  }
+})
+
 /** Answers errors itself, as most applications do, when it may. */
 function answering(may: Promise<void> = Promise.resolve()) {
   return async (error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
