@@ -42,6 +42,8 @@ export class Exchange {
   toldOver = false
   stream: CapturedStream | null = null
   timeout: Timeout | null = null
+  /** Has the reply come so close to that of a timeout that it cannot be told what belongs to it? */
+  isMixed = false
 
   constructor(operation: Operation, reply: FastifyReply) {
     this.operation = operation

@@ -13,10 +13,16 @@ export interface Timeout {
   readonly headers: Headers
   /** Has the timeout's own reply left? */
   isOver: boolean
-  /** Has the handler replied while it was not decided yet what the timeout's reply is? They have one status and head. */
+  /** Is the timeout's own reply on its way? */
+  isPassed: boolean
+  /** Has the handler replied, or set a header, while the timeout's reply was being made? They have the same headers. */
   isMixed: boolean
+  /** Has anybody sent a reply meanwhile whose context is not the timeout's? */
+  isJoined: boolean
   /** The status that the handler has set since. */
   statusSet: number | null
+  /** The status of the timeout's own reply, if it has set one. */
+  ownStatus: number | null
   /** Resolves when the timeout's own reply is over. */
   readonly over: Promise<void>
   end(): void
@@ -28,9 +34,25 @@ export function interrupt(reply: FastifyReply): Timeout {
   const over = new Promise<void>((resolve) => {
     end = resolve
   })
+  const timeout: Timeout = {
+    statusCode: reply.statusCode,
+    headers: snapshot(reply),
+    isOver: false,
+    isPassed: false,
+    isMixed: false,
+    isJoined: false,
+    statusSet: null,
+    ownStatus: null,
+    over,
+    end
+  }
+  watchStatus(reply.raw, timeout)
   reply.send = sendMeanwhile as never
-  const { statusCode } = reply
-  return { statusCode, headers: snapshot(reply), isOver: false, isMixed: false, statusSet: null, over, end }
+  reply.header = function (this: FastifyReply, name: string, value: unknown) {
+    if (!isOf(timeout)) timeout.isMixed = true
+    return Object.getPrototypeOf(this).header.call(this, name, value)
+  } as never
+  return timeout
 }
 
 /** The timeout in whose name code runs: its error handler, and all that its reply meets on its way. */
@@ -59,7 +81,15 @@ export function settle(exchange: Exchange, timeout: Timeout): void {
 export function passTimeout(exchange: Exchange, timeout: Timeout, isOver = isClosed(exchange.reply)): void {
   const { reply } = exchange
   exchange.sending = 'passed'
-  watchStatus(reply.raw, timeout)
+  if (isOf(timeout)) {
+    // Who keeps the context did not set what was set without.
+    if (timeout.ownStatus !== null) reply.raw.statusCode = timeout.ownStatus
+  } else if (reply.statusCode === 503) {
+    timeout.statusSet = null
+    timeout.isMixed = false
+  }
+  timeout.isPassed = true
+  Reflect.deleteProperty(reply, 'header')
   reply.send = sendLate as never
   const end = () => {
     if (exchange.timeout !== timeout || timeout.isOver) return
@@ -78,7 +108,8 @@ function watchStatus(raw: ServerResponse, timeout: Timeout): void {
     configurable: true,
     get: () => statusCode,
     set: (status: number) => {
-      if (isOf(timeout)) statusCode = status
+      if (isOf(timeout)) timeout.ownStatus = statusCode = status
+      else if (!timeout.isPassed) timeout.statusSet = statusCode = status
       // As long as the timeout's reply has not left, Node sets its status once more.
       else if (status !== statusCode || timeout.isOver) timeout.statusSet = status
     }
@@ -92,6 +123,7 @@ function sendMeanwhile(this: FastifyReply, payload?: unknown): FastifyReply {
     // Hijacked by what answers in the handler's place.
     if (this.sent) return sendLate.call(this, payload)
     timeout.isMixed = true
+    timeout.isJoined = true
   }
   return sendBy(this, payload)
 }
@@ -124,13 +156,34 @@ function sendLate(this: FastifyReply, payload?: unknown): FastifyReply {
  */
 export function goOnNowhere(exchange: Exchange, timeout: Timeout): void {
   const { reply } = exchange
-  // Fastify's own again.
-  Reflect.deleteProperty(reply, 'send')
-  settle(exchange, timeout)
+  exchange.timeout = null
+  exchange.isMixed = timeout.isMixed
   exchange.sending = 'no'
   exchange.failed = false
-  reply.raw = new NowhereResponse(reply.request.raw, () => endNowhere(exchange)) as never
-  reply.raw.statusCode = timeout.statusSet ?? timeout.statusCode
+  const nowhere = new NowhereResponse(reply.request.raw, () => {
+    settle(exchange, timeout)
+    endNowhere(exchange)
+  })
+  nowhere.statusCode = timeout.statusSet ?? timeout.statusCode
+  reply.raw = nowhere as never
+  refuse(reply, timeout)
+}
+
+/** From now on the reply is the handler's alone: what an error handler still does to it comes too late. */
+function refuse(reply: FastifyReply, timeout: Timeout): void {
+  let { statusCode } = reply
+  Object.defineProperty(reply.raw, 'statusCode', {
+    configurable: true,
+    get: () => statusCode,
+    set: (status: number) => {
+      if (!isOf(timeout)) statusCode = status
+    }
+  })
+  for (const name of ['send', 'header'] as const) {
+    reply[name] = function (this: FastifyReply, ...args: unknown[]) {
+      return isOf(timeout) ? this : Object.getPrototypeOf(this)[name].apply(this, args)
+    } as never
+  }
 }
 
 /** A late reply that Fastify has not brought to onSend: an error that was sent, or raw bytes. */

@@ -312,14 +312,16 @@ export class Lifecycle {
   /** The same for a reply that met the timeout's on its way. */
   #keepLate(exchange: Exchange, request: FastifyRequest, payload: Payload, timeout: Timeout): Maybe<unknown> {
     if (exchange.timeout !== null) goOnNowhere(exchange, timeout)
-    if (!timeout.isMixed) return this.#keep(exchange, request, payload)
-    return finish(exchange, payload, tombstone(exchange.operation.fingerprint, 'hijacked'))
+    return this.#keep(exchange, request, payload)
   }
 
   /** The handler's reply has come: decides what is kept of it. */
   #keep(exchange: Exchange, request: FastifyRequest, payload: Payload): Maybe<unknown> {
     const { operation, reply, timeout } = exchange
-    if (timeout !== null && (isOf(timeout) || reply.statusCode === 503)) return passTimeout(exchange, timeout)
+    // A context may get lost in somebody's hooks. But a handler that has replied may have its reply here before the timeout's.
+    const isAlone = exchange.handler !== 'settled' && timeout?.isJoined !== true
+    if (timeout !== null && (isOf(timeout) || (isAlone && reply.statusCode === 503)))
+      return passTimeout(exchange, timeout)
     const { fingerprint } = operation
     // The handler's, which was faster than an error handler; or that of one whose context got lost: who can tell?
     if (timeout !== null) settle(exchange, timeout)
@@ -333,6 +335,7 @@ export class Lifecycle {
       body = payload.body as Payload
     }
     const final = isFinalReply(this.#policy, request, reply)
+    if (final && exchange.isMixed) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
     if (!isBuffered(body) && !hasNoBody(reply.statusCode)) return sendStream(exchange, body, final)
     if (!final) return finish(exchange, body, null)
     const kept = isBuffered(body) ? body : undefined

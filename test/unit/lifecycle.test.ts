@@ -1313,6 +1313,77 @@ t.test("a reply that comes before the timeout's, and cannot be sent, is answered
   t.same(told(await send(app)), NOT_REPLAYABLE)
 })
 
+t.test("what a handler sets while its timeout's reply is being made is the handler's", async (t) => {
+  const time = holdTime(t)
+  for (const [isHeaderSet, outcome] of [
+    [false, [201, 'late', 'replay']],
+    [true, NOT_REPLAYABLE]
+  ] as const) {
+    const [entered, answer] = [latch<Replying>(), latch()]
+    const leave = latch<string>()
+    const handler: Handler = async (_request, reply) => {
+      entered.open({ reply })
+      return leave.promise
+    }
+    const errorHandler = async (error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
+      if (error.code !== 'FST_ERR_HANDLER_TIMEOUT') return reply.send(error)
+      reply.code(504)
+      await answer.promise
+      return reply.send('slow')
+    }
+    const app = await serve(t, {}, handler, { handlerTimeout: TIME, errorHandler })
+    const first = send(app)
+    const { reply } = await entered.promise
+    await time.up()
+    reply.code(201)
+    if (isHeaderSet) reply.header('x-which', "one's is this?")
+    leave.open('late')
+    await settled()
+    answer.open()
+    t.same(told(await first), [504, 'slow', 'fresh'])
+    await settled()
+    t.same(told(await send(app)), outcome)
+  }
+})
+
+t.test(
+  'what an error handler does when the handler has replied late is not taken for what the handler does',
+  async (t) => {
+    const time = holdTime(t)
+    const [entered, answer, held, leave] = [latch<Replying>(), latch(), latch(), latch()]
+    const errorHandler = async (error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
+      if (error.code !== 'FST_ERR_HANDLER_TIMEOUT') return reply.send(error)
+      await answer.promise
+      return reply.code(504).header('x-slow', '1').send('slow')
+    }
+    const before = (app: FastifyInstance) =>
+      app.addHook('onSend', async (_request, _reply, payload) => {
+        if (payload !== 'late') return
+        held.open()
+        await leave.promise
+      })
+    const app = await serve(t, {}, (_request, reply) => entered.open({ reply }), {
+      handlerTimeout: TIME,
+      errorHandler,
+      before
+    })
+    send(app).catch(() => {})
+    const { reply } = await entered.promise
+    await time.up()
+    reply.raw.destroy()
+    await settled()
+    reply.code(201).send('late')
+    await held.promise
+    answer.open()
+    await settled()
+    leave.open()
+    await settled()
+    const again = await send(app)
+    t.same(told(again), [201, 'late', 'replay'])
+    t.equal(again.headers['x-slow'], undefined)
+  }
+)
+
 t.test('a handler that ends after its reply was hijacked in its name ends its claim as well', async (t) => {
   const time = holdTime(t)
   const hijacking = (isOpen: boolean) => (_error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
