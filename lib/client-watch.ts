@@ -2,7 +2,7 @@ import type { ServerResponse } from 'node:http'
 import type { FastifyReply } from 'fastify'
 import { buryHijacked } from './ending.js'
 import type { Exchange } from './exchange.js'
-import { passTimeout } from './handler-timeout.js'
+import { passNothing } from './handler-timeout.js'
 
 /** The exchanges whose responses wait behind another on their connection, by the connection's socket. */
 const queued = new WeakMap<object, Set<Exchange>>()
@@ -42,7 +42,7 @@ function onClose(exchange: Exchange, response: ServerResponse): void {
   } else if (exchange.sending === 'no') {
     exchange.clientGone = true
     // The handler has not ended, only its time.
-    if (exchange.timeout !== null) passTimeout(exchange, exchange.timeout, true)
+    if (exchange.timeout !== null) passNothing(exchange, exchange.timeout)
     // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
     else if (response.writableEnded && exchange.failed) void operation.release()
     else if (response.writableEnded || isHijacked(reply)) buryHijacked(operation)

@@ -30,7 +30,9 @@ export class Exchange {
   readonly reply: FastifyReply
   /** The headers that were on the reply when the handler started, or the replay. */
   headersBefore: Headers = NO_HEADERS
-  /** `detached`: the handler has returned without a promise, and replies from a callback, if ever. */
+  /**
+   * `detached`: the handler has returned without a promise, and replies from a callback, if ever. `failed`: it has thrown.
+   */
   handler: 'waiting' | 'started' | 'detached' | 'settled' | 'failed' = 'waiting'
   /** Where the reply is: not there yet, being stored, or handed on to Fastify. */
   sending: 'no' | 'storing' | 'passed' = 'no'

@@ -17,8 +17,6 @@ export interface Timeout {
   isPassed: boolean
   /** Has the handler replied, or set a header, while the timeout's reply was being made? They have the same headers. */
   isMixed: boolean
-  /** Has anybody sent a reply meanwhile whose context is not the timeout's? */
-  isJoined: boolean
   /** The status that the handler has set since. */
   statusSet: number | null
   /** The status of the timeout's own reply, if it has set one. */
@@ -40,7 +38,6 @@ export function interrupt(reply: FastifyReply): Timeout {
     isOver: false,
     isPassed: false,
     isMixed: false,
-    isJoined: false,
     statusSet: null,
     ownStatus: null,
     over,
@@ -71,6 +68,14 @@ export function isOf(timeout: Timeout): boolean {
   return answering.getStore() === timeout
 }
 
+/**
+ * Is this 503 the timeout's own reply, whose context got lost? Not if who has its context has set a status, nor if the
+ * handler has replied: then this may be its reply.
+ */
+export function mayBeOf({ ownStatus }: Timeout, { handler, reply }: Exchange): boolean {
+  return ownStatus === null && handler !== 'settled' && reply.statusCode === 503
+}
+
 /** The handler has replied, as far as it can be told: what comes now is no concern of the timeout. */
 export function settle(exchange: Exchange, timeout: Timeout): void {
   exchange.timeout = null
@@ -78,16 +83,28 @@ export function settle(exchange: Exchange, timeout: Timeout): void {
 }
 
 /** Fastify's handlerTimeout answers in the handler's place. The claim stays until the handler has ended. */
-export function passTimeout(exchange: Exchange, timeout: Timeout, isOver = isClosed(exchange.reply)): void {
+export function passTimeout(exchange: Exchange, timeout: Timeout): void {
   const { reply } = exchange
-  exchange.sending = 'passed'
   if (isOf(timeout)) {
     // Who keeps the context did not set what was set without.
     if (timeout.ownStatus !== null) reply.raw.statusCode = timeout.ownStatus
-  } else if (reply.statusCode === 503) {
+  } else {
+    // Whose context got lost has set it all.
     timeout.statusSet = null
     timeout.isMixed = false
   }
+  leave(exchange, timeout, isClosed(reply))
+}
+
+/** The client has left before anything has answered it. */
+export function passNothing(exchange: Exchange, timeout: Timeout): void {
+  leave(exchange, timeout, true)
+}
+
+/** From here on what is sent or set without the timeout's context is the handler's, and has to wait. */
+function leave(exchange: Exchange, timeout: Timeout, isOver: boolean): void {
+  const { reply } = exchange
+  exchange.sending = 'passed'
   timeout.isPassed = true
   Reflect.deleteProperty(reply, 'header')
   reply.send = sendLate as never
@@ -123,7 +140,6 @@ function sendMeanwhile(this: FastifyReply, payload?: unknown): FastifyReply {
     // Hijacked by what answers in the handler's place.
     if (this.sent) return sendLate.call(this, payload)
     timeout.isMixed = true
-    timeout.isJoined = true
   }
   return sendBy(this, payload)
 }

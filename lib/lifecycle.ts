@@ -7,7 +7,16 @@ import { isRefusal, KeyMissing, ScopeFailed, TransactionBroken } from './errors.
 import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, kSight, SKIPPED } from './exchange.js'
 import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { type Handler, protect } from './handler.js'
-import { goOnNowhere, inNameOf, interrupt, isOf, passTimeout, settle, type Timeout } from './handler-timeout.js'
+import {
+  goOnNowhere,
+  inNameOf,
+  interrupt,
+  isOf,
+  mayBeOf,
+  passTimeout,
+  settle,
+  type Timeout
+} from './handler-timeout.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
 import { Operation, type Verdict } from './operation.js'
 import type { Policy } from './options.js'
@@ -318,10 +327,7 @@ export class Lifecycle {
   /** The handler's reply has come: decides what is kept of it. */
   #keep(exchange: Exchange, request: FastifyRequest, payload: Payload): Maybe<unknown> {
     const { operation, reply, timeout } = exchange
-    // A context may get lost in somebody's hooks. But a handler that has replied may have its reply here before the timeout's.
-    const isAlone = exchange.handler !== 'settled' && timeout?.isJoined !== true
-    if (timeout !== null && (isOf(timeout) || (isAlone && reply.statusCode === 503)))
-      return passTimeout(exchange, timeout)
+    if (timeout !== null && (isOf(timeout) || mayBeOf(timeout, exchange))) return passTimeout(exchange, timeout)
     const { fingerprint } = operation
     // The handler's, which was faster than an error handler; or that of one whose context got lost: who can tell?
     if (timeout !== null) settle(exchange, timeout)

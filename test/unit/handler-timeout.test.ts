@@ -5,7 +5,7 @@ import { setImmediate as turn } from 'node:timers/promises'
 import type { FastifyReply } from 'fastify'
 import t from 'tap'
 import { Exchange, kExchange } from '../../lib/exchange.js'
-import { goOnNowhere, inNameOf, interrupt, isOf, passTimeout, settle } from '../../lib/handler-timeout.js'
+import { goOnNowhere, inNameOf, interrupt, isOf, passNothing, passTimeout, settle } from '../../lib/handler-timeout.js'
 import { NowhereResponse } from '../../lib/nowhere-response.js'
 import type { Operation } from '../../lib/operation.js'
 
@@ -24,15 +24,15 @@ function late() {
     send(this: unknown, payload: unknown) {
       calls.push(`send ${payload}`)
       return this
+    },
+    header(name: string, value: string) {
+      headers = { ...headers, [name]: value }
     }
   }
   const reply = Object.assign(Object.create(fastifys), {
     raw: Object.assign(new EventEmitter(), { statusCode: 202 }),
     request,
     getHeaders: () => ({ ...headers }),
-    header: (name: string, value: string) => {
-      headers = { ...headers, [name]: value }
-    },
     removeHeader: (name: string) => {
       const { [name]: _gone, ...others } = headers
       headers = others
@@ -60,7 +60,7 @@ function answered(scene: ReturnType<typeof late>) {
   raw.statusCode = 503
   reply.removeHeader('x-of')
   reply.header('retry-after', '1')
-  passTimeout(exchange, timeout, false)
+  passTimeout(exchange, timeout)
   return scene
 }
 
@@ -96,6 +96,7 @@ t.test('when all overdue handlers have replied nothing is told apart any more, w
   inNameOf(b.timeout, () => {})
   inNameOf(a.timeout, () => {
     goOnNowhere(b.exchange, b.timeout)
+    b.reply.raw.end()
     settle(another.exchange, another.timeout)
     t.equal(isOf(a.timeout), true, 'this one has not')
     settle(a.exchange, a.timeout)
@@ -138,11 +139,11 @@ t.test('a handler that goes on before is not interrupted again', async (t) => {
 
 t.test('to a client that is gone already it is over in a moment, and may be told so twice', async (t) => {
   const { exchange, raw, timeout } = late()
-  passTimeout(exchange, timeout, true)
+  passNothing(exchange, timeout)
   t.equal(timeout.isOver, false)
   await turn()
   t.equal(timeout.isOver, true)
-  passTimeout(exchange, timeout, true)
+  passNothing(exchange, timeout)
   raw.statusCode = 418
   t.equal(timeout.statusSet, 418)
 })

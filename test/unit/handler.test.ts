@@ -154,7 +154,7 @@ t.test('an error is passed on to Fastify, at once or by a promise', async (t) =>
       }),
     error
   )
-  t.equal(s.exchange.handler, 'settled')
+  t.equal(s.exchange.handler, 'failed')
   const { exchange, logged, run } = scene()
   await t.rejects(
     run(async () => {
@@ -162,7 +162,7 @@ t.test('an error is passed on to Fastify, at once or by a promise', async (t) =>
     }) as Promise<unknown>,
     error
   )
-  t.equal(exchange.handler, 'settled')
+  t.equal(exchange.handler, 'failed')
   t.strictSame(logged, [])
 })
 
@@ -328,7 +328,7 @@ t.test('an error after its time is logged, and ends the claim by its status', as
     const error = Object.assign(new Error('late'), { statusCode })
     s.fail(error)
     await new Promise((resolve) => setImmediate(resolve))
-    t.equal(s.exchange.handler, 'settled')
+    t.equal(s.exchange.handler, 'failed')
     t.strictSame(s.calls, [])
     s.timeout.end()
     t.equal(await givesReply(s, s.done), true)
