@@ -15,6 +15,10 @@ export interface Timeout {
   isOver: boolean
   /** Is the timeout's own reply on its way? */
   isPassed: boolean
+  /** Has a reply been sent in its name? */
+  isAnswered: boolean
+  /** Has one been sent by anybody else, before the timeout's own was on its way? */
+  isJoined: boolean
   /** Has the handler replied, or set a header, while the timeout's reply was being made? They have the same headers. */
   isMixed: boolean
   /** The status that the handler has set since. */
@@ -37,6 +41,8 @@ export function interrupt(reply: FastifyReply): Timeout {
     headers: snapshot(reply),
     isOver: false,
     isPassed: false,
+    isAnswered: false,
+    isJoined: false,
     isMixed: false,
     statusSet: null,
     ownStatus: null,
@@ -69,11 +75,12 @@ export function isOf(timeout: Timeout): boolean {
 }
 
 /**
- * Is this 503 the timeout's own reply, whose context got lost? Not if who has its context has set a status, nor if the
- * handler has replied: then this may be its reply.
+ * Is a reply that has come without its context the timeout's own? It may have lost it in somebody's hooks; or in the
+ * error handler, before a status was set and a reply was sent. A handler that has returned may have its reply here.
  */
-export function mayBeOf({ ownStatus }: Timeout, { handler, reply }: Exchange): boolean {
-  return ownStatus === null && handler !== 'settled' && reply.statusCode === 503
+export function mayBeOf(timeout: Timeout, { handler, reply }: Exchange): boolean {
+  if (reply.statusCode !== 503 || handler === 'settled') return false
+  return !timeout.isJoined || (!timeout.isAnswered && timeout.ownStatus === null)
 }
 
 /** The handler has replied, as far as it can be told: what comes now is no concern of the timeout. */
@@ -136,9 +143,12 @@ function watchStatus(raw: ServerResponse, timeout: Timeout): void {
 /** In the place of a reply's own `send`, until it is known what the timeout's reply is. */
 function sendMeanwhile(this: FastifyReply, payload?: unknown): FastifyReply {
   const timeout = exchangeOf(this.request)?.timeout
-  if (timeout && !isOf(timeout)) {
+  if (timeout && isOf(timeout)) {
+    timeout.isAnswered = true
+  } else if (timeout) {
     // Hijacked by what answers in the handler's place.
     if (this.sent) return sendLate.call(this, payload)
+    timeout.isJoined = true
     timeout.isMixed = true
   }
   return sendBy(this, payload)

@@ -1174,6 +1174,31 @@ t.test('a 503 is the reply of the timeout, wherever it comes from', async (t) =>
   t.same(told(await send(app)), [200, 'late', 'replay'])
 })
 
+t.test('the reply of a timeout may lose its context on its way', async (t) => {
+  const time = holdTime(t)
+  const [leave, entered] = [latch(), latch()]
+  const lost = new EventEmitter()
+  const app = await build(t)
+  app.addHook('onSend', (_request, reply, payload, done) => {
+    if (reply.statusCode !== 503) return done(null, payload)
+    lost.once('on', () => done(null, payload))
+  })
+  app.post('/', { config: { idempotency: true }, handlerTimeout: TIME }, async (_request, reply) => {
+    entered.open()
+    await leave.promise
+    return reply.code(201).send('late')
+  })
+  const first = send(app)
+  await entered.promise
+  await time.up()
+  lost.emit('on')
+  t.equal((await first).statusCode, 503)
+  t.same(told(await send(app)), IN_PROGRESS)
+  leave.open()
+  await settled()
+  t.same(told(await send(app)), [201, 'late', 'replay'])
+})
+
 t.test('of another reply cannot be told whose it is: it is not kept, and the handler has had its turn', async (t) => {
   const time = holdTime(t)
   const store = new RemoteStore()
