@@ -5,7 +5,16 @@ import { setImmediate as turn } from 'node:timers/promises'
 import type { FastifyReply } from 'fastify'
 import t from 'tap'
 import { Exchange, kExchange } from '../../lib/exchange.js'
-import { goOnNowhere, inNameOf, interrupt, isOf, passNothing, passTimeout, settle } from '../../lib/handler-timeout.js'
+import {
+  goOnNowhere,
+  inNameOf,
+  interrupt,
+  isOf,
+  mayBeOf,
+  passNothing,
+  passTimeout,
+  settle
+} from '../../lib/handler-timeout.js'
 import { NowhereResponse } from '../../lib/nowhere-response.js'
 import type { Operation } from '../../lib/operation.js'
 
@@ -262,4 +271,135 @@ t.test('a late reply that was stored on its way has ended its claim', async (t) 
     reply.raw.end()
     t.strictSame(calls, [])
   }
+})
+
+/* Between the moment at which the time is up, and the one at which the timeout's reply is on its way */
+
+t.test('a 503 that has come without its context is the timeout’s, unless it may be the handler’s', async (t) => {
+  for (const [of, status, handler, expected] of [
+    [{}, 503, 'started', true],
+    [{ isAnswered: true, ownStatus: 503 }, 503, 'started', true],
+    [{ isAnswered: true, ownStatus: 503 }, 503, 'detached', true],
+    [{}, 504, 'started', false],
+    [{ isAnswered: true, ownStatus: 504 }, 504, 'started', false],
+    [{ isAnswered: true, ownStatus: 503 }, 503, 'settled', false],
+    [{ isJoined: true }, 503, 'started', true],
+    [{ isJoined: true }, 503, 'settled', false],
+    [{ isJoined: true, ownStatus: 503 }, 503, 'started', false],
+    [{ isJoined: true, isAnswered: true }, 503, 'started', false],
+    [{ isJoined: true, isAnswered: true, ownStatus: 503 }, 503, 'started', false]
+  ] as const) {
+    const { exchange, raw, timeout } = late()
+    raw.statusCode = status
+    Object.assign(timeout, of)
+    exchange.handler = handler
+    t.equal(mayBeOf(timeout, exchange), expected, JSON.stringify([of, status, handler]))
+  }
+})
+
+t.test('a status that the handler sets meanwhile is not that of the timeout’s reply', async (t) => {
+  for (const own of [504, null]) {
+    const { exchange, raw, timeout } = late()
+    inNameOf(timeout, () => {
+      if (own !== null) raw.statusCode = own
+    })
+    raw.statusCode = 201
+    t.equal(raw.statusCode, 201)
+    inNameOf(timeout, () => passTimeout(exchange, timeout))
+    t.equal(raw.statusCode, own ?? 201)
+    t.equal(timeout.statusSet, 201)
+    raw.emit('finish')
+    goOnNowhere(exchange, timeout)
+    t.equal(exchange.reply.raw.statusCode, 201)
+  }
+})
+
+t.test('a header that the handler sets meanwhile has mixed with those of the timeout', async (t) => {
+  for (const [set, isMixed] of [
+    [() => {}, false],
+    [({ reply, timeout }: ReturnType<typeof late>) => inNameOf(timeout, () => void reply.header('x-of', 't')), false],
+    [({ reply }: ReturnType<typeof late>) => void reply.header('x-of', 'h'), true],
+    [({ reply }: ReturnType<typeof late>) => void reply.send('late'), true]
+  ] as const) {
+    const scene = late()
+    const { exchange, headers, reply, timeout } = scene
+    set(scene)
+    t.equal(timeout.isMixed, isMixed)
+    if (set.length > 0 && headers()['x-of'] !== 'handler') t.match(headers()['x-of'], /^[th]$/)
+    inNameOf(timeout, () => passTimeout(exchange, timeout))
+    reply.header('x-since', '1')
+    t.equal(timeout.isMixed, isMixed, 'what is set from then on is lost, which is another matter')
+    t.equal(Object.hasOwn(reply, 'header'), false)
+    goOnNowhere(exchange, timeout)
+    t.equal(exchange.isMixed, isMixed)
+  }
+})
+
+t.test('what was set by an error handler that lost its context is the timeout’s', async (t) => {
+  const { exchange, raw, reply, timeout } = late()
+  raw.statusCode = 503
+  reply.header('retry-after', '1')
+  passTimeout(exchange, timeout)
+  t.match(timeout, { statusSet: null, isMixed: false })
+})
+
+t.test('a client that leaves changes nothing of what the handler has set', async (t) => {
+  const { exchange, raw, reply, timeout } = late()
+  raw.statusCode = 201
+  reply.header('location', '/1')
+  passNothing(exchange, timeout)
+  t.match(timeout, { statusSet: 201, isMixed: true })
+})
+
+t.test('what is sent meanwhile is sent, and by whom is known', async (t) => {
+  const ours = late()
+  inNameOf(ours.timeout, () => t.equal(ours.reply.send('slow'), ours.reply))
+  t.strictSame(ours.calls, ['send slow'])
+  t.match(ours.timeout, { isAnswered: true, isJoined: false, isMixed: false })
+  const theirs = late()
+  t.equal(theirs.reply.send('late'), theirs.reply)
+  t.strictSame(theirs.calls, ['send late'])
+  t.match(theirs.timeout, { isAnswered: false, isJoined: true, isMixed: true })
+  const neither = late()
+  neither.exchange.timeout = null
+  neither.reply.send('late')
+  t.strictSame(neither.calls, ['send late'])
+})
+
+t.test('what the handler sends when its reply was hijacked in its name waits, and ends its claim', async (t) => {
+  for (const [payload, status, call] of [
+    ['late', 202, 'hijacked'],
+    [Object.assign(new Error('no'), { statusCode: 409 }), 202, 'hijacked'],
+    [new Error('no'), 202, 'release'],
+    ['late', 500, 'release']
+  ] as const) {
+    const { calls, raw, reply, timeout, exchange } = late()
+    Object.assign(reply, { sent: true })
+    reply.send(payload)
+    t.strictSame(calls, [])
+    t.equal(timeout.isMixed, false)
+    inNameOf(timeout, () => passTimeout(exchange, timeout))
+    raw.emit('finish')
+    raw.statusCode = status
+    await turn()
+    t.strictSame(calls, [call, `send ${payload}`])
+  }
+})
+
+t.test('what an error handler does when the handler has replied comes too late', async (t) => {
+  const { calls, exchange, headers, raw, reply, timeout } = answered(late())
+  raw.emit('finish')
+  goOnNowhere(exchange, timeout)
+  inNameOf(timeout, () => {
+    reply.raw.statusCode = 504
+    t.equal(reply.header('x-of', 'timeout'), reply)
+    t.equal(reply.send('slow'), reply)
+  })
+  t.equal(reply.raw.statusCode, 202)
+  t.strictSame([headers(), calls], [{ 'x-of': 'handler' }, []])
+  reply.raw.statusCode = 201
+  reply.header('x-of', 'late')
+  reply.send('late')
+  t.equal(reply.raw.statusCode, 201)
+  t.strictSame([headers(), calls], [{ 'x-of': 'late' }, ['send late']])
 })
