@@ -57,7 +57,7 @@ const SPECIFIED_IN = {
   'stores/redis-batches': 'unit/redis-batching',
   'stores/redis-renewals': 'unit/redis-batching',
   'stores/redis-run': 'unit/redis-batching',
-  'stores/redis-errors': 'unit/redis-batching',
+  'stores/redis-errors': 'unit/redis-errors unit/redis-batching',
   'stores/redis-subscriptions': 'unit/redis-subscriptions',
   'stores/sealing': 'unit/sealing',
   'stores/encrypted': 'stores/encrypted',

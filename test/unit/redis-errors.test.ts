@@ -1,0 +1,28 @@
+import t from 'tap'
+import { discreet, isAborted, isWrongType } from '../../lib/stores/redis-errors.js'
+
+t.test('an error is passed on without the command that it carries', async (t) => {
+  const error = Object.assign(new TypeError('READONLY'), { command: { name: 'set', args: ['key', 'secret'] } })
+  const passed = discreet(error)
+  t.strictSame({ ...passed, message: passed.message }, { name: 'TypeError', message: 'READONLY' })
+  t.match(discreet('away'), { name: 'Error', message: 'away' })
+  t.match(discreet({ message: 'a', name: 'b' }), { name: 'Error', message: '[object Object]' })
+})
+
+t.test('a key of another type is known by its error, be it that of a script', async (t) => {
+  for (const [message, is] of [
+    ['WRONGTYPE Operation against a key holding the wrong kind of value', true],
+    ['ERR Error running script: @user_script:1: WRONGTYPE Operation against a key', true],
+    ['NOTWRONGTYPE Operation', false],
+    ['READONLY You can not write against a read only replica', false]
+  ] as const) {
+    t.equal(isWrongType(new Error(message)), is, message)
+  }
+})
+
+t.test('a command of a pipeline that was given up with its connection is known by its error', async (t) => {
+  t.equal(isAborted([new Error('Command aborted due to connection close')]), true)
+  t.equal(isAborted([new Error('READONLY')]), false)
+  t.equal(isAborted([null, 'OK']), false)
+  t.equal(isAborted(undefined), false)
+})
