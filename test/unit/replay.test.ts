@@ -1,6 +1,6 @@
 import Fastify, { type FastifyReply } from 'fastify'
 import t from 'tap'
-import { payloadOf, putOn, restoreAll, takeOff } from '../../lib/replay.js'
+import { hasType, payloadOf, putOn, restoreAll, takeOff } from '../../lib/replay.js'
 import type { StoredReply } from '../../types/index.js'
 
 const STORED: StoredReply = {
@@ -39,6 +39,12 @@ t.test('a replay has the stored status and headers and its mark, and no length b
   const headers = { 'x-own': 'own', 'content-type': 'text/plain', 'x-new': 'new' }
   t.strictSame(await headersAfter(work('replayed')), [201, { ...headers, replayed: 'true' }])
   t.strictSame(await headersAfter(work(null)), [201, headers])
+})
+
+t.test('a stored reply has a type, or has none', async (t) => {
+  t.equal(hasType(STORED), true)
+  t.equal(hasType({ ...STORED, headers: STORED.headers.slice(1) }), false)
+  t.equal(hasType({ ...STORED, headers: [] }), false)
 })
 
 t.test('a replay that is taken off leaves the headers as they were', async (t) => {
