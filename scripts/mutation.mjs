@@ -60,7 +60,7 @@ const SPECIFIED_IN = {
   'stores/redis-errors': 'unit/redis-errors unit/redis-batching',
   'stores/redis-subscriptions': 'unit/redis-subscriptions',
   'stores/sealing': 'unit/sealing',
-  'stores/encrypted': 'stores/encrypted',
+  'stores/encrypted': 'unit/encrypted stores/encrypted',
   openapi: 'unit/openapi interop/swagger',
   'covered-routes': 'interop/swagger',
   client: 'unit/client',
