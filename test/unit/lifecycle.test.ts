@@ -1356,7 +1356,8 @@ t.test("what a handler sets while its timeout's reply is being made is the handl
       await answer.promise
       return reply.send('slow')
     }
-    const app = await serve(t, {}, handler, { handlerTimeout: TIME, errorHandler })
+    const store = new RemoteStore()
+    const app = await serve(t, { store }, handler, { handlerTimeout: TIME, errorHandler })
     const first = send(app)
     const { reply } = await entered.promise
     await time.up()
@@ -1367,6 +1368,7 @@ t.test("what a handler sets while its timeout's reply is being made is the handl
     answer.open()
     t.same(told(await first), [504, 'slow', 'fresh'])
     await settled()
+    t.match(store.records, [isHeaderSet ? { kind: 'tombstone', reason: 'hijacked' } : { kind: 'reply' }])
     t.same(told(await send(app)), outcome)
   }
 })
