@@ -3,6 +3,7 @@ import t, { type Test } from 'tap'
 import { insist, StoreInUse, sleep } from '../../lib/store-in-use.js'
 import type { IdempotencyStore } from '../../types/index.js'
 import { latch, until } from '../support/latch.js'
+import { VirtualTime } from '../support/virtual-time.js'
 
 /** Longer than any pause. */
 const TIMEOUT = 30_000
@@ -130,6 +131,31 @@ t.test('a success makes the pauses short again for the claims behind it', async 
   t.strictSame(pauses, [50, 100, 50])
 })
 
+t.test('of those who give back side by side one goes on asking a store that fails', async (t) => {
+  const time = new VirtualTime()
+  time.install()
+  t.teardown(() => time.uninstall())
+  let asked = 0
+  const inUse = StoreInUse.of(
+    storeWith({
+      async release() {
+        if (++asked > 50) throw new Error('away')
+        return true
+      }
+    })
+  )
+  inUse.enter()
+  const given = Array.from({ length: 200 }, (_, n) => inUse.disown(`key ${n}`, 'token', TIMEOUT))
+  await time.pass(0)
+  for (const pause of [50, 100, 200]) {
+    const before = asked
+    await time.pass(pause)
+    t.equal(asked, before + 1)
+  }
+  await inUse.leave()
+  t.equal((await Promise.all(given)).filter((is) => is).length, 50)
+})
+
 t.test('a claim that cannot be given back does not hold up the others', async (t) => {
   hurry(t)
   let broken = true
@@ -174,7 +200,7 @@ t.test('when the last one has left nothing more is given back, and who waits for
   const given = Promise.all([inUse.disown('a', 'token', TIMEOUT), inUse.disown('b', 'token', TIMEOUT)])
   await until(() => asked >= 3)
   await inUse.leave()
-  await given
+  t.strictSame(await given, [false, false])
   const before = asked
   await pause(20)
   t.equal(asked, before)
@@ -213,14 +239,24 @@ t.test('of more than ten thousand claims that nobody needs the oldest are left t
     })
   )
   let told = 0
-  const given = Array.from({ length: 10_000 }, (_, n) => inUse.disown(`${n}`, 'token', TIMEOUT).then(() => void told++))
+  const tell = async (given: Promise<boolean>) => {
+    const is = await given
+    told++
+    return is
+  }
+  const given = Array.from({ length: 10_000 }, (_, n) => tell(inUse.disown(`${n}`, 'token', TIMEOUT)))
   await new Promise((resolve) => setImmediate(resolve))
   t.equal(told, 0)
-  for (let n = 10_000; n < 10_003; n++) given.push(inUse.disown(`${n}`, 'token', TIMEOUT).then(() => void told++))
+  for (let n = 10_000; n < 10_003; n++) given.push(tell(inUse.disown(`${n}`, 'token', TIMEOUT)))
   await Promise.all(given.slice(0, 3))
   t.equal(told, 3, 'who waits for those is told')
   answer.open(true)
-  await Promise.all(given)
+  const results = await Promise.all(given)
+  t.strictSame(
+    results.map((is, n) => (is ? -1 : n)).filter((n) => n >= 0),
+    [0, 1, 2],
+    'that they are not given back'
+  )
   t.equal(asked.length, 10_001)
   t.strictSame(asked.slice(0, 2), ['0', '3'], 'the first was being given back already')
 })
