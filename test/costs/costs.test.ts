@@ -9,25 +9,37 @@ import { startRedis } from '../support/redis.js'
 
 const REQUESTS = 20
 
-/** How many of what Node's async hooks know came into being for each request. */
+const TYPES = ['PROMISE', 'Timeout', 'Immediate']
+
+/**
+ * How many of what Node's async hooks know came into being for each request. The least of three rounds: a timer that
+ * many requests share may ring in one of them, and takes a turn of the event loop then.
+ */
 async function costs(send: (n: number) => Promise<unknown>): Promise<Record<string, number>> {
   for (let n = 0; n < 5; n++) await send(-1 - n)
-  const counts: Record<string, number> = { PROMISE: 0, Timeout: 0, Immediate: 0 }
+  const rounds = [await round(send, 0), await round(send, REQUESTS), await round(send, 2 * REQUESTS)]
+  return Object.fromEntries(
+    TYPES.map((type) => [type, Math.min(...rounds.map((counts) => counts[type] as number)) / REQUESTS])
+  )
+}
+
+async function round(send: (n: number) => Promise<unknown>, from: number): Promise<Record<string, number>> {
+  const counts: Record<string, number> = Object.fromEntries(TYPES.map((type) => [type, 0]))
   const hook = createHook({
     init(_, type) {
       if (type in counts) counts[type] = (counts[type] as number) + 1
     }
   }).enable()
-  for (let n = 0; n < REQUESTS; n++) await send(n)
+  for (let n = from; n < from + REQUESTS; n++) await send(n)
   hook.disable()
-  return Object.fromEntries(Object.entries(counts).map(([type, count]) => [type, count / REQUESTS]))
+  return counts
 }
 
-/** Of timers there are some now and then that serve many requests, each with a turn of its own, and Node has its own. */
+/** Of timers there are some now and then that serve many requests, and Node has its own. */
 function within(t: Test, found: Record<string, number>, { promises = 0, turns = 0 }): void {
   const { PROMISE = 0, Timeout = 0, Immediate = 0 } = found
   t.ok(PROMISE <= promises, `${PROMISE} promises, of ${promises}`)
-  t.ok((Immediate - turns) * REQUESTS <= 3, `${Immediate} turns of the event loop, of ${turns}`)
+  t.ok(Immediate <= turns, `${Immediate} turns of the event loop, of ${turns}`)
   t.ok(Timeout * REQUESTS <= 3, `${Timeout * REQUESTS} timers for ${REQUESTS} requests`)
 }
 
