@@ -3,17 +3,36 @@ import type { FastifyRequest } from 'fastify'
 import type { Test } from 'tap'
 import { atHand } from '../../lib/at-hand.js'
 import { idempotencyEvents } from '../../lib/events.js'
+import { join } from '../../lib/fingerprint.js'
+import { storageKey } from '../../lib/key.js'
 import { Operation, type Verdict } from '../../lib/operation.js'
 import type { Policy } from '../../lib/options.js'
 import type { Registration } from '../../lib/registration.js'
 import { StoreInUse } from '../../lib/store-in-use.js'
-import type { IdempotencyEvent, IdempotencyStore } from '../../types/index.js'
+import type { Acquisition, IdempotencyEvent, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
+import { reply } from './store-fixtures.js'
 import { VirtualTime } from './virtual-time.js'
 
 export const LEASE = 30_000
 export const STORE_TIMEOUT = 1_500
 export const WAIT_TIMEOUT = 10_000
 export const TTL = 5_000
+
+/** Of an actor that says nothing else. */
+export const KEY = storageKey(null, 'k')
+export const OURS = join('head', 'payload')
+export const RECORD: StoredReply = { ...reply(), fingerprint: OURS }
+
+export const running = (fingerprint = OURS): Acquisition => ({ state: 'running', fingerprint, leaseMs: LEASE })
+export const completed = (record: StoredRecord = RECORD): Acquisition => ({ state: 'completed', record, ttlMs: 1_000 })
+
+export const IN_PROGRESS = { code: 'FST_IDEMPOTENCY_IN_PROGRESS', statusCode: 409, headers: { 'retry-after': '1' } }
+export const REUSED = { code: 'FST_IDEMPOTENCY_KEY_REUSED', statusCode: 422 }
+export const UNAVAILABLE = {
+  code: 'FST_IDEMPOTENCY_STORE_UNAVAILABLE',
+  statusCode: 503,
+  headers: { 'retry-after': '2' }
+}
 
 /** What a store can be asked for. */
 type Method = 'acquire' | 'renew' | 'complete' | 'release' | 'get' | 'begin'

@@ -3,17 +3,24 @@ import { atHand } from '../../lib/at-hand.js'
 import { join } from '../../lib/fingerprint.js'
 import { storageKey } from '../../lib/key.js'
 import type { Verdict } from '../../lib/operation.js'
-import type { Acquisition, StoredRecord } from '../../types/index.js'
+import type { Acquisition } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {
   away,
+  completed,
   failing,
+  IN_PROGRESS,
+  KEY,
   LEASE,
   never,
+  OURS,
   onBoth,
   outcome,
+  REUSED,
+  running,
   STORE_TIMEOUT,
   scene,
+  UNAVAILABLE,
   verdictOf,
   WAIT_TIMEOUT
 } from '../support/operation-scene.js'
@@ -21,24 +28,13 @@ import { reply, tombstone } from '../support/store-fixtures.js'
 
 /* How an operation comes to its verdict: what it asks the store, and what it makes of the answers. */
 
-const KEY = storageKey(null, 'k')
-const OURS = join('head', 'payload')
 const HEAD_ONLY = join('head', '')
 
 const acquired = (attempt = 1): Acquisition => ({ state: 'acquired', attempt })
-const running = (fingerprint = OURS, leaseMs = LEASE): Acquisition => ({ state: 'running', fingerprint, leaseMs })
 const abandoned = (fingerprint = OURS): Acquisition => ({ state: 'abandoned', fingerprint, attempt: 1 })
-const completed = (record: StoredRecord = { ...reply(), fingerprint: OURS }): Acquisition => ({
-  state: 'completed',
-  record,
-  ttlMs: 1_000
-})
 
-const IN_PROGRESS = { code: 'FST_IDEMPOTENCY_IN_PROGRESS', statusCode: 409, headers: { 'retry-after': '1' } }
-const REUSED = { code: 'FST_IDEMPOTENCY_KEY_REUSED', statusCode: 422 }
 const ABANDONED = { code: 'FST_IDEMPOTENCY_ABANDONED', statusCode: 409 }
 const NOT_REPLAYABLE = { code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', statusCode: 409 }
-const UNAVAILABLE = { code: 'FST_IDEMPOTENCY_STORE_UNAVAILABLE', statusCode: 503, headers: { 'retry-after': '2' } }
 
 onBoth(t, 'a free key is claimed in one call, and held', async (t, s) => {
   const { operation, events, logged, words, bindings } = s.actor()

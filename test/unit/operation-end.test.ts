@@ -1,35 +1,32 @@
 import t, { type Test } from 'tap'
-import { join } from '../../lib/fingerprint.js'
-import { storageKey } from '../../lib/key.js'
-import type { Acquisition, StoredRecord } from '../../types/index.js'
+import type { StoredRecord } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {
   type Actor,
   away,
+  completed,
   failing,
+  IN_PROGRESS,
+  KEY,
   LEASE,
   never,
+  OURS,
   onBoth,
   outcome,
+  RECORD,
+  running,
   type Scene,
   STORE_TIMEOUT,
   scene,
   TTL,
+  UNAVAILABLE,
   verdictOf
 } from '../support/operation-scene.js'
-import { reply, tombstone } from '../support/store-fixtures.js'
+import { tombstone } from '../support/store-fixtures.js'
 
 /* How a claim is kept, and how it ends: with a record, given back, or lost. */
 
-const KEY = storageKey(null, 'k')
-const OURS = join('head', 'payload')
-const RECORD: StoredRecord = { ...reply(), fingerprint: OURS }
 const TOMBSTONE: StoredRecord = { ...tombstone('hijacked'), fingerprint: OURS }
-const IN_PROGRESS = { code: 'FST_IDEMPOTENCY_IN_PROGRESS', statusCode: 409 }
-const UNAVAILABLE = { code: 'FST_IDEMPOTENCY_STORE_UNAVAILABLE', statusCode: 503 }
-
-const running = (leaseMs = LEASE): Acquisition => ({ state: 'running', fingerprint: OURS, leaseMs })
-const completed = (record: StoredRecord = RECORD): Acquisition => ({ state: 'completed', record, ttlMs: 1_000 })
 
 /** An operation whose handler runs. */
 async function atWork(s: Scene, cast?: Parameters<Scene['actor']>[0]): Promise<Actor> {

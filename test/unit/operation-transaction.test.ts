@@ -1,36 +1,31 @@
 import t from 'tap'
 import { join } from '../../lib/fingerprint.js'
-import { storageKey } from '../../lib/key.js'
-import type { Acquisition, StoredRecord } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {
   type Actor,
   away,
+  completed,
   failing,
+  IN_PROGRESS,
+  KEY,
   LEASE,
   never,
   onBoth,
   outcome,
+  RECORD,
+  REUSED,
+  running,
   type Scene,
   STORE_TIMEOUT,
   scene,
   TTL,
+  UNAVAILABLE,
   verdictOf
 } from '../support/operation-scene.js'
-import { reply } from '../support/store-fixtures.js'
 
 /* What is different where the claim is held by a transaction of the database. */
 
-const KEY = storageKey(null, 'k')
-const OURS = join('head', 'payload')
-const RECORD: StoredRecord = { ...reply(), fingerprint: OURS }
-const IN_PROGRESS = { code: 'FST_IDEMPOTENCY_IN_PROGRESS', statusCode: 409 }
-const REUSED = { code: 'FST_IDEMPOTENCY_KEY_REUSED', statusCode: 422 }
-const UNAVAILABLE = { code: 'FST_IDEMPOTENCY_STORE_UNAVAILABLE', statusCode: 503 }
 const policy = { transaction: true }
-
-const running = (fingerprint = OURS): Acquisition => ({ state: 'running', fingerprint, leaseMs: LEASE })
-const completed = (record: StoredRecord = RECORD): Acquisition => ({ state: 'completed', record, ttlMs: 1_000 })
 
 /** An open transaction, which notes what is asked of it. */
 class Transaction {
