@@ -5,7 +5,7 @@ import { stop, watchClient } from './client-watch.js'
 import { finish, isFinalReply, sendStream } from './ending.js'
 import { isRefusal, KeyMissing, ScopeFailed, TransactionBroken } from './errors.js'
 import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, kSight, SKIPPED } from './exchange.js'
-import { payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
+import { type HeadRules, payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
 import { type Handler, protect } from './handler.js'
 import {
   goOnNowhere,
@@ -35,10 +35,12 @@ export class Lifecycle {
   readonly #registration: Registration
   /** Is the key looked for once more when the body is there? */
   readonly #claimsLate: boolean
+  readonly #headRules: HeadRules
 
   constructor(policy: Policy, registration: Registration) {
     this.#policy = policy
     this.#registration = registration
+    this.#headRules = { route: policy.route, constraints: '', target: null, scoped: policy.scope !== null }
     this.#claimsLate = policy.hook === 'preHandler' || (policy.field !== null && policy.getKey === null)
   }
 
@@ -66,11 +68,11 @@ export class Lifecycle {
   readonly look = (request: FastifyRequest, _reply: FastifyReply, done: Done): unknown => {
     if (!this.#covers(request) || request[kExchange] === SKIPPED) return done()
     if (request[kExchange] === null) {
-      const { getKey, hook, scope } = this.#policy
+      const { getKey, hook } = this.#policy
       if (!this.#claimsLate && hook !== 'preValidation') return done()
       const key = this.#keyAnywhere(request)
       if (key === undefined && getKey === null) return done()
-      request[kSight] = { key, head: headOf(request, scope !== null), payload: '' }
+      request[kSight] = { key, head: headOf(request, this.#headRules), payload: '' }
     }
     if (this.#policy.fingerprint !== true) return done()
     const payload = payloadOfBody(request)
@@ -241,7 +243,7 @@ export class Lifecycle {
   #open(request: FastifyRequest, reply: FastifyReply, key: string, scope: string | null, late: boolean): Maybe<void> {
     const { fingerprint, hook } = this.#policy
     const sight = request[kSight]
-    const head = sight?.head ?? headOf(request, scope !== null)
+    const head = sight?.head ?? headOf(request, this.#headRules)
     const operation = new Operation(request, this.#policy, this.#registration, key, scope, head)
     const exchange = new Exchange(operation, reply)
     request[kExchange] = exchange

@@ -22,7 +22,7 @@ import {
   withRetryAfter
 } from './errors.js'
 import { publish, type Subject } from './events.js'
-import { agree, join, knowsPayload } from './fingerprint.js'
+import { difference, join, knowsPayload } from './fingerprint.js'
 import { storageKey } from './key.js'
 import { keepAlive, letGo, type Renewable } from './leases.js'
 import type { Policy } from './options.js'
@@ -348,7 +348,7 @@ export class Operation implements Subject, Waiter, Renewable {
     if (this.#gone) return 'gone'
     this.#taken = found.state !== 'abandoned'
     const theirs = found.state === 'completed' ? found.record.fingerprint : found.fingerprint
-    if (!agree(theirs, this.fingerprint)) {
+    if (difference(theirs, this.fingerprint) !== null) {
       this.#tell('mismatch')
       throw new KeyReused()
     }

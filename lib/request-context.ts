@@ -1,4 +1,5 @@
 import type { RequestIdempotency, TransactionClient } from '../types/index.js'
+import { credentialsOf } from './credentials.js'
 import { deriveKey } from './key.js'
 import type { Operation } from './operation.js'
 
@@ -35,6 +36,7 @@ export class RequestContext implements RequestIdempotency {
   }
 
   deriveKey(label: string): string {
-    return deriveKey(this.#operation.storageKey, label)
+    const { policy, request, storageKey } = this.#operation
+    return deriveKey(storageKey, label, policy.scope === null ? credentialsOf(request) : null)
   }
 }

@@ -26,13 +26,14 @@ export interface IdempotencyRouteOptions {
   /** Finds the key in place of `header` and `field`; `undefined` for none. */
   getKey?: (request: FastifyRequest) => string | undefined | Promise<string | undefined>
   /**
-   * What a key must look like: `'any'`, `'uuid'` (RFC 9562, version 4), `'structured'` (only a quoted
-   * string, RFC 9651 §3.3.3), or a regular expression.
+   * What a key must look like: `'any'`, `'uuid'` (RFC 9562, version 4 or 7; letter case does not matter), `'structured'`
+   * (only a quoted string, RFC 9651 §3.3.3), or a regular expression.
    * @default 'any'
    */
   keyFormat?: KeyFormat
   /**
-   * The longest key, in UTF-8 bytes, without quotes and parameters.
+   * The longest key, in UTF-8 bytes, without quotes and parameters. Of parameters, which are ignored, 1024 characters
+   * are allowed.
    * @default 255
    */
   maxKeyLength?: number
@@ -42,8 +43,9 @@ export interface IdempotencyRouteOptions {
    */
   required?: boolean
   /**
-   * Who the caller is: a user, tenant or account. The same key in two scopes is two operations. Without it
-   * the request's `Authorization` header is part of the fingerprint.
+   * Who the caller is: a user, tenant or account. The same key in two scopes is two operations. Without it the
+   * request's credentials are part of the fingerprint: `Authorization` and `Proxy-Authorization`, else an API key
+   * (`X-API-Key`, `Api-Key`, `X-Auth-Token`, `X-Access-Token`), else a client certificate, else all cookies.
    */
   scope?: (request: FastifyRequest) => string | Promise<string>
   /**
