@@ -13,7 +13,8 @@ import { restoreAll } from './replay.js'
 export function finish(exchange: Exchange, payload: Payload, record: StoredRecord | null): Maybe<Payload> {
   const { operation } = exchange
   exchange.sending = 'storing'
-  const ended = record === null ? operation.release() : operation.complete(record, exchange.failed)
+  const ended =
+    record === null ? operation.release() : operation.complete(record, exchange.failed && !exchange.workDone)
   if (ended instanceof Promise) return finishLater(exchange, payload, ended)
   exchange.sending = 'passed'
   return payload

@@ -15,30 +15,33 @@ const HASH_LENGTH = 22
 const NO_BODY = '-'
 const VALUE = 'v'
 
-/** What is known before the body is: method, request target, and the credentials unless a scope stands for them. */
-export function headOf(request: FastifyRequest, scoped: boolean): string {
-  const { method, originalUrl } = request
-  const credentials = scoped ? null : (request.headers.authorization ?? null)
-  if (credentials !== null) return digest(JSON.stringify([method, originalUrl, credentials]))
-  // Without credentials, which are not kept, one request is mostly like the one before.
-  if (method !== last.method || originalUrl !== last.originalUrl) {
-    last = { method, originalUrl, head: digest(JSON.stringify([method, originalUrl, null])) }
-  }
-  return last.head
+export function constraintsOf(constraints: object | undefined): string {
+  return constraints === undefined ? '' : JSON.stringify(Object.entries(constraints).map(([n, v]) => [n, String(v)]))
 }
-
-let last = { method: '', originalUrl: '', head: '' }
-
+export function credentialsOf(request: FastifyRequest): string | null {
+  return request.headers.authorization ?? request.headers.cookie ?? null
+}
+export function headOf(
+  request: FastifyRequest,
+  rules: { route: string; constraints: string; target: ((request: FastifyRequest) => string) | null },
+  credentials: string | null
+): string {
+  const target = JSON.stringify(
+    rules.target
+      ? [request.method, rules.target(request)]
+      : [request.method, request.host, rules.route, rules.constraints, request.params, request.query]
+  )
+  return digest(target + credentials) + digest(target).slice(0, 4)
+}
 export function join(head: string, payload: string): string {
   return `${head}${SEPARATOR}${payload}`
 }
-
-/** Do two fingerprints agree in all that both know? */
-export function agree(a: string, b: string): boolean {
-  if (a === b || a === '' || b === '') return true
-  return headIn(a) === headIn(b) && !(knowsPayload(a) && knowsPayload(b))
+export function difference(a: string, b: string): 'target' | 'credentials' | 'payload' | null {
+  if (a === b || a === '' || b === '') return null
+  const [ha, hb] = [headIn(a), headIn(b)]
+  if (ha !== hb) return ha.slice(22) === hb.slice(22) ? 'credentials' : 'target'
+  return knowsPayload(a) && knowsPayload(b) ? 'payload' : null
 }
-
 function headIn(fingerprint: string): string {
   return fingerprint.slice(0, fingerprint.indexOf(SEPARATOR))
 }
@@ -154,7 +157,7 @@ interface Level {
 }
 
 /** A member of that name is not enough: what is in a JSON body, its client decides. */
-function isStream(body: object): boolean {
+export function isStream(body: object): boolean {
   const { pipe, getReader } = body as { pipe?: unknown; getReader?: unknown }
   return typeof pipe === 'function' || typeof getReader === 'function'
 }

@@ -1,7 +1,7 @@
 import { hash, randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
 import { KeyInvalid } from './errors.js'
-import { isMultipart } from './fingerprint.js'
+import { isMultipart, isStream } from './fingerprint.js'
 
 /** Where a route looks for its key, and what it accepts as one. */
 export interface KeyRules {
@@ -69,6 +69,14 @@ export function keyInBody(request: FastifyRequest, rules: KeyRules): string | un
   if (rules.field === null) return undefined
   const value = ownField(request.body, rules.field)
   return asKey(isPart(value) && isMultipart(request) ? value.value : value)
+}
+
+/** Is there a body that may hold the field, but is not parsed, so that nobody can tell? */
+export function isInUnparsedBody(request: FastifyRequest): boolean {
+  const { body } = request
+  if (body === undefined || body === null) return isMultipart(request)
+  if (typeof body === 'string') return !/^text\//i.test(request.headers['content-type'] ?? '')
+  return ArrayBuffer.isView(body) || isStream(body)
 }
 
 function ownField(fields: unknown, name: string): unknown {
@@ -157,8 +165,8 @@ export function generateKey(): string {
 }
 
 /** A UUID made of the storage key and a label, with the version and variant bits of a version 4 UUID. */
-export function deriveKey(storageKey: string, label: string): string {
-  const hex = hash('sha256', JSON.stringify([storageKey, label]), 'hex')
+export function deriveKey(storageKey: string, label: string, credentials: string | null): string {
+  const hex = hash('sha256', JSON.stringify([storageKey, label, credentials]), 'hex')
   const variant = ((Number.parseInt(hex.charAt(16), 16) & 0x3) | 0x8).toString(16)
   return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-4${hex.slice(13, 16)}-${variant}${hex.slice(17, 20)}-${hex.slice(20, 32)}`
 }

@@ -3,11 +3,12 @@ import type { IdempotencyOptions } from '../types/index.js'
 import { cover } from './covered-routes.js'
 import { routesDeclaredOn } from './early-routes.js'
 import { RouteTooEarly } from './errors.js'
-import { kExchange, kRefusal, kSight } from './exchange.js'
+import { kExchange, kRefusal } from './exchange.js'
 import { InstanceApi } from './instance-api.js'
 import { Lifecycle } from './lifecycle.js'
 import { concerns, describeRoute, type Policy, registrationOptions, routePolicy } from './options.js'
 import { Registration } from './registration.js'
+import { kSnapshot } from './request-snapshot.js'
 
 /** Where an instance keeps the registration that is in force for its routes: its own, or the nearest above. */
 const kRegistration = Symbol('fastify-idempotency.registration')
@@ -64,11 +65,12 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
  * of onSend. Called when all plugins' onRoute hooks have had their say, so that the order of registration does not matter.
  */
 function place(route: RouteOptions, policy: Policy, lifecycle: Lifecycle): void {
-  if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.claim)
-  if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.claimInPreParsing)
-  route.preValidation = last(route.preValidation, lifecycle.look)
-  if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.claim)
-  route.preHandler = last(route.preHandler, lifecycle.settle)
+  route.onRequest = last(route.onRequest, lifecycle.look)
+  if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.reserve)
+  if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.reserveInPreParsing)
+  route.preValidation = last(route.preValidation, lifecycle.finishLook)
+  if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.reserve)
+  route.preHandler = last(route.preHandler, lifecycle.claim)
   route.onSend = [lifecycle.onSend as never, ...list(route.onSend)]
   route.onError = last(route.onError, lifecycle.onError)
 }
@@ -111,7 +113,7 @@ function isHeadTwin(route: RouteOptions): boolean {
 }
 
 function decorateRequest(fastify: FastifyInstance): void {
-  for (const name of ['idempotency', kExchange, kRefusal, kSight] as string[]) {
+  for (const name of ['idempotency', kExchange, kRefusal, kSnapshot] as string[]) {
     if (!fastify.hasRequestDecorator(name)) fastify.decorateRequest(name, null as never)
   }
 }

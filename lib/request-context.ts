@@ -30,11 +30,15 @@ export class RequestContext implements RequestIdempotency {
     return this.#operation.transaction
   }
 
-  discard(): void {
-    this.#operation.discarded = true
+  // Made when they are asked for, and not bound to `this`: they may be taken out of their object.
+
+  get discard(): () => void {
+    return () => {
+      this.#operation.discarded = true
+    }
   }
 
-  deriveKey(label: string): string {
-    return deriveKey(this.#operation.storageKey, label)
+  get deriveKey(): (label: string) => string {
+    return (label) => deriveKey(this.#operation.storageKey, label, this.#operation.credentials)
   }
 }

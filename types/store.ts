@@ -9,7 +9,10 @@ export interface Claim {
   fingerprint: string
   /** Milliseconds for which the claim is safe from others without being renewed. */
   leaseMs: number
-  /** Milliseconds, after the lease, for which an unfinished claim is remembered, so that `attempt` and `abandoned` survive it. */
+  /**
+   * Milliseconds, after the lease, for which an unfinished claim is remembered, so that `attempt` and `abandoned` survive
+   * it. 0 for a claim whose handler has not started: nothing is lost with it.
+   */
   retainMs: number
   /** May this claim take over a key whose owner's lease has lapsed? */
   takeover: boolean
@@ -22,7 +25,7 @@ export type Acquisition =
   /** Another token holds the key under a lease with `leaseMs` milliseconds to go. */
   | { state: 'running'; fingerprint: string; leaseMs: number }
   /** The owner's lease lapsed without a result, and the claim did not ask to take over. */
-  | { state: 'abandoned'; fingerprint: string; attempt: number }
+  | { state: 'abandoned'; fingerprint: string; attempt: number; ended?: true }
   /** The operation has ended. `ttlMs` is what is left of the record's life, `null` for ever. */
   | { state: 'completed'; record: StoredRecord; ttlMs: number | null }
 
@@ -76,7 +79,8 @@ export type StoredRecord = StoredReply | Tombstone
 export interface IdempotencyStore {
   /**
    * Takes the key, or says what holds it. A repeated call with the token that holds the key is `acquired`
-   * again, so that a caller who lost the answer can ask once more.
+   * again, so that a caller who lost the answer can ask once more: lease, `retainMs` and fingerprint are those of the
+   * newest call then, `attempt` stays.
    */
   acquire(key: string, claim: Claim): Promise<Acquisition>
   /** Lets the claim live `leaseMs` from now. Also `true` for a lapsed lease that nobody has taken over. */
@@ -90,7 +94,7 @@ export interface IdempotencyStore {
    * Gives the key back as if it had never been claimed. `true` again when this token's release has already
    * happened and the key is still free.
    */
-  release(key: string, token: string): Promise<boolean>
+  release(key: string, token: string, unused?: boolean): Promise<boolean>
   /**
    * Resolves when the key may have changed, at once when no claim is running on it, and when the signal
    * aborts. A change that follows the call is never missed, however early it comes. Without this method
