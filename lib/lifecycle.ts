@@ -187,7 +187,10 @@ export class Lifecycle {
     if (getKey === null) {
       const raw = keyInHeader(request, this.#policy) ?? keyInQuery(request, this.#policy)
       if (raw !== undefined) key = parseKey(raw, this.#policy)
-      else if (field === null) return this.#missing()
+      else if (field === null) {
+        this.#missing()
+        return
+      }
     }
     const snapshot = new RequestSnapshot(request, this.#policy, key)
     request[kSnapshot] = snapshot
