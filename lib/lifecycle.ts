@@ -384,7 +384,8 @@ export class Lifecycle {
       )
     }
     if (final && exchange.isMixed) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
-    if (!isBuffered(body) && !hasNoBody(reply.statusCode)) return sendStream(exchange, body, final)
+    if (!isBuffered(body) && !hasNoBody(reply.statusCode))
+      return sendStream(exchange, body, final, this.#registration.streams)
     if (!final) return finish(exchange, body, null)
     const kept = isBuffered(body) ? body : undefined
     if (sizeOf(kept) > this.#policy.maxReplySize) return finish(exchange, body, tombstone(fingerprint, 'too-large'))

@@ -1,3 +1,4 @@
+import type { Unfinished } from './capture.js'
 import { LONGEST_DELAY } from './deadlines.js'
 import type { Operation } from './operation.js'
 import type { Policy, RegistrationOptions } from './options.js'
@@ -9,6 +10,8 @@ export class Registration {
   readonly options: RegistrationOptions
   /** The requests that hold a claim, wait for one, or still have a reply to store. */
   readonly operations = new Set<Operation>()
+  /** The streamed replies whose sources are open. */
+  readonly streams = new Set<Unfinished>()
   /** Nothing is waited for any more, and nothing is repeated. */
   closed = false
   #closing = false
@@ -56,6 +59,7 @@ export class Registration {
   async close(): Promise<void> {
     this.startClosing()
     await noLongerThan(Math.min(this.#longestLease, LONGEST_DELAY), this.#drained())
+    await Promise.all([...this.streams].map((stream) => stream.giveUp()))
     this.closed = true
     for (const operation of this.operations) operation.abandon()
     const closed = await Promise.allSettled([...this.#stores].map((store) => store.leave()))
