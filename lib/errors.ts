@@ -52,10 +52,12 @@ export const KeyUnreadable = createError<[string]>(
 )
 export const TransactionBroken = createError<[string, { cause?: unknown }?]>('FST_IDEMPOTENCY_TRANSACTION', '%s', 500)
 export const InvalidOption = createError<[string]>('FST_IDEMPOTENCY_INVALID_OPTION', '%s', 500, TypeError)
-export const RouteTooEarly = createError<[string]>(
-  'FST_IDEMPOTENCY_ROUTE_TOO_EARLY',
-  '%s was declared before fastify-idempotency had loaded, and would run unprotected: ' +
-    'await app.register(idempotency, …) before the routes',
+export const RouteTooEarly = createError<[string]>('FST_IDEMPOTENCY_ROUTE_TOO_EARLY', '%s', 500)
+export const NotCovered = createError<[string]>('FST_IDEMPOTENCY_NOT_COVERED', '%s', 500)
+export const AlreadyRegistered = createError<[]>(
+  'FST_IDEMPOTENCY_ALREADY_REGISTERED',
+  'fastify-idempotency is registered already on this instance: give a route options of its own in config.idempotency, ' +
+    'or put the routes that need another registration into a plugin of their own (without fastify-plugin) and register it there',
   500
 )
 

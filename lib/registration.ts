@@ -1,9 +1,21 @@
+import type { FastifyInstance } from 'fastify'
 import type { Unfinished } from './capture.js'
 import { LONGEST_DELAY } from './deadlines.js'
 import type { Operation } from './operation.js'
 import type { Policy, RegistrationOptions } from './options.js'
 import { StoreInUse } from './store-in-use.js'
 import { noLongerThan } from './within.js'
+
+/**
+ * Where an instance keeps the registration that is in force for its routes: its own, or the nearest above. One name for
+ * all copies of this package in a process, so that none takes a route of another for unprotected.
+ */
+export const kRegistration = Symbol.for('fastify-idempotency.registration') as unknown as 'idempotencyRegistration'
+
+/** The registration in force on an instance. One of another copy of this package is no `Registration`. */
+export function registrationOf(instance: FastifyInstance): unknown {
+  return (instance as { [kRegistration]?: unknown })[kRegistration]
+}
 
 /** One `app.register(idempotency)`: what it covers, and what is going on in it. */
 export class Registration {
