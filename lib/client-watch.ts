@@ -44,7 +44,7 @@ function onClose(exchange: Exchange, response: ServerResponse): void {
     // The handler has not ended, only its time.
     if (exchange.timeout !== null) passNothing(exchange, exchange.timeout)
     // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
-    else if (response.writableEnded && exchange.failed) void operation.release()
+    else if (response.writableEnded && exchange.failed && !exchange.workDone) void operation.release()
     else if (response.writableEnded || isHijacked(reply)) buryHijacked(operation)
     // Else the client has left, and the handler is still at work: its reply will be stored, or its raw end seen.
     else response.once('prefinish', () => onClose(exchange, response))

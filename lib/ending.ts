@@ -1,8 +1,19 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { StoredRecord, TombstoneReason } from '../types/index.js'
 import { isThenable, type Maybe } from './at-hand.js'
-import { asStream, CapturedStream, headersSince, type Payload, replyRecord, tombstone } from './capture.js'
+import {
+  asStream,
+  CapturedStream,
+  type CaptureOptions,
+  headersSince,
+  type Payload,
+  replyRecord,
+  type StreamFate,
+  tombstone,
+  type Unfinished
+} from './capture.js'
 import type { Exchange } from './exchange.js'
+import { NowhereResponse } from './nowhere-response.js'
 import type { Operation } from './operation.js'
 import { isFinal, type Policy } from './options.js'
 import { restoreAll } from './replay.js'
@@ -13,18 +24,21 @@ import { restoreAll } from './replay.js'
 export function finish(exchange: Exchange, payload: Payload, record: StoredRecord | null): Maybe<Payload> {
   const { operation } = exchange
   exchange.sending = 'storing'
-  const ended = record === null ? operation.release() : operation.complete(record, exchange.failed)
+  const ended =
+    record === null ? operation.release() : operation.complete(record, exchange.failed && !exchange.workDone)
   if (ended instanceof Promise) return finishLater(exchange, payload, ended)
   exchange.sending = 'passed'
   return payload
 }
 
-async function finishLater(exchange: Exchange, payload: Payload, ended: Promise<void>): Promise<Payload> {
+/** @param ended May resolve with another payload. */
+async function finishLater(exchange: Exchange, payload: Payload, ended: Promise<unknown>): Promise<Payload> {
   const { reply } = exchange
   const { statusCode } = reply
   const headers = reply.getHeaders()
+  let sent: Payload
   try {
-    await ended
+    sent = ((await ended) as Payload) ?? payload
   } catch (error) {
     // A transaction that was not committed: nothing of this reply is true, and the error is another reply.
     restoreAll(reply, exchange.headersBefore)
@@ -38,47 +52,105 @@ async function finishLater(exchange: Exchange, payload: Payload, ended: Promise<
     if (reply.statusCode !== statusCode) reply.code(statusCode)
     restoreAll(reply, headers)
   }
-  return payload
+  return sent
 }
 
-export function sendStream(exchange: Exchange, payload: Payload, final: boolean): Payload {
+/** RFC 9110 §8.3.1: the type is known in any case. */
+const EVENT_STREAM = /^\s*text\/event-stream\s*(?:[;,]|$)/i
+
+/**
+ * Ends the claim when the stream has come to its end, while that is held back.
+ * @param open Where the stream is to be found for as long as its source is open.
+ */
+export function sendStream(
+  exchange: Exchange,
+  payload: Payload,
+  final: boolean,
+  open: Set<Unfinished>
+): Maybe<Payload> {
   const { operation, reply, headersBefore, failed } = exchange
-  const { policy } = operation
+  const { policy, fingerprint } = operation
   const source = asStream(payload)
   // Neither a stream nor anything else that can be sent: Fastify will say so.
   if (source === null) return payload
   const { statusCode } = reply
   const headers = headersSince(headersBefore, reply, policy)
   const length = Number(reply.getHeader('content-length') ?? Number.NaN)
-  const isEventStream = /^text\/event-stream\b/i.test(String(reply.getHeader('content-type') ?? ''))
-  exchange.stream = new CapturedStream(
-    source,
-    {
-      limit: final ? policy.maxReplySize : 0,
-      expected: Number.isNaN(length) ? undefined : length,
-      drain: !isEventStream
-    },
-    {
-      ended: async (body) => {
-        if (!final) return operation.release()
-        if (body === null) return bury(operation, 'too-large')
-        return operation.complete(replyRecord(operation.fingerprint, statusCode, headers, body), failed)
-      },
-      failed: (beforeFirstByte) => (final && !beforeFirstByte ? bury(operation, 'stream-failed') : operation.release())
-    }
-  )
+  const isEventStream = EVENT_STREAM.test(String(reply.getHeader('content-type') ?? ''))
+  const recordOf = (body: Buffer | TombstoneReason) =>
+    typeof body === 'string' ? tombstone(fingerprint, body) : replyRecord(fingerprint, statusCode, headers, body)
+  const end = async (body: Buffer | TombstoneReason) =>
+    final ? operation.complete(recordOf(body), failed) : operation.release()
+  const options: CaptureOptions = {
+    limit: policy.maxReplySize,
+    expected: Number.isNaN(length) ? undefined : length,
+    keeps: !isEventStream && (final || policy.transaction),
+    lease: policy.lease,
+    open
+  }
+  if (policy.transaction) {
+    exchange.sending = 'storing'
+    return sendCommitted(exchange, new CapturedStream(source, options, OVER), isEventStream, end)
+  }
+  // An event stream that has ended has not failed, but has gone past us.
+  const unkept = isEventStream ? 'hijacked' : 'too-large'
+  exchange.stream = new CapturedStream(source, options, {
+    ended: (body) => end(body ?? unkept),
+    failed: (beforeFirstByte) => (beforeFirstByte ? operation.release() : end('stream-failed'))
+  })
+  // A reply that comes too late for its client.
+  if (reply.raw instanceof NowhereResponse) exchange.stream.leave()
   exchange.sending = 'passed'
   return exchange.stream
 }
 
-/** The operation has run, but its reply cannot be kept. */
-async function bury(operation: Operation, reason: TombstoneReason): Promise<void> {
-  return operation.complete(tombstone(operation.fingerprint, reason))
+/** Of a stream whose claim has ended before it was sent. */
+const OVER: StreamFate = { ended: async () => {}, failed: async () => {} }
+
+/**
+ * A stream in a transaction is read, committed, and then sent: the connection is the pool's, and its client has time.
+ * What cannot be read is sent after the commit.
+ */
+async function sendCommitted(
+  exchange: Exchange,
+  stream: CapturedStream,
+  isEventStream: boolean,
+  end: (body: Buffer | TombstoneReason) => Promise<void>
+): Promise<Payload> {
+  const { operation, reply } = exchange
+  const sent = await finishLater(exchange, undefined, commit())
+  // The length of what was read is known.
+  if (Buffer.isBuffer(sent)) reply.removeHeader('transfer-encoding')
+  return sent
+
+  async function commit(): Promise<Payload> {
+    let read: Buffer | TombstoneReason
+    try {
+      read = isEventStream ? 'hijacked' : await stream.readAhead()
+    } catch (error) {
+      // Nothing was sent yet: it can still be an error.
+      await operation.release()
+      throw error
+    }
+    try {
+      await end(read)
+    } catch (error) {
+      stream.leave()
+      throw error
+    }
+    if (typeof read === 'string') {
+      exchange.stream = stream
+      if (reply.raw instanceof NowhereResponse) stream.leave()
+      return stream
+    }
+    stream.leave()
+    return read
+  }
 }
 
-/** The same when the reply has gone its own way: whoever got it cannot be told when a transaction fails. */
+/** The operation has run, but its reply has gone its own way: whoever got it cannot be told when a transaction fails. */
 export function buryHijacked(operation: Operation): void {
-  bury(operation, 'hijacked').catch(() => {})
+  Promise.resolve(operation.complete(tombstone(operation.fingerprint, 'hijacked'))).catch(() => {})
 }
 
 /** Ends the claim by the status alone: final, and not kept; or not final. */

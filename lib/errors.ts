@@ -1,4 +1,5 @@
 import createError, { type FastifyError } from '@fastify/error'
+import type { Difference } from '../types/index.js'
 
 /** An error of the plugin's own that answers a request. */
 export interface Refusal extends FastifyError {
@@ -13,9 +14,9 @@ const expected = (code: string, message: string, statusCode: number) =>
 
 export const KeyMissing = expected('FST_IDEMPOTENCY_KEY_MISSING', 'This request needs an idempotency key: %s', 400)
 export const KeyInvalid = expected('FST_IDEMPOTENCY_KEY_INVALID', 'The idempotency key %s', 422)
-export const KeyReused = expected(
+const KeyReusedError = expected(
   'FST_IDEMPOTENCY_KEY_REUSED',
-  'The idempotency key was already used with another request',
+  'The idempotency key was already used with another request%s',
   422
 )
 export const InProgress = expected(
@@ -43,14 +44,30 @@ export const ScopeFailed = createError<[string, { cause?: unknown }?]>(
   'The scope of the idempotency key is not known: %s',
   500
 )
-export const TransactionBroken = createError<[string, { cause?: unknown }?]>('FST_IDEMPOTENCY_TRANSACTION', '%s', 500)
-export const InvalidOption = createError<[string]>('FST_IDEMPOTENCY_INVALID_OPTION', '%s', 500, TypeError)
-export const RouteTooEarly = createError<[string]>(
-  'FST_IDEMPOTENCY_ROUTE_TOO_EARLY',
-  '%s was declared before fastify-idempotency had loaded, and would run unprotected: ' +
-    'await app.register(idempotency, …) before the routes',
+export const KeyUnreadable = createError<[string]>(
+  'FST_IDEMPOTENCY_KEY_UNREADABLE',
+  'The field "%s" may hold an idempotency key, but this route does not parse its body: ' +
+    'add a parser for it, or use the option "getKey"',
   500
 )
+export const TransactionBroken = createError<[string, { cause?: unknown }?]>('FST_IDEMPOTENCY_TRANSACTION', '%s', 500)
+export const InvalidOption = createError<[string]>('FST_IDEMPOTENCY_INVALID_OPTION', '%s', 500, TypeError)
+export const RouteTooEarly = createError<[string]>('FST_IDEMPOTENCY_ROUTE_TOO_EARLY', '%s', 500)
+export const NotCovered = createError<[string]>('FST_IDEMPOTENCY_NOT_COVERED', '%s', 500)
+export const AlreadyRegistered = createError<[]>(
+  'FST_IDEMPOTENCY_ALREADY_REGISTERED',
+  'fastify-idempotency is registered already on this instance: give a route options of its own in config.idempotency, ' +
+    'or put the routes that need another registration into a plugin of their own (without fastify-plugin) and register it there',
+  500
+)
+
+const DIFFERENCES = { payload: ': its payload differs', target: ': its URL differs', credentials: '' }
+
+/** What differs is told to the caller who has used the key before, and to nobody else. */
+export function keyReused(differs: Difference): FastifyError & { differs?: Difference } {
+  const error = new KeyReusedError(DIFFERENCES[differs])
+  return differs === 'credentials' ? error : Object.assign(error, { differs })
+}
 
 /** Adds `Retry-After` (RFC 9110 §10.2.3), in whole seconds. */
 export function withRetryAfter<E extends FastifyError>(error: E, seconds: number): E {

@@ -1,5 +1,5 @@
 import { type Channel, channel } from 'node:diagnostics_channel'
-import type { IdempotencyEvent, IdempotencyEventName } from '../types/index.js'
+import type { Difference, IdempotencyEvent, IdempotencyEventName } from '../types/index.js'
 
 /** The events of the diagnostics channels `fastify-idempotency:<name>`. */
 export const idempotencyEvents: readonly IdempotencyEventName[] = Object.freeze([
@@ -30,7 +30,7 @@ export interface Subject {
 }
 
 /** Tells the subscribers of an event. Free when there are none. */
-export function publish(name: IdempotencyEventName, subject: Subject, error?: unknown): void {
+export function publish(name: IdempotencyEventName, subject: Subject, error?: unknown, differs?: Difference): void {
   const target = channels[name]
   if (!target.hasSubscribers) return
   const event: IdempotencyEvent = {
@@ -40,5 +40,6 @@ export function publish(name: IdempotencyEventName, subject: Subject, error?: un
     attempt: subject.attempt
   }
   if (error !== undefined) event.error = error
+  if (differs !== undefined) event.differs = differs
   target.publish(event)
 }

@@ -8,8 +8,6 @@ import type { Operation } from './operation.js'
 export const kExchange = Symbol('fastify-idempotency.exchange')
 /** Where a request keeps the plugin's own error that answers it. */
 export const kRefusal = Symbol('fastify-idempotency.refusal')
-/** Where a request that has not claimed yet keeps what was seen of it before validation. */
-export const kSight = Symbol('fastify-idempotency.sight')
 
 /** `skip` has said so. */
 export const SKIPPED = Symbol('skipped')
@@ -18,7 +16,6 @@ declare module 'fastify' {
   interface FastifyRequest {
     [kExchange]: Exchange | typeof SKIPPED | null
     [kRefusal]: Refusal | null
-    [kSight]: Sight | null
   }
 }
 
@@ -39,6 +36,10 @@ export class Exchange {
   /** Has an error come up, and which? */
   failed = false
   error: unknown = null
+  /** What was sent first, by the handler or in its place. */
+  sent: 'nothing' | 'value' | 'error' = 'nothing'
+  /** The handler's reply was final, but what comes behind it failed: the error's reply is that of work that is done. */
+  workDone = false
   clientGone = false
   /** Was somebody told who waited for the reply, as an async handler does that returns it, that it is over? */
   toldOver = false
@@ -53,16 +54,6 @@ export class Exchange {
   }
 }
 
-/**
- * What a claim in preHandler needs of the request. Validation coerces values, fills in defaults, and removes
- * what a schema does not know: the key, for instance, or the credentials.
- */
-export interface Sight {
-  readonly key: string | Error | undefined
-  readonly head: string
-  payload: string
-}
-
 export function exchangeOf(request: FastifyRequest): Exchange | null {
   const exchange = request[kExchange]
   return exchange instanceof Exchange ? exchange : null
@@ -72,4 +63,10 @@ export function exchangeOf(request: FastifyRequest): Exchange | null {
 export function isClosed({ raw, request }: FastifyReply): boolean {
   const { stream } = raw as { stream?: { destroyed: boolean } }
   return raw.destroyed || stream?.destroyed || request.raw.aborted || request.socket?.destroyed || false
+}
+
+/** Something is sent, by the handler or in its place: what came first counts. */
+export function noteSent(exchange: Exchange, payload: unknown): void {
+  if (exchange.sent !== 'nothing') return
+  exchange.sent = payload instanceof Error || exchange.handler === 'failed' ? 'error' : 'value'
 }

@@ -3,7 +3,6 @@ import type { FastifyRequest } from 'fastify'
 import type { Maybe } from './at-hand.js'
 import { digest, type FileHashes, isPlain, isStream, OPAQUE, valueHash } from './canonical.js'
 import { isJson, isMultipart } from './content-type.js'
-import { credentialsOf } from './credentials.js'
 import { InvalidOption } from './errors.js'
 import { formOf } from './multipart.js'
 
@@ -27,8 +26,6 @@ export interface HeadRules {
   readonly constraints: string
   /** The option `target`: what the request is for, in place of all but its method. */
   readonly target: ((request: FastifyRequest) => string) | null
-  /** Does a scope stand for the credentials? */
-  readonly scoped: boolean
 }
 
 /** The head of the last request to a route that had neither parameters nor query. */
@@ -43,11 +40,11 @@ const last = new WeakMap<HeadRules, LastTarget>()
 /**
  * What is known before the body is, as Fastify has understood it: what it routes alike is alike. Before validation, which
  * may change parameters and query.
+ * @param credentials `null` where a scope stands for them, or nobody has sent any.
  * @throws FST_IDEMPOTENCY_INVALID_OPTION when `target` gives no string
  */
-export function headOf(request: FastifyRequest, rules: HeadRules): string {
+export function headOf(request: FastifyRequest, rules: HeadRules, credentials: string | null): string {
   const target = targetOf(request, rules)
-  const credentials = rules.scoped ? null : credentialsOf(request)
   const head = credentials === null ? target : digest(JSON.stringify([target, credentials]))
   return head + target.slice(0, HINT_LENGTH)
 }

@@ -2,8 +2,8 @@ import { AsyncLocalStorage } from 'node:async_hooks'
 import type { ServerResponse } from 'node:http'
 import type { FastifyReply } from 'fastify'
 import { type Headers, snapshot } from './capture.js'
-import { endUnkept, statusOf } from './ending.js'
-import { type Exchange, exchangeOf, isClosed } from './exchange.js'
+import { buryHijacked, endUnkept, statusOf } from './ending.js'
+import { type Exchange, exchangeOf, isClosed, noteSent } from './exchange.js'
 import { NowhereResponse } from './nowhere-response.js'
 import { restoreAll } from './replay.js'
 
@@ -186,17 +186,19 @@ export function goOnNowhere(exchange: Exchange, timeout: Timeout): void {
   exchange.isMixed = timeout.isMixed
   exchange.sending = 'no'
   exchange.failed = false
+  exchange.sent = 'nothing'
   const nowhere = new NowhereResponse(reply.request.raw, () => {
     settle(exchange, timeout)
     endNowhere(exchange)
   })
   nowhere.statusCode = timeout.statusSet ?? timeout.statusCode
   reply.raw = nowhere as never
-  refuse(reply, timeout)
+  refuse(exchange, timeout)
 }
 
 /** From now on the reply is the handler's alone: what an error handler still does to it comes too late. */
-function refuse(reply: FastifyReply, timeout: Timeout): void {
+function refuse(exchange: Exchange, timeout: Timeout): void {
+  const { reply } = exchange
   let { statusCode } = reply
   Object.defineProperty(reply.raw, 'statusCode', {
     configurable: true,
@@ -207,13 +209,17 @@ function refuse(reply: FastifyReply, timeout: Timeout): void {
   })
   for (const name of ['send', 'header'] as const) {
     reply[name] = function (this: FastifyReply, ...args: unknown[]) {
-      return isOf(timeout) ? this : Object.getPrototypeOf(this)[name].apply(this, args)
+      if (isOf(timeout)) return this
+      if (name === 'send') noteSent(exchange, args[0])
+      return Object.getPrototypeOf(this)[name].apply(this, args)
     } as never
   }
 }
 
 /** A late reply that Fastify has not brought to onSend: an error that was sent, or raw bytes. */
 function endNowhere(exchange: Exchange): void {
-  const { reply, failed, error, sending } = exchange
-  if (sending === 'no') endUnkept(exchange, failed ? statusOf(error, reply.statusCode) : reply.statusCode)
+  const { reply, failed, error, sending, workDone } = exchange
+  if (sending !== 'no') return
+  if (workDone) buryHijacked(exchange.operation)
+  else endUnkept(exchange, failed ? statusOf(error, reply.statusCode) : reply.statusCode)
 }

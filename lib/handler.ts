@@ -3,7 +3,7 @@ import { isThenable } from './at-hand.js'
 import { snapshot } from './capture.js'
 import { stop } from './client-watch.js'
 import { buryHijacked, endUnkept, statusOf } from './ending.js'
-import { type Exchange, exchangeOf, isClosed } from './exchange.js'
+import { type Exchange, exchangeOf, isClosed, noteSent } from './exchange.js'
 import { goOnNowhere } from './handler-timeout.js'
 import { NowhereResponse } from './nowhere-response.js'
 
@@ -25,6 +25,7 @@ export function protect(handler: Handler, refuse: Refuse): RouteHandlerMethod {
     exchange.headersBefore = snapshot(reply)
     // biome-ignore lint/suspicious/noThenProperty: a reply is a thenable, and who waits for it tells something.
     reply.then = awaitReply as never
+    reply.send = sendFirst as never
     let result: unknown
     try {
       result = handler.call(this, request, reply)
@@ -53,6 +54,13 @@ function awaitReply(this: FastifyReply, fulfilled: () => void, rejected: (error:
     fulfilled()
   }
   Object.getPrototypeOf(this).then.call(this, told, rejected)
+}
+
+/** In the place of a reply's own `send`, while a handler runs: notes whether it is a reply that it sends, or an error. */
+function sendFirst(this: FastifyReply, payload?: unknown): FastifyReply {
+  const exchange = exchangeOf(this.request)
+  if (exchange !== null) noteSent(exchange, payload)
+  return Object.getPrototypeOf(this).send.call(this, payload)
 }
 
 /** The handler has returned, or its promise has: what Fastify is to see of it. */

@@ -1,5 +1,6 @@
 import { hash, randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
+import { isStream } from './canonical.js'
 import { isMultipart } from './content-type.js'
 import { KeyInvalid } from './errors.js'
 import { isField } from './multipart.js'
@@ -96,6 +97,14 @@ export function keyInBody(request: FastifyRequest, rules: KeyRules): string | un
   if (rules.field === null) return undefined
   const value = ownField(request.body, rules.field)
   return asKey(isField(value) && isMultipart(request) ? value.value : value)
+}
+
+/** Is there a body that may hold the field, but is not parsed, so that nobody can tell? */
+export function isInUnparsedBody(request: FastifyRequest): boolean {
+  const { body } = request
+  if (body === undefined || body === null) return isMultipart(request)
+  if (typeof body === 'string') return !/^text\//i.test(request.headers['content-type'] ?? '')
+  return ArrayBuffer.isView(body) || isStream(body)
 }
 
 function ownField(fields: unknown, name: string): unknown {

@@ -4,8 +4,8 @@ import { headersSince, isBuffered, isResponse, type Payload, replyRecord, snapsh
 import { stop, watchClient } from './client-watch.js'
 import { finish, isFinalReply, sendStream } from './ending.js'
 import { isRefusal, KeyMissing, ScopeFailed, TransactionBroken } from './errors.js'
-import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, kSight, SKIPPED } from './exchange.js'
-import { type HeadRules, payloadOf as hashOf, headOf, payloadOfBody } from './fingerprint.js'
+import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, SKIPPED } from './exchange.js'
+import { payloadOf as hashOf } from './fingerprint.js'
 import { type Handler, protect } from './handler.js'
 import {
   goOnNowhere,
@@ -24,6 +24,7 @@ import { isAnswer, PROBLEM_TYPE, problemOf, watchAnswer } from './problem.js'
 import type { Registration } from './registration.js'
 import { hasType, payloadOf, putOn, restore, takeOff } from './replay.js'
 import { RequestContext } from './request-context.js'
+import { kSnapshot, RequestSnapshot } from './request-snapshot.js'
 
 const HANDLER_TIMEOUT = 'FST_ERR_HANDLER_TIMEOUT'
 
@@ -33,71 +34,59 @@ type Done = (error?: Error | null, payload?: unknown) => void
 export class Lifecycle {
   readonly #policy: Policy
   readonly #registration: Registration
-  /** Is the key looked for once more when the body is there? */
-  readonly #claimsLate: boolean
-  readonly #headRules: HeadRules
 
   constructor(policy: Policy, registration: Registration) {
     this.#policy = policy
     this.#registration = registration
-    this.#headRules = { route: policy.route, constraints: '', target: null, scoped: policy.scope !== null }
-    this.#claimsLate = policy.hook === 'preHandler' || (policy.field !== null && policy.getKey === null)
   }
 
-  /** Last of the phase that the `hook` option names: claims the key, if it can be seen already. */
-  readonly claim = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
-    const { skip, getKey } = this.#policy
+  /** Last onRequest hook: reads a key that can be seen already, and refuses one that is none before any body is read. */
+  readonly look = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
+    const { skip } = this.#policy
     if (!this.#covers(request)) return done()
-    if (skip !== null || getKey !== null) return this.#guarded(request, reply, this.#claim(request, reply, false))
-    // A promise is paid for only where there is something to wait for.
-    let begun: Maybe<void> | undefined
+    if (skip !== null) return this.#guarded(request, reply, this.#lookUnlessSkipped(request, skip))
     try {
-      const raw = this.#keyBeforeBody(request)
-      if (raw === undefined) this.#missing(this.#claimsLate)
-      else begun = this.#begin(request, reply, raw, false)
+      this.#look(request)
     } catch (error) {
       return done(this.#refuse(request, reply, error))
     }
-    return begun instanceof Promise ? this.#guarded(request, reply, begun) : done()
-  }
-
-  readonly claimInPreParsing = (request: FastifyRequest, reply: FastifyReply, _payload: unknown, done: Done): unknown =>
-    this.claim(request, reply, done)
-
-  /** Last preValidation hook: sees the request as the client sent it, before validation and handlers change it. */
-  readonly look = (request: FastifyRequest, _reply: FastifyReply, done: Done): unknown => {
-    if (!this.#covers(request) || request[kExchange] === SKIPPED) return done()
-    if (request[kExchange] === null) {
-      const { getKey, hook } = this.#policy
-      if (!this.#claimsLate && hook !== 'preValidation') return done()
-      const key = this.#keyAnywhere(request)
-      if (key === undefined && getKey === null) return done()
-      request[kSight] = { key, head: headOf(request, this.#headRules), payload: '' }
-    }
-    if (this.#policy.fingerprint !== true) return done()
-    const payload = payloadOfBody(request)
-    if (typeof payload !== 'string') return payload.then((hash) => learn(request, hash))
-    learn(request, payload)
     return done()
   }
 
-  /** Last preHandler hook: claims a key that came with the body, and gives the verdict. */
-  readonly settle = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
-    if (!this.#covers(request)) return done()
-    const exchange = exchangeOf(request)
-    if (exchange === null) {
-      if (!this.#claimsLate || request[kExchange] === SKIPPED) return done()
-      return this.#guarded(request, reply, this.#claimAndSettle(request, reply))
-    }
-    if (typeof this.#policy.fingerprint === 'function') {
-      return this.#guarded(request, reply, this.#learnAndSettle(request, exchange))
-    }
+  /** Last of an earlier phase, where the `hook` option names one: claims a key that can be seen already. */
+  readonly reserve = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
+    const { getKey } = this.#policy
+    const snapshot = request[kSnapshot]
+    if (snapshot === null) return done()
+    if (getKey !== null) return this.#guarded(request, reply, this.#reserveAsked(request, reply, getKey))
+    if (typeof snapshot.key !== 'string') return done()
+    const reserved = this.#reserve(request, reply, snapshot.key)
+    return reserved instanceof Promise ? this.#guarded(request, reply, reserved) : done()
+  }
+
+  readonly reserveInPreParsing = (
+    request: FastifyRequest,
+    reply: FastifyReply,
+    _payload: unknown,
+    done: Done
+  ): unknown => this.reserve(request, reply, done)
+
+  /** Last preValidation hook: nothing more is to come of what the client has sent. */
+  readonly finishLook = (request: FastifyRequest, _reply: FastifyReply, done: Done): unknown => {
+    const pending = request[kSnapshot]?.finish()
+    return pending ?? done()
+  }
+
+  /** Last preHandler hook: claims the key, and gives the verdict. */
+  readonly claim = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
+    if (!this.#covers(request) || request[kExchange] === SKIPPED) return done()
     let answer: Maybe<FastifyReply | undefined>
     try {
-      answer = this.#settle(exchange)
+      answer = this.#claim(request, reply)
     } catch (error) {
       return done(this.#refuse(request, reply, error))
     }
+    // A promise is paid for only where there is something to wait for.
     if (answer instanceof Promise) return this.#guarded(request, reply, answer)
     // Behind a reply that is on its way nothing more is to come.
     if (answer === undefined) done()
@@ -164,6 +153,9 @@ export class Lifecycle {
     if (exchange !== null) {
       exchange.failed = true
       exchange.error = error
+      if (exchange.sent === 'value' && exchange.handler !== 'failed' && exchange.sending === 'no') {
+        exchange.workDone ||= isFinalReply(this.#policy, request, reply) && error?.code !== HANDLER_TIMEOUT
+      }
       // What a handler meets of the plugin's own, where it misuses its transaction. What comes from onSend is known.
       if (error instanceof TransactionBroken && error !== request[kRefusal]) this.#refuse(request, reply, error)
       const { replayHeader } = this.#policy
@@ -184,104 +176,146 @@ export class Lifecycle {
     return this.#policy.methods === null || this.#policy.methods.has(request.method)
   }
 
-  #keyBeforeBody(request: FastifyRequest): string | undefined {
-    return keyInHeader(request, this.#policy) ?? keyInQuery(request, this.#policy)
+  async #lookUnlessSkipped(request: FastifyRequest, skip: NonNullable<Policy['skip']>): Promise<void> {
+    if (await skip(request)) request[kExchange] = SKIPPED
+    else this.#look(request)
   }
 
-  /** A key that is none is an error, for which it is too early: `skip` may have to be asked yet. */
-  #keyAnywhere(request: FastifyRequest): string | Error | undefined {
-    try {
-      return this.#keyBeforeBody(request) ?? keyInBody(request, this.#policy)
-    } catch (error) {
-      return error as Error
+  #look(request: FastifyRequest): void {
+    const { field, fingerprint, getKey } = this.#policy
+    let key: string | undefined
+    if (getKey === null) {
+      const raw = keyInHeader(request, this.#policy) ?? keyInQuery(request, this.#policy)
+      if (raw !== undefined) key = parseKey(raw, this.#policy)
+      else if (field === null) {
+        this.#missing()
+        return
+      }
     }
+    const snapshot = new RequestSnapshot(request, this.#policy, key)
+    request[kSnapshot] = snapshot
+    if (fingerprint === true || (key === undefined && field !== null)) snapshot.watchBody()
   }
 
-  /** @throws FST_IDEMPOTENCY_KEY_MISSING when there is no other place left where a key may be. */
-  #missing(mayComeLater: boolean): void {
+  /** @throws FST_IDEMPOTENCY_KEY_MISSING where a key is required, and there is no other place left for one. */
+  #missing(): void {
     const { required, header, field, getKey } = this.#policy
-    if (!required || mayComeLater) return
+    if (!required) return
     const places: string[] = []
     if (getKey === null && header !== null) places.push(`the header ${header}`)
     if (getKey === null && field !== null) places.push(`the field ${field}`)
     throw new KeyMissing(places.join(' or ') || 'see the documentation of this service')
   }
 
-  async #claim(request: FastifyRequest, reply: FastifyReply, late: boolean): Promise<void> {
-    const { skip, getKey, hook } = this.#policy
-    if (skip !== null && (!late || hook === 'preHandler') && (await skip(request))) {
-      request[kExchange] = SKIPPED
-      return
-    }
-    let raw: unknown
-    if (getKey !== null) raw = (await getKey(request)) ?? undefined
-    // What the client sent goes before what hooks have made of it since.
-    else raw = late ? (request[kSight]?.key ?? this.#keyAnywhere(request)) : this.#keyBeforeBody(request)
-    if (raw instanceof Error) throw raw
-    if (raw !== undefined) return this.#begin(request, reply, raw, late)
-    this.#missing(!late && this.#claimsLate)
+  #reserve(request: FastifyRequest, reply: FastifyReply, key: string): Maybe<void> {
+    const { scope } = this.#policy
+    if (scope !== null) return this.#reserveScoped(request, reply, key, scope)
+    return reserveOn(this.#open(request, reply, key, null))
+  }
+
+  async #reserveScoped(
+    request: FastifyRequest,
+    reply: FastifyReply,
+    key: string,
+    scope: NonNullable<Policy['scope']>
+  ): Promise<void> {
+    return reserveOn(this.#open(request, reply, key, await scopeOf(request, scope)))
+  }
+
+  async #reserveAsked(
+    request: FastifyRequest,
+    reply: FastifyReply,
+    getKey: NonNullable<Policy['getKey']>
+  ): Promise<void> {
+    const raw = (await getKey(request)) ?? undefined
+    // It may find one when there is a body.
+    if (raw !== undefined) await this.#reserve(request, reply, parseKey(raw, this.#policy))
+  }
+
+  #claim(request: FastifyRequest, reply: FastifyReply): Maybe<FastifyReply | undefined> {
+    const { getKey } = this.#policy
+    const exchange = exchangeOf(request)
+    if (exchange !== null) return this.#settle(exchange)
+    if (getKey !== null) return this.#claimAsked(request, reply, getKey)
+    const key = request[kSnapshot]?.key ?? this.#providedKey(request)
+    if (key instanceof Error) throw key
+    if (key !== undefined) return this.#begin(request, reply, key)
+    this.#missing()
+    return undefined
+  }
+
+  /** A key that a hook has provided since. */
+  #providedKey(request: FastifyRequest): string | undefined {
+    const policy = this.#policy
+    return keyInHeader(request, policy) ?? keyInQuery(request, policy) ?? keyInBody(request, policy)
+  }
+
+  async #claimAsked(
+    request: FastifyRequest,
+    reply: FastifyReply,
+    getKey: NonNullable<Policy['getKey']>
+  ): Promise<FastifyReply | undefined> {
+    const raw = (await getKey(request)) ?? undefined
+    if (raw !== undefined) return this.#begin(request, reply, raw)
+    this.#missing()
+    return undefined
   }
 
   /** A key has been found: the request becomes an operation. */
-  #begin(request: FastifyRequest, reply: FastifyReply, raw: unknown, late: boolean): Maybe<void> {
+  #begin(request: FastifyRequest, reply: FastifyReply, raw: string): Maybe<FastifyReply | undefined> {
     const { scope } = this.#policy
     const key = parseKey(raw, this.#policy)
-    if (scope !== null) return this.#beginScoped(request, reply, key, scope, late)
-    return this.#open(request, reply, key, null, late)
+    if (scope !== null) return this.#beginScoped(request, reply, key, scope)
+    return this.#settle(this.#open(request, reply, key, null))
   }
 
   async #beginScoped(
     request: FastifyRequest,
     reply: FastifyReply,
     key: string,
-    scope: NonNullable<Policy['scope']>,
-    late: boolean
-  ): Promise<void> {
-    return this.#open(request, reply, key, await scopeOf(request, scope), late)
+    scope: NonNullable<Policy['scope']>
+  ): Promise<FastifyReply | undefined> {
+    return this.#settle(this.#open(request, reply, key, await scopeOf(request, scope)))
   }
 
-  #open(request: FastifyRequest, reply: FastifyReply, key: string, scope: string | null, late: boolean): Maybe<void> {
-    const { fingerprint, hook } = this.#policy
-    const sight = request[kSight]
-    const head = sight?.head ?? headOf(request, this.#headRules)
-    const operation = new Operation(request, this.#policy, this.#registration, key, scope, head)
+  #open(request: FastifyRequest, reply: FastifyReply, key: string, scope: string | null): Exchange {
+    const snapshot = this.#snapshotOf(request)
+    const operation = new Operation(request, this.#policy, this.#registration, key, scope, snapshot)
     const exchange = new Exchange(operation, reply)
     request[kExchange] = exchange
     request.idempotency = new RequestContext(operation)
-    if (isClosed(reply)) return operation.cancel().then(() => stop(reply))
-    watchClient(exchange)
-    if (typeof fingerprint === 'function' && hook === 'preHandler') {
-      return claimKnowing(operation, reply, Promise.resolve(fingerprint(request)).then(hashOf))
-    }
-    if (sight !== null) {
-      operation.learn(sight.payload)
-    } else if (late && fingerprint === true) {
-      // Nobody saw the key coming: a hook has provided it.
-      return claimKnowing(operation, reply, payloadOfBody(request))
-    }
-    const verdict = operation.claim()
-    if (verdict instanceof Promise) return verdict.then((verdict) => obey(verdict, reply))
-    obey(verdict, reply)
+    if (isClosed(reply)) void operation.cancel()
+    else watchClient(exchange)
+    return exchange
   }
 
-  async #claimAndSettle(request: FastifyRequest, reply: FastifyReply): Promise<unknown> {
-    await this.#claim(request, reply, true)
-    const exchange = exchangeOf(request)
-    return exchange === null ? undefined : this.#learnAndSettle(request, exchange)
-  }
-
-  async #learnAndSettle(request: FastifyRequest, exchange: Exchange): Promise<unknown> {
-    const { fingerprint, hook } = this.#policy
-    if (typeof fingerprint === 'function' && hook !== 'preHandler') {
-      exchange.operation.learn(hashOf(await fingerprint(request)))
-    }
-    return this.#settle(exchange)
+  #snapshotOf(request: FastifyRequest): RequestSnapshot {
+    const known = request[kSnapshot]
+    if (known !== null) return known
+    // Nobody saw the key coming: a hook has provided it.
+    const snapshot = new RequestSnapshot(request, this.#policy, '')
+    request[kSnapshot] = snapshot
+    void snapshot.finish()
+    return snapshot
   }
 
   /** The verdict, and the reply if it is on its way now. */
   #settle(exchange: Exchange): Maybe<FastifyReply | undefined> {
-    const verdict = exchange.operation.settle()
+    const { operation } = exchange
+    const { fingerprint } = this.#policy
+    const payload = operation.request[kSnapshot]?.payload ?? ''
+    if (typeof fingerprint === 'function') {
+      return this.#settleKnowing(exchange, Promise.resolve(fingerprint(operation.request)).then(hashOf))
+    }
+    if (payload instanceof Promise) return this.#settleKnowing(exchange, payload)
+    operation.learn(payload)
+    const verdict = operation.claim()
     return verdict instanceof Promise ? this.#answerLater(verdict, exchange) : this.#answer(verdict, exchange)
+  }
+
+  async #settleKnowing(exchange: Exchange, payload: Promise<string>): Promise<FastifyReply | undefined> {
+    exchange.operation.learn(await payload)
+    return this.#answer(await exchange.operation.claim(), exchange)
   }
 
   async #answerLater(verdict: Promise<Verdict>, exchange: Exchange): Promise<FastifyReply | undefined> {
@@ -342,9 +376,16 @@ export class Lifecycle {
       for (const [name, value] of payload.headers) reply.header(name, value)
       body = payload.body as Payload
     }
-    const final = isFinalReply(this.#policy, request, reply)
+    const final = exchange.workDone || isFinalReply(this.#policy, request, reply)
+    if (exchange.workDone) {
+      request.log.warn(
+        { err: exchange.error },
+        'handler succeeded, but its reply failed: the error is stored as the reply'
+      )
+    }
     if (final && exchange.isMixed) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
-    if (!isBuffered(body) && !hasNoBody(reply.statusCode)) return sendStream(exchange, body, final)
+    if (!isBuffered(body) && !hasNoBody(reply.statusCode))
+      return sendStream(exchange, body, final, this.#registration.streams)
     if (!final) return finish(exchange, body, null)
     const kept = isBuffered(body) ? body : undefined
     if (sizeOf(kept) > this.#policy.maxReplySize) return finish(exchange, body, tombstone(fingerprint, 'too-large'))
@@ -353,18 +394,8 @@ export class Lifecycle {
   }
 }
 
-async function claimKnowing(operation: Operation, reply: FastifyReply, payload: Maybe<string>): Promise<void> {
-  operation.learn(await payload)
-  obey(await operation.claim(), reply)
-}
-
-function obey(verdict: Verdict, reply: FastifyReply): void {
-  if (verdict === 'gone') stop(reply)
-}
-
-function learn(request: FastifyRequest, payload: string): void {
-  exchangeOf(request)?.operation.learn(payload)
-  if (request[kSight] !== null) request[kSight].payload = payload
+async function reserveOn({ operation, reply }: Exchange): Promise<void> {
+  if ((await operation.reserve()) === 'gone') stop(reply)
 }
 
 async function scopeOf(request: FastifyRequest, scope: NonNullable<Policy['scope']>): Promise<string> {
@@ -372,11 +403,21 @@ async function scopeOf(request: FastifyRequest, scope: NonNullable<Policy['scope
   try {
     value = await scope(request)
   } catch (cause) {
+    // An answer to the client, such as 403 for somebody who is no member of the account.
+    if (isClientError(cause)) throw cause
     throw new ScopeFailed('the option "scope" failed', { cause })
   }
   if (typeof value === 'bigint' || Number.isFinite(value)) return String(value)
-  if (typeof value === 'string' && value !== '') return value
+  if (typeof value === 'string' && !NO_NAMES.has(value)) return value
   throw new ScopeFailed('the option "scope" gave nothing')
+}
+
+/** What comes of nothing in a template or by String(): everybody's scope would be the same. */
+const NO_NAMES: ReadonlySet<unknown> = new Set(['', 'undefined', 'null', '[object Object]'])
+
+function isClientError(error: unknown): boolean {
+  const { statusCode } = (error ?? {}) as { statusCode?: unknown }
+  return typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
 }
 
 function isNothing(payload: unknown): boolean {

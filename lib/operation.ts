@@ -3,6 +3,7 @@ import type {
   Acquisition,
   Claim,
   ClaimTransaction,
+  Difference,
   IdempotencyEventName,
   IdempotencyStore,
   StoredRecord,
@@ -15,18 +16,19 @@ import { type Maybe, reveal } from './at-hand.js'
 import {
   Abandoned,
   InProgress,
-  KeyReused,
+  keyReused,
   NotReplayable,
   StoreTimeout,
   StoreUnavailable,
   withRetryAfter
 } from './errors.js'
 import { publish, type Subject } from './events.js'
-import { difference, join, knowsPayload } from './fingerprint.js'
+import { difference, join } from './fingerprint.js'
 import { storageKey } from './key.js'
 import { keepAlive, letGo, type Renewable } from './leases.js'
 import type { Policy } from './options.js'
 import type { Registration } from './registration.js'
+import type { RequestSnapshot } from './request-snapshot.js'
 import { insist, StoreInUse } from './store-in-use.js'
 import { newToken } from './token.js'
 import type { Waiter } from './waiting.js'
@@ -35,15 +37,16 @@ import { attempt, within } from './within.js'
 /**
  * Where an operation is in its life:
  *
- *   asking ──> held ──> running ──> ending ──> over
- *     │ ▲        └───────────────────────────────▲
- *     ▼ │                                        │
- *   undecided ───────────────────────────────────┘
+ *   asking ───────────> held ──> running ──> ending ──> over
+ *     │ ▲ ▲ └────────┐    └──────────────────────────────▲
+ *     ▼ │ └──────┐   ▼                                   │
+ *   undecided   reserved ────────────────────────────────┘
  *
- * `undecided`: somebody else holds or finished the key, and the verdict has to wait for the payload.
+ * `undecided`: somebody else holds or finished the key, and the verdict has to wait for the rest of the request.
+ * `reserved`: the key was claimed by an early `hook`, for one lease, while the rest of the request is awaited.
  * `unprotected`: the store failed, and the route prefers to run all the same.
  */
-type Phase = 'asking' | 'undecided' | 'held' | 'running' | 'ending' | 'over' | 'unprotected'
+type Phase = 'asking' | 'undecided' | 'reserved' | 'held' | 'running' | 'ending' | 'over' | 'unprotected'
 
 /** What is to be done with the request. Refusals are thrown. */
 export type Verdict = 'run' | 'replay' | 'later' | 'gone'
@@ -66,6 +69,9 @@ function isAcquisition(found: Acquisition | undefined | null): found is Acquisit
   }
 }
 
+/** How many keys one process reserves at a time in one store, for requests that have not been read yet. */
+const MOST_RESERVATIONS = 1_000
+
 /** The store failed while a key was asked for. */
 class StoreFailure extends Error {}
 
@@ -75,6 +81,8 @@ export class Operation implements Subject, Waiter, Renewable {
   readonly policy: Policy
   readonly key: string
   readonly storageKey: string
+  /** Who asks; `null` where a scope says so, or nobody does. */
+  readonly credentials: string | null
   attempt = 0
   replayed = false
   phase: Phase = 'asking'
@@ -90,6 +98,8 @@ export class Operation implements Subject, Waiter, Renewable {
   #found: Acquisition | null = null
   /** What was found is what this process remembers: that need not be true for long. */
   #isRemembered = false
+  /** Is the key asked for before everything is known of the request? */
+  #isEarly = false
   #gone = false
   /** Somebody else was seen to have the key. */
   #taken = false
@@ -113,12 +123,13 @@ export class Operation implements Subject, Waiter, Renewable {
     registration: Registration,
     key: string,
     scope: string | null,
-    head: string
+    { head, credentials }: RequestSnapshot
   ) {
     this.request = request
     this.policy = policy
     this.key = key
     this.storageKey = storageKey(scope, key)
+    this.credentials = credentials
     this.#registration = registration
     this.#store = StoreInUse.of(policy.store)
     this.#head = head
@@ -157,19 +168,29 @@ export class Operation implements Subject, Waiter, Renewable {
 
   // What can be decided at once is decided at once: a promise is paid for only where there is something to wait for.
 
-  /** Asks for the key. `'later'`: the verdict needs the payload, ask `settle` when it is known. */
-  claim(): Maybe<Verdict> {
+  /**
+   * Claims the key before the request has been read, for one lease, so that duplicates are refused before theirs are. It
+   * is forgotten when that has passed, and never takes over: nothing is lost with a request that does not come to its
+   * handler. `'later'`: ask `claim` when everything is known.
+   */
+  reserve(): Maybe<Verdict> {
     this.#registration.operations.add(this)
+    if (this.#gone) return this.#judged('gone')
+    // Anybody can make reservations: those who run must not have to stand back behind them.
+    if (this.#store.reservations >= MOST_RESERVATIONS) return this.#postpone(null)
+    this.#isEarly = true
     return this.#judge(this.#acquire(false), false)
   }
 
-  /** The verdict, when everything is known. */
-  settle(): Maybe<Verdict> {
+  /** Claims the key, and gives the verdict: everything that can be known of the request is known. */
+  claim(): Maybe<Verdict> {
+    this.#registration.operations.add(this)
+    if (this.#gone) return this.#judged('gone')
     const found = this.#found
     this.#found = null
-    if (found !== null) return this.#judge(this.#isRemembered ? this.#acquire(false) : found, true)
-    if (this.phase === 'over') return this.#gone ? 'gone' : this.refuseLost()
-    return 'run'
+    this.#isEarly = false
+    if (this.phase === 'undecided') this.phase = 'asking'
+    return this.#judge(found === null || this.#isRemembered ? this.#acquire(false) : found, true)
   }
 
   /** The handler starts. `false`: it must not, because the client has left, and the claim with it. */
@@ -224,6 +245,7 @@ export class Operation implements Subject, Waiter, Renewable {
   /** Gives the key back: nothing is stored, and a retry runs. */
   async release(): Promise<void> {
     if (this.phase === 'over' || this.phase === 'ending') return
+    const unused = this.phase === 'held'
     this.phase = 'ending'
     this.#releasing = true
     letGo(this)
@@ -231,7 +253,9 @@ export class Operation implements Subject, Waiter, Renewable {
     try {
       const transaction = this.#transaction
       const released = await within(storeTimeout, () =>
-        transaction === null ? store.release(this.storageKey, this.#token) : transaction.rollback().then(() => true)
+        transaction === null
+          ? store.release(this.storageKey, this.#token, unused)
+          : transaction.rollback().then(() => true)
       )
       if (released) this.#tell('released')
       else this.#lost()
@@ -240,7 +264,7 @@ export class Operation implements Subject, Waiter, Renewable {
       if (this.#transaction === null) {
         // Where a lapsed claim is not taken over it would be called abandoned, which it is not.
         if (!this.takesOver) keepAlive(this)
-        void this.#giveBack(this.#token).then((given) => {
+        void this.#giveBack(this.#token, unused).then((given) => {
           this.#end()
           if (given) this.#tell('released')
         })
@@ -258,7 +282,20 @@ export class Operation implements Subject, Waiter, Renewable {
     this.#gone = true
     this.#store.waiting.leave(this)
     if (this.phase === 'held') await this.release()
+    else if (this.phase === 'reserved') await this.#unreserve()
     else if (this.phase === 'undecided') this.#end()
+  }
+
+  /** Gives back what was reserved: nobody is told, because nothing has begun. */
+  async #unreserve(): Promise<void> {
+    const { store, storeTimeout } = this.policy
+    this.#end()
+    try {
+      await within(storeTimeout, () => store.release(this.storageKey, this.#token, true))
+    } catch (error) {
+      this.#report(error)
+      void this.#giveBack(this.#token, true)
+    }
   }
 
   /** The server closes: a duplicate that waits gets its answer now. */
@@ -296,7 +333,7 @@ export class Operation implements Subject, Waiter, Renewable {
   /** The claim may have been written, but is not needed. */
   disown(): void {
     if (this.#transaction === null) {
-      void this.#giveBack(this.#token)
+      void this.#giveBack(this.#token, true)
     } else {
       void this.#transaction.rollback()
       this.#store.live.delete(this.storageKey)
@@ -330,6 +367,9 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   #judgedFailed(error: unknown): Verdict {
+    // Whether to run all the same is decided when everything is known.
+    if (this.#isEarly && error instanceof StoreFailure && this.policy.bypasses && !this.#gone)
+      return this.#postpone(null)
     this.#end()
     if (!(error instanceof StoreFailure)) throw error
     if (this.#gone) return 'gone'
@@ -344,14 +384,13 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** `final`: everything that can be known of this request is known. */
   #decide(found: Acquisition, final: boolean): Maybe<Verdict> {
-    if (found.state === 'acquired') return this.#hold(found.attempt)
+    if (found.state === 'acquired') return final ? this.#hold(found.attempt) : this.#reserved()
     if (this.#gone) return 'gone'
+    this.#leaveReserved()
     this.#taken = found.state !== 'abandoned'
     const theirs = found.state === 'completed' ? found.record.fingerprint : found.fingerprint
-    if (difference(theirs, this.fingerprint) !== null) {
-      this.#tell('mismatch')
-      throw new KeyReused()
-    }
+    const differs = difference(theirs, this.fingerprint)
+    if (differs !== null) throw this.#mismatch(differs)
     switch (found.state) {
       case 'completed':
         if (!final) return this.#postpone(found)
@@ -362,9 +401,10 @@ export class Operation implements Subject, Waiter, Renewable {
         if (!final) return this.#postpone(found)
         return this.#wait()
       case 'abandoned':
-        if (!this.policy.reruns) throw this.#conflict(new Abandoned())
-        if (!final && knowsPayload(theirs) && !knowsPayload(this.fingerprint)) return this.#postpone(found)
-        return this.#takeOver(final)
+        // What its owner has given back is nobody's unknown outcome.
+        if (!this.policy.reruns && !found.ended) throw this.#conflict(new Abandoned())
+        if (!final) return this.#postpone(found)
+        return this.#takeOver()
     }
   }
 
@@ -375,17 +415,30 @@ export class Operation implements Subject, Waiter, Renewable {
     return this.#decide(result, true)
   }
 
-  async #takeOver(final: boolean): Promise<Verdict> {
-    return this.#decide(await this.#acquire(true), final)
+  async #takeOver(): Promise<Verdict> {
+    return this.#decide(await this.#acquire(true), true)
   }
 
-  #postpone(found: Acquisition): Verdict {
+  #postpone(found: Acquisition | null): Verdict {
     this.phase = 'undecided'
     this.#found = found
     return 'later'
   }
 
+  #reserved(): Maybe<Verdict> {
+    this.phase = 'reserved'
+    this.#store.reservations++
+    return this.#gone ? this.#unreserve().then(() => 'gone') : 'later'
+  }
+
+  #leaveReserved(): void {
+    if (this.phase !== 'reserved') return
+    this.phase = 'asking'
+    this.#store.reservations--
+  }
+
   #hold(attempt: number): Maybe<Verdict> {
+    this.#leaveReserved()
     if (this.#transaction?.lost.aborted) throw new StoreFailure('The key was lost again')
     this.attempt = attempt
     this.phase = 'held'
@@ -402,6 +455,13 @@ export class Operation implements Subject, Waiter, Renewable {
     this.replayed = true
     this.#tell('replayed')
     return 'replay'
+  }
+
+  #mismatch(differs: Difference): Error {
+    const error = keyReused(differs)
+    publish('mismatch', this, undefined, differs)
+    this.request.log.debug({ ...this.#bindings(), differs }, 'idempotency mismatch')
+    return error
   }
 
   #conflict<E extends Error>(error: E): E {
@@ -472,7 +532,7 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   /** What the answer means to this process, which knows more than the store. `owner`: who had the key here before. */
-  #understand(found: Found, owner: Operation | undefined): Found {
+  #understand(found: Found, owner: Operation | undefined): Maybe<Found> {
     if ('transaction' in found) {
       this.#transaction = found.transaction
       this.#store.live.set(this.storageKey, this)
@@ -482,9 +542,29 @@ export class Operation implements Subject, Waiter, Renewable {
       const holder = this.#store.live.get(this.storageKey)
       return holder === undefined ? found : holder.#asRunning()
     }
-    if (found.state !== 'abandoned' || owner === undefined) return found
-    // The owner is alive in this very process, which has stalled for longer than the lease.
+    if (owner === undefined) return found
+    // The owner is alive in this very process, whatever the store says: it has lost its data, or the process has stalled
+    // for longer than the lease.
+    if (found.state === 'acquired' && owner.#isOwner()) return this.#cede(owner)
+    if (found.state !== 'abandoned') return found
     owner.renew()
+    return owner.#asRunning()
+  }
+
+  /** Leaves a claim that the store has given to this operation to its living owner, under the token that it has now. */
+  async #cede(owner: Operation): Promise<Found> {
+    const token = this.#token
+    this.#token = newToken()
+    owner.#token = token
+    const askedAt = performance.now()
+    try {
+      // By the same token, so that nobody comes between: from now on it is the owner's fingerprint that is compared.
+      const { store, storeTimeout } = owner.policy
+      await within(storeTimeout, () => store.acquire(owner.storageKey, owner.#claimOf(false)))
+      owner.#leasedAt = askedAt
+    } catch (error) {
+      owner.#report(error)
+    }
     return owner.#asRunning()
   }
 
@@ -500,10 +580,10 @@ export class Operation implements Subject, Waiter, Renewable {
       if (this.policy.transaction) {
         void answer.then((late) => ('transaction' in late ? late.transaction.rollback() : undefined)).catch(() => {})
       } else {
-        if (error instanceof StoreTimeout) void this.#giveBack(token)
+        if (error instanceof StoreTimeout) void this.#giveBack(token, true)
         void answer.then(
-          (late) => (late?.state === 'acquired' ? this.#giveBack(token) : undefined),
-          () => this.#giveBack(token)
+          (late) => (late?.state === 'acquired' ? this.#giveBack(token, true) : undefined),
+          () => this.#giveBack(token, true)
         )
       }
       // Who asks again does so under another name: the old one may be given back at any time.
@@ -525,13 +605,20 @@ export class Operation implements Subject, Waiter, Renewable {
     return { state: 'running', fingerprint: this.fingerprint, leaseMs: this.lease }
   }
 
-  #giveBack(token: string): Promise<boolean> {
-    return this.#store.disown(this.storageKey, token, this.policy.storeTimeout)
+  /** @param unused The handler has not run under this claim. */
+  #giveBack(token: string, unused: boolean): Promise<boolean> {
+    return this.#store.disown(this.storageKey, token, this.policy.storeTimeout, unused)
   }
 
   #claimOf(takeover: boolean): Claim {
-    const { lease: leaseMs, retain: retainMs } = this.policy
-    return { token: this.#token, fingerprint: this.fingerprint, leaseMs, retainMs, takeover }
+    const { lease: leaseMs, retain } = this.policy
+    return {
+      token: this.#token,
+      fingerprint: this.fingerprint,
+      leaseMs,
+      retainMs: this.#isEarly ? 0 : retain,
+      takeover
+    }
   }
 
   #complete(record: StoredRecord): Promise<boolean> {
@@ -559,8 +646,11 @@ export class Operation implements Subject, Waiter, Renewable {
 
   async #completeAnew(stored: Promise<boolean>, record: StoredRecord): Promise<boolean> {
     const { store, ttl } = this.policy
+    const token = this.#token
     if (await stored) return true
-    return (await this.#reclaim()) && store.complete(this.storageKey, this.#token, record, ttl)
+    // Under another name now, another request of this process has left the claim to this one.
+    const isOwner = token !== this.#token || (await this.#reclaim())
+    return isOwner && store.complete(this.storageKey, this.#token, record, ttl)
   }
 
   /**
@@ -611,7 +701,9 @@ export class Operation implements Subject, Waiter, Renewable {
     const { store, storeTimeout, lease } = this.policy
     try {
       const askedAt = performance.now()
-      const renewed = await within(storeTimeout, () => store.renew(this.storageKey, this.#token, lease))
+      const token = this.#token
+      const renewed =
+        (await within(storeTimeout, () => store.renew(this.storageKey, token, lease))) || token !== this.#token
       this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
       // Once the claim is ending, the last step finds out by itself.
       if (!renewed && this.#isHeld() && !(await within(storeTimeout, () => this.#reclaim())) && this.#isHeld()) {
@@ -636,7 +728,7 @@ export class Operation implements Subject, Waiter, Renewable {
     const { state } = await store.acquire(this.storageKey, this.#claimOf(false))
     if (state !== 'acquired') return false
     this.#leasedAt = askedAt
-    if (!this.#isWanted()) void this.#giveBack(this.#token)
+    if (!this.#isWanted()) void this.#giveBack(this.#token, false)
     return this.#isWanted()
   }
 
@@ -663,6 +755,7 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** The claim needs no care any more. */
   #end(): void {
+    this.#leaveReserved()
     this.phase = 'over'
     letGo(this)
     if (this.#store.live.get(this.storageKey) === this) this.#store.live.delete(this.storageKey)
@@ -672,6 +765,11 @@ export class Operation implements Subject, Waiter, Renewable {
   // Methods, because the phase changes while others are awaited, which the compiler does not see.
   #isHeld(): boolean {
     return this.phase === 'held' || this.phase === 'running'
+  }
+
+  /** Does the handler run, or its reply wait to be stored, under a claim that counts? */
+  #isOwner(): boolean {
+    return this.#transaction === null && !this.#releasing && !this.#forgotten && !this.#isOver()
   }
 
   /** The store cannot have let the lease lapse yet: the key is this operation's. */

@@ -3,14 +3,18 @@ import { inspect } from 'node:util'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { ClaimHook, IdempotencyOptions, IdempotencyRouteOptions, IdempotencyStore } from '../types/index.js'
 import { InvalidOption } from './errors.js'
+import { constraintsOf } from './fingerprint.js'
 import type { KeyRules } from './key.js'
 import { MemoryStore } from './stores/memory.js'
 
 /** RFC 9110 §9.2.1, and RFC 10008 for QUERY: a request that changes nothing needs no protection. */
 const SAFE_METHODS: ReadonlySet<string> = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE', 'QUERY'])
 
-/** RFC 9110 §15.5.9, RFC 8470 §5.2 and RFC 6585 §4: below 500, and yet an invitation to try again. */
-const RETRYABLE_STATUSES: ReadonlySet<number> = new Set([408, 425, 429])
+/**
+ * Below 500, and yet an invitation to try again: with other credentials (RFC 9110 §15.5.2), or later (RFC 9110 §15.5.9,
+ * RFC 4918 §11.3, RFC 8470 §5.2, RFC 6585 §4).
+ */
+const RETRYABLE_STATUSES: ReadonlySet<number> = new Set([401, 408, 423, 425, 429])
 
 /** How long an unfinished claim is remembered where replies are kept for ever. */
 const RETAIN_WITHOUT_TTL = 86_400_000
@@ -28,6 +32,11 @@ export interface Policy extends KeyRules {
   readonly getKey: ((request: FastifyRequest) => string | undefined | Promise<string | undefined>) | null
   readonly required: boolean
   readonly scope: ((request: FastifyRequest) => string | Promise<string>) | null
+  /** Does the application say who the caller is? Otherwise credentials are compared. */
+  readonly scoped: boolean
+  readonly target: ((request: FastifyRequest) => string) | null
+  /** The constraints of the route, as text. */
+  readonly constraints: string
   readonly fingerprint: Exclude<IdempotencyRouteOptions['fingerprint'], undefined>
   readonly hook: ClaimHook
   readonly waits: boolean
@@ -85,6 +94,7 @@ const BOOLEAN: Rule = { takes: 'true or false', accepts: (value) => typeof value
 const DURATION: Rule = { takes: 'a positive integer of milliseconds', accepts: isPositiveInteger }
 const BYTES: Rule = { takes: 'a positive integer of bytes', accepts: isPositiveInteger }
 const FUNCTION: Rule = { takes: 'a function', accepts: isFunction }
+const SYNC_FUNCTION: Rule = { takes: 'a function that answers at once (not async)', accepts: isSyncFunction }
 const HEADER: Rule = { takes: 'a header name, or false', accepts: (value) => value === false || isHeaderName(value) }
 
 const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
@@ -99,7 +109,8 @@ const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
   },
   maxKeyLength: BYTES,
   required: BOOLEAN,
-  scope: FUNCTION,
+  scope: { takes: 'a function, or false', accepts: (value) => value === false || isFunction(value) },
+  target: SYNC_FUNCTION,
   fingerprint: {
     takes: 'true, false or a function',
     accepts: (value) => typeof value === 'boolean' || isFunction(value)
@@ -114,7 +125,7 @@ const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
     takes: 'a positive integer of milliseconds, or null for ever',
     accepts: (value) => value === null || isPositiveInteger(value)
   },
-  shouldStore: { takes: 'a function that answers at once (not async)', accepts: isSyncFunction },
+  shouldStore: SYNC_FUNCTION,
   maxReplySize: BYTES,
   excludeHeaders: { takes: 'an array of header names', accepts: listOf(isHeaderName) },
   replayHeader: HEADER,
@@ -158,6 +169,7 @@ export interface RouteDeclaration {
   readonly method: string | readonly string[]
   readonly url: string
   readonly config?: object
+  readonly constraints?: object
 }
 
 /**
@@ -183,6 +195,7 @@ export function routePolicy(route: RouteDeclaration, registration: RegistrationO
   const options: IdempotencyRouteOptions = { ...registration.routeDefaults, ...own }
   return Object.freeze({
     route: route.url,
+    constraints: constraintsOf(route.constraints),
     methods: covered.length === methods.length ? null : new Set(covered),
     ...complete(options, registration.routeDefaults.store, where)
   })
@@ -204,7 +217,7 @@ function complete(
   options: IdempotencyRouteOptions,
   store: IdempotencyStore,
   where: string
-): Omit<Policy, 'route' | 'methods'> {
+): Omit<Policy, 'route' | 'methods' | 'constraints'> {
   const { header = 'Idempotency-Key', replayHeader = 'Idempotent-Replayed', keyFormat = 'any' } = options
   const { ttl = 86_400_000, field, getKey } = options
   if (header === false && field === undefined && getKey === undefined) {
@@ -222,9 +235,11 @@ function complete(
     keyFormat,
     maxKeyLength: options.maxKeyLength ?? 255,
     required: options.required ?? false,
-    scope: options.scope ?? null,
+    scope: options.scope || null,
+    scoped: options.scope !== undefined,
+    target: options.target ?? null,
     fingerprint: options.fingerprint ?? true,
-    hook: options.hook ?? (transaction ? 'preHandler' : 'onRequest'),
+    hook: options.hook ?? 'preHandler',
     waits: options.onConflict === 'wait',
     waitTimeout: options.waitTimeout ?? 60_000,
     lease: options.lease ?? 30_000,
@@ -244,7 +259,11 @@ function complete(
   }
 }
 
-function checkTransaction({ onStoreError }: IdempotencyRouteOptions, store: IdempotencyStore, where: string): void {
+function checkTransaction(
+  { onStoreError, hook }: IdempotencyRouteOptions,
+  store: IdempotencyStore,
+  where: string
+): void {
   if (store.begin === undefined) {
     const name = store.constructor?.name ?? 'object'
     throw new InvalidOption(`option "transaction"${where} takes a store with transactions (PostgresStore), got ${name}`)
@@ -252,11 +271,16 @@ function checkTransaction({ onStoreError }: IdempotencyRouteOptions, store: Idem
   if (onStoreError === 'bypass') {
     throw new InvalidOption(`option "transaction"${where} takes no onStoreError 'bypass': its handler needs the store`)
   }
+  if (hook !== undefined && hook !== 'preHandler') {
+    const why = 'it would hold a connection while bodies are read'
+    throw new InvalidOption(`option "transaction"${where} takes no hook '${hook}': ${why}`)
+  }
 }
 
-/** The default `shouldStore`: is this status an answer, or an invitation to try again? */
+/** The default `shouldStore`: is this an answer, or an invitation to try again? */
 export function isFinal(_request: FastifyRequest, reply: FastifyReply): boolean {
-  return reply.statusCode < 500 && !RETRYABLE_STATUSES.has(reply.statusCode)
+  const { statusCode } = reply
+  return statusCode < 500 && !RETRYABLE_STATUSES.has(statusCode) && !reply.hasHeader('retry-after')
 }
 
 /** A shallow copy without the options that are `undefined`. */

@@ -1,36 +1,34 @@
 import type { FastifyInstance, RouteOptions } from 'fastify'
 import type { IdempotencyOptions } from '../types/index.js'
+import { expectCoverage, sees } from './coverage.js'
 import { cover } from './covered-routes.js'
-import { routesDeclaredOn } from './early-routes.js'
-import { RouteTooEarly } from './errors.js'
-import { kExchange, kRefusal, kSight } from './exchange.js'
+import { withoutSlash } from './early-routes.js'
+import { AlreadyRegistered } from './errors.js'
+import { kExchange, kRefusal } from './exchange.js'
 import { InstanceApi } from './instance-api.js'
 import { Lifecycle } from './lifecycle.js'
-import { concerns, describeRoute, type Policy, registrationOptions, routePolicy } from './options.js'
-import { Registration } from './registration.js'
-
-/** Where an instance keeps the registration that is in force for its routes: its own, or the nearest above. */
-const kRegistration = Symbol('fastify-idempotency.registration')
-
-/** The routes that some registration has seen, covered or not. */
-const seen = new WeakSet<RouteOptions>()
+import { type Policy, registrationOptions, routePolicy } from './options.js'
+import { kRegistration, Registration, registrationOf } from './registration.js'
+import { kSnapshot } from './request-snapshot.js'
 
 /** The configs of covered routes, and their URLs: the HEAD twin that Fastify adds to a route has the same ones. */
 const coveredUrls = new WeakMap<object, Set<string>>()
 
 // Async, because what a plugin with a callback throws, Fastify does not catch.
 export async function plugin(fastify: FastifyInstance, options: IdempotencyOptions): Promise<void> {
+  // In a child of this instance a second registration is its own master.
+  if (Object.hasOwn(fastify, kRegistration)) throw new AlreadyRegistered()
   const registration = new Registration(registrationOptions(options))
   const later = postponer()
 
-  // A second registration in a child of the first one's instance is its own master; in the same one it is an error.
   fastify.decorate('idempotency', new InstanceApi(registration.options.routeDefaults))
-  fastify.decorate(kRegistration as unknown as string, registration)
+  fastify.decorate(kRegistration, registration)
   decorateRequest(fastify)
+  expectCoverage(fastify, registration)
 
   fastify.addHook('onRoute', function (route) {
-    if ((this as { [kRegistration]?: Registration })[kRegistration] !== registration) return
-    seen.add(route)
+    if (registrationOf(this) !== registration) return
+    sees(registration, this, route)
     if (isHeadTwin(route)) return
     const policy = routePolicy(route, registration.options)
     if (policy === null) return
@@ -40,13 +38,6 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
     const lifecycle = new Lifecycle(policy, registration)
     route.handler = lifecycle.wrap(route.handler as never)
     later(this, () => place(route, policy, lifecycle))
-  })
-
-  fastify.addHook('onReady', function (done) {
-    const early = routesDeclaredOn(this).find(
-      ({ route }) => !seen.has(route) && !isHeadTwin(route) && concerns(route, registration.options)
-    )
-    done(early && new RouteTooEarly(describeRoute(early.route)))
   })
 
   fastify.addHook('preClose', (done) => {
@@ -64,11 +55,12 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
  * of onSend. Called when all plugins' onRoute hooks have had their say, so that the order of registration does not matter.
  */
 function place(route: RouteOptions, policy: Policy, lifecycle: Lifecycle): void {
-  if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.claim)
-  if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.claimInPreParsing)
-  route.preValidation = last(route.preValidation, lifecycle.look)
-  if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.claim)
-  route.preHandler = last(route.preHandler, lifecycle.settle)
+  route.onRequest = last(route.onRequest, lifecycle.look)
+  if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.reserve)
+  if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.reserveInPreParsing)
+  route.preValidation = last(route.preValidation, lifecycle.finishLook)
+  if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.reserve)
+  route.preHandler = last(route.preHandler, lifecycle.claim)
   route.onSend = [lifecycle.onSend as never, ...list(route.onSend)]
   route.onError = last(route.onError, lifecycle.onError)
 }
@@ -103,15 +95,15 @@ function list<Hook>(hooks: Hook | Hook[] | undefined): Hook[] {
 function rememberUrl({ config, url }: RouteOptions): void {
   if (config === undefined) return
   const urls = coveredUrls.get(config) ?? new Set()
-  coveredUrls.set(config, urls.add(url))
+  coveredUrls.set(config, urls.add(withoutSlash(url)))
 }
 
-function isHeadTwin(route: RouteOptions): boolean {
-  return route.method === 'HEAD' && route.config !== undefined && coveredUrls.get(route.config)?.has(route.url) === true
+function isHeadTwin({ method, config, url }: RouteOptions): boolean {
+  return method === 'HEAD' && config !== undefined && coveredUrls.get(config)?.has(withoutSlash(url)) === true
 }
 
 function decorateRequest(fastify: FastifyInstance): void {
-  for (const name of ['idempotency', kExchange, kRefusal, kSight] as string[]) {
+  for (const name of ['idempotency', kExchange, kRefusal, kSnapshot] as string[]) {
     if (!fastify.hasRequestDecorator(name)) fastify.decorateRequest(name, null as never)
   }
 }

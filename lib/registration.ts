@@ -1,14 +1,29 @@
+import type { FastifyInstance } from 'fastify'
+import type { Unfinished } from './capture.js'
 import { LONGEST_DELAY } from './deadlines.js'
 import type { Operation } from './operation.js'
 import type { Policy, RegistrationOptions } from './options.js'
 import { StoreInUse } from './store-in-use.js'
 import { noLongerThan } from './within.js'
 
+/**
+ * Where an instance keeps the registration that is in force for its routes: its own, or the nearest above. One name for
+ * all copies of this package in a process, so that none takes a route of another for unprotected.
+ */
+export const kRegistration = Symbol.for('fastify-idempotency.registration') as unknown as 'idempotencyRegistration'
+
+/** The registration in force on an instance. One of another copy of this package is no `Registration`. */
+export function registrationOf(instance: FastifyInstance): unknown {
+  return (instance as { [kRegistration]?: unknown })[kRegistration]
+}
+
 /** One `app.register(idempotency)`: what it covers, and what is going on in it. */
 export class Registration {
   readonly options: RegistrationOptions
   /** The requests that hold a claim, wait for one, or still have a reply to store. */
   readonly operations = new Set<Operation>()
+  /** The streamed replies whose sources are open. */
+  readonly streams = new Set<Unfinished>()
   /** Nothing is waited for any more, and nothing is repeated. */
   closed = false
   #closing = false
@@ -56,6 +71,7 @@ export class Registration {
   async close(): Promise<void> {
     this.startClosing()
     await noLongerThan(Math.min(this.#longestLease, LONGEST_DELAY), this.#drained())
+    await Promise.all([...this.streams].map((stream) => stream.giveUp()))
     this.closed = true
     for (const operation of this.operations) operation.abandon()
     const closed = await Promise.allSettled([...this.#stores].map((store) => store.leave()))

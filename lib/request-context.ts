@@ -1,5 +1,4 @@
 import type { RequestIdempotency, TransactionClient } from '../types/index.js'
-import { credentialsOf } from './credentials.js'
 import { deriveKey } from './key.js'
 import type { Operation } from './operation.js'
 
@@ -31,12 +30,15 @@ export class RequestContext implements RequestIdempotency {
     return this.#operation.transaction
   }
 
-  discard(): void {
-    this.#operation.discarded = true
+  // Made when they are asked for, and not bound to `this`: they may be taken out of their object.
+
+  get discard(): () => void {
+    return () => {
+      this.#operation.discarded = true
+    }
   }
 
-  deriveKey(label: string): string {
-    const { policy, request, storageKey } = this.#operation
-    return deriveKey(storageKey, label, policy.scope === null ? credentialsOf(request) : null)
+  get deriveKey(): (label: string) => string {
+    return (label) => deriveKey(this.#operation.storageKey, label, this.#operation.credentials)
   }
 }

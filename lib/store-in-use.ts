@@ -15,6 +15,8 @@ interface Disowned {
   readonly key: string
   readonly token: string
   readonly timeout: number
+  /** The handler has not run under it. */
+  readonly unused: boolean
   /** Called when the claim was given back (`true`), or is no longer to be. */
   readonly done: (given: boolean) => void
   isUnderWay: boolean
@@ -29,6 +31,8 @@ export class StoreInUse {
   /** What is being asked about keys that are wanted in a transaction: the answer, `null` when it was the key itself. */
   readonly asking = new Map<string, Promise<Acquisition | null>>()
   readonly waiting: WaitingRoom
+  /** How many of its keys this process has claimed for requests that have not been read yet. */
+  reservations = 0
   readonly #store: IdempotencyStore
   readonly #disowned = new Set<Disowned>()
   /** Loops that give claims back. */
@@ -62,9 +66,9 @@ export class StoreInUse {
   }
 
   /** Gives a claim back in the background, as soon as the store can be reached. `false` when that is not tried any more. */
-  disown(key: string, token: string, timeout: number): Promise<boolean> {
+  disown(key: string, token: string, timeout: number, unused: boolean): Promise<boolean> {
     const given = new Promise<boolean>((done) => {
-      this.#disowned.add({ key, token, timeout, done, isUnderWay: false })
+      this.#disowned.add({ key, token, timeout, unused, done, isUnderWay: false })
     })
     for (const oldest of this.#disowned) {
       if (this.#disowned.size <= MAX_DISOWNED) break
@@ -86,7 +90,7 @@ export class StoreInUse {
       if (claim.isUnderWay) continue
       claim.isUnderWay = true
       try {
-        await within(claim.timeout, () => this.#store.release(claim.key, claim.token))
+        await within(claim.timeout, () => this.#store.release(claim.key, claim.token, claim.unused))
         this.#drop(claim, true)
         pause = FIRST_PAUSE_MS
         // One after the other, what a slow store has gathered would take longer than the leases.

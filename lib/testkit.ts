@@ -8,6 +8,7 @@ import { looking } from './testkit/looking.js'
 import { ownership } from './testkit/ownership.js'
 import { races } from './testkit/races.js'
 import { records } from './testkit/records.js'
+import { releases } from './testkit/releases.js'
 import { text } from './testkit/text.js'
 import { wakeUps } from './testkit/wake-ups.js'
 
@@ -50,6 +51,7 @@ export interface ConformanceOptions {
 export type ConformanceTopic =
   | 'claims'
   | 'ownership'
+  | 'releases'
   | 'races'
   | 'lifetimes'
   | 'records'
@@ -74,6 +76,7 @@ export interface ConformanceCase {
 const topics: Record<ConformanceTopic, readonly Promised[]> = {
   claims,
   ownership,
+  releases,
   races,
   lifetimes,
   records,

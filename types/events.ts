@@ -14,6 +14,9 @@ export type IdempotencyEventName =
   | 'store-error'
   | 'bypassed'
 
+/** What tells two requests with the same key apart: what they are for, who asks, or what they bring. */
+export type Difference = 'target' | 'credentials' | 'payload'
+
 /** The message of every event. */
 export interface IdempotencyEvent {
   request: FastifyRequest
@@ -23,4 +26,6 @@ export interface IdempotencyEvent {
   route: string
   attempt: number
   error?: unknown
+  /** Of `mismatch`: what differs from the request that has used the key before. */
+  differs?: Difference
 }

@@ -43,11 +43,20 @@ export interface IdempotencyRouteOptions {
    */
   required?: boolean
   /**
-   * Who the caller is: a user, tenant or account. The same key in two scopes is two operations. Without it the
+   * Who the caller is: a user, tenant or account. The same key in two scopes is two operations. It names the caller, and
+   * does not check them: that is for hooks that come before. A request without a key never asks it. An error of it with a
+   * 4xx `statusCode` is passed on; any other, or no name, is 500 FST_IDEMPOTENCY_SCOPE.
+   *
+   * `false`: all callers are deliberately one, as in a public form, or for the webhooks of one sender. Without a scope the
    * request's credentials are part of the fingerprint: `Authorization` and `Proxy-Authorization`, else an API key
    * (`X-API-Key`, `Api-Key`, `X-Auth-Token`, `X-Access-Token`), else a client certificate, else all cookies.
    */
-  scope?: (request: FastifyRequest) => string | Promise<string>
+  scope?: ((request: FastifyRequest) => string | Promise<string>) | false
+  /**
+   * What the request is for, in place of the comparison of host, route, parameters and query: for URLs that change
+   * from retry to retry, as signed ones do. The method is always compared.
+   */
+  target?: (request: FastifyRequest) => string
   /**
    * Compare the payload of requests with the same key: by value (`true`), not at all (`false`), or by what a
    * function makes of the request. An empty result means unknown, and is never a mismatch.
@@ -57,9 +66,11 @@ export interface IdempotencyRouteOptions {
     | boolean
     | ((request: FastifyRequest) => string | NodeJS.ArrayBufferView | Promise<string | NodeJS.ArrayBufferView>)
   /**
-   * When the key is claimed: after the instance's and the route's own hooks of that phase. A key in the body
-   * is claimed in `preHandler`, whatever this says.
-   * @default 'onRequest', and 'preHandler' with `transaction`: no transaction is open while a body is being read
+   * When the key is claimed: after the instance's and the route's own hooks of that phase. By default that is when the
+   * caller is authenticated, and the body parsed and valid. Earlier, duplicates get their 409 before their body is read,
+   * which is worth it for large uploads; the claim is not renewed then before the handler starts, and takes one more call
+   * to the store. A key in the body is claimed in `preHandler`, whatever this says. Not with `transaction`.
+   * @default 'preHandler'
    */
   hook?: ClaimHook
   /**
@@ -99,7 +110,7 @@ export interface IdempotencyRouteOptions {
   ttl?: number | null
   /**
    * Is this reply final? A reply that is not releases the key, so that a retry runs the handler again.
-   * @default every status below 500 but 408, 425 and 429
+   * @default every status below 500 but 401, 408, 423, 425 and 429, and no reply with `Retry-After`
    */
   shouldStore?: (request: FastifyRequest, reply: FastifyReply) => boolean
   /**
@@ -119,7 +130,8 @@ export interface IdempotencyRouteOptions {
   replayHeader?: string | false
   /**
    * What becomes of a request whose key cannot be claimed because the store fails: refused with 503
-   * (`'reject'`), or run without protection (`'bypass'`), unless another request is known to have the key.
+   * (`'reject'`), or run without protection (`'bypass'`), unless another request is known to have the key, or the
+   * store is there but full.
    * @default 'reject'
    */
   onStoreError?: 'reject' | 'bypass'

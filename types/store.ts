@@ -9,7 +9,10 @@ export interface Claim {
   fingerprint: string
   /** Milliseconds for which the claim is safe from others without being renewed. */
   leaseMs: number
-  /** Milliseconds, after the lease, for which an unfinished claim is remembered, so that `attempt` and `abandoned` survive it. */
+  /**
+   * Milliseconds, after the lease, for which an unfinished claim is remembered, so that `attempt` and `abandoned` survive
+   * it. 0 for a claim whose handler has not started: nothing is lost with it.
+   */
   retainMs: number
   /** May this claim take over a key whose owner's lease has lapsed? */
   takeover: boolean
@@ -17,12 +20,15 @@ export interface Claim {
 
 /** What holds a key, or that it is now ours. */
 export type Acquisition =
-  /** The key belongs to the caller's token. `attempt` is 1, and one more after each takeover. */
+  /** The key belongs to the caller's token. `attempt` is 1, and one more than what was abandoned after each takeover. */
   | { state: 'acquired'; attempt: number }
   /** Another token holds the key under a lease with `leaseMs` milliseconds to go. */
   | { state: 'running'; fingerprint: string; leaseMs: number }
-  /** The owner's lease lapsed without a result, and the claim did not ask to take over. */
-  | { state: 'abandoned'; fingerprint: string; attempt: number }
+  /**
+   * The operation has no result and no owner, and the claim did not ask to take over: the owner's lease lapsed, or, with
+   * `ended`, the owner has given the key back after an earlier attempt was interrupted.
+   */
+  | { state: 'abandoned'; fingerprint: string; attempt: number; ended?: true }
   /** The operation has ended. `ttlMs` is what is left of the record's life, `null` for ever. */
   | { state: 'completed'; record: StoredRecord; ttlMs: number | null }
 
@@ -76,7 +82,8 @@ export type StoredRecord = StoredReply | Tombstone
 export interface IdempotencyStore {
   /**
    * Takes the key, or says what holds it. A repeated call with the token that holds the key is `acquired`
-   * again, so that a caller who lost the answer can ask once more.
+   * again, so that a caller who lost the answer can ask once more: lease, `retainMs` and fingerprint are those of the
+   * newest call then, `attempt` stays.
    */
   acquire(key: string, claim: Claim): Promise<Acquisition>
   /** Lets the claim live `leaseMs` from now. Also `true` for a lapsed lease that nobody has taken over. */
@@ -87,10 +94,14 @@ export interface IdempotencyStore {
    */
   complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean>
   /**
-   * Gives the key back as if it had never been claimed. `true` again when this token's release has already
-   * happened and the key is still free.
+   * Gives the key back: whoever asks next may have it. A first attempt leaves nothing behind, as if it had never been. A
+   * later one stands on an attempt that was interrupted, which is not to be forgotten: its lease ends at once, and the
+   * key is `abandoned`, with `ended: true`, the same attempt and fingerprint, for the `retainMs` of its claim from now on.
+   * `true` again when this token's release has already happened and nobody has claimed the key since.
+   * @param unused The handler never ran: a key that was taken over is abandoned as it was found, with the attempt, the
+   * fingerprint and the `ended` of then.
    */
-  release(key: string, token: string): Promise<boolean>
+  release(key: string, token: string, unused?: boolean): Promise<boolean>
   /**
    * Resolves when the key may have changed, at once when no claim is running on it, and when the signal
    * aborts. A change that follows the call is never missed, however early it comes. Without this method

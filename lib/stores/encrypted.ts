@@ -76,8 +76,8 @@ export class EncryptedStore implements IdempotencyStore {
     return this.#store.complete(key, token, this.#records.seal(key, record), ttlMs)
   }
 
-  release(key: string, token: string): Promise<boolean> {
-    return this.#store.release(key, token)
+  release(key: string, token: string, unused?: boolean): Promise<boolean> {
+    return this.#store.release(key, token, unused)
   }
 
   async #begin(

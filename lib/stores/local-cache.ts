@@ -116,9 +116,9 @@ export class LocalCache implements IdempotencyStore {
     return stored
   }
 
-  release(key: string, token: string): Promise<boolean> {
+  release(key: string, token: string, unused?: boolean): Promise<boolean> {
     this.#claimed.delete(key)
-    return this.#store.release(key, token)
+    return this.#store.release(key, token, unused)
   }
 
   async #acquire(key: string, claim: Claim, token: string): Promise<Acquisition> {

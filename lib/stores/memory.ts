@@ -26,6 +26,18 @@ interface ClaimEntry {
   attempt: number
   leaseEnd: number
   retainMs: number
+  /** The token no longer owns it, but has given it back. */
+  givenBack: boolean
+  /** Was that after its handler had run? */
+  ended: boolean
+  /** What it took over; `null` for a first attempt. */
+  found: Found | null
+}
+
+/** What a claim is given back to when its handler never ran. */
+interface Found {
+  fingerprint: string
+  ended: boolean
 }
 
 /** A finished operation, and who finished it. */
@@ -89,8 +101,8 @@ export class MemoryStore implements IdempotencyStore {
 
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
     const now = performance.now()
-    const held = this.#claimOf(key, now)
-    if (held?.token !== token) return false
+    const held = this.#ownedBy(token, key, now)
+    if (held === undefined) return false
     held.leaseEnd = now + leaseMs
     return true
   }
@@ -103,17 +115,16 @@ export class MemoryStore implements IdempotencyStore {
     }
   }
 
-  async release(key: string, token: string): Promise<boolean> {
+  async release(key: string, token: string, unused = false): Promise<boolean> {
     const now = performance.now()
-    if (this.#claimOf(key, now)?.token !== token) {
+    const held = this.#claimOf(key, now)
+    if (held?.token !== token) {
       const released = this.#released.get(key)
       return released?.token === token && released.expires > now
     }
-    this.#claims.delete(key)
-    this.#released.put(new Released(key, token, now + RELEASE_MEMORY_MS))
-    const { oldest } = this.#released
-    if (this.#released.length > MAX_RELEASED && oldest !== null) this.#released.remove(oldest)
-    this.#startSweeping()
+    if (held.givenBack) return true
+    if (held.found === null) this.#forget(key, token, now)
+    else giveBack(held, held.found, unused, now)
     this.#wake(key)
     return true
   }
@@ -168,24 +179,23 @@ export class MemoryStore implements IdempotencyStore {
       if (done !== undefined) return done.at(now)
       this.#makeRoom()
       this.#forgetRelease(key)
-      this.#claims.set(key, newClaim(claim, 1, now))
+      this.#claims.set(key, newClaim(claim, now))
       return { state: 'acquired', attempt: 1 }
     }
-    if (held.token === claim.token) {
+    if (held.token === claim.token && !held.givenBack) {
       held.leaseEnd = now + claim.leaseMs
+      held.retainMs = claim.retainMs
       return { state: 'acquired', attempt: held.attempt }
     }
     if (held.leaseEnd > now || !claim.takeover) return state(held, now)
-    const attempt = held.attempt + 1
-    this.#claims.set(key, newClaim(claim, attempt, now))
-    return { state: 'acquired', attempt }
+    const heir = newClaim(claim, now, held)
+    this.#claims.set(key, heir)
+    return { state: 'acquired', attempt: heir.attempt }
   }
 
   #complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): boolean {
     const now = performance.now()
-    if (this.#claimOf(key, now)?.token !== token) {
-      return this.#doneOf(key, now)?.token === token
-    }
+    if (this.#ownedBy(token, key, now) === undefined) return this.#doneOf(key, now)?.token === token
     this.#claims.delete(key)
     const { fingerprint, createdAt } = record
     const isTooLarge = sizeOf(key, record) > this.#maxBytes
@@ -202,11 +212,24 @@ export class MemoryStore implements IdempotencyStore {
     return undefined
   }
 
+  #ownedBy(token: string, key: string, now: number): ClaimEntry | undefined {
+    const held = this.#claimOf(key, now)
+    return held?.token === token && !held.givenBack ? held : undefined
+  }
+
   #doneOf(key: string, now: number): Done | undefined {
     const done = this.#done.get(key)
     if (done === undefined || done.expires > now) return done
     this.#done.remove(done)
     return undefined
+  }
+
+  #forget(key: string, token: string, now: number): void {
+    this.#claims.delete(key)
+    this.#released.put(new Released(key, token, now + RELEASE_MEMORY_MS))
+    const { oldest } = this.#released
+    if (this.#released.length > MAX_RELEASED && oldest !== null) this.#released.remove(oldest)
+    this.#startSweeping()
   }
 
   #forgetRelease(key: string): void {
@@ -264,12 +287,30 @@ export class MemoryStore implements IdempotencyStore {
   }
 }
 
-function newClaim({ token, fingerprint, leaseMs, retainMs }: Claim, attempt: number, now: number): ClaimEntry {
-  return { token, fingerprint, attempt, leaseEnd: now + leaseMs, retainMs }
+function newClaim({ token, fingerprint, leaseMs, retainMs }: Claim, now: number, abandoned?: ClaimEntry): ClaimEntry {
+  return {
+    token,
+    fingerprint,
+    attempt: abandoned === undefined ? 1 : abandoned.attempt + 1,
+    leaseEnd: now + leaseMs,
+    retainMs,
+    givenBack: false,
+    ended: false,
+    found: abandoned === undefined ? null : { fingerprint: abandoned.fingerprint, ended: abandoned.ended }
+  }
 }
 
-function state({ fingerprint, attempt, leaseEnd }: ClaimEntry, now: number): Acquisition {
-  return leaseEnd > now
-    ? { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now) }
-    : { state: 'abandoned', fingerprint, attempt }
+function giveBack(held: ClaimEntry, found: Found, unused: boolean, now: number): void {
+  held.leaseEnd = now
+  held.givenBack = true
+  held.ended = true
+  if (!unused) return
+  held.attempt--
+  held.fingerprint = found.fingerprint
+  held.ended = found.ended
+}
+
+function state({ fingerprint, attempt, leaseEnd, ended }: ClaimEntry, now: number): Acquisition {
+  if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now) }
+  return { state: 'abandoned', fingerprint, attempt, ...(ended && { ended }) }
 }

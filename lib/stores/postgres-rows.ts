@@ -10,7 +10,7 @@ export const AS_TEXT = { getTypeParser: () => (value: string) => value }
 
 /** What a claim or a look has found, as text. */
 export interface FoundRow {
-  found: 'acquired' | 'running' | 'abandoned' | 'completed' | 'locked' | 'unknown'
+  found: 'acquired' | 'running' | 'abandoned' | 'ended' | 'completed' | 'locked' | 'unknown'
   attempt: string | null
   fingerprint: string | null
   left_ms: string | null
@@ -74,6 +74,8 @@ export function acquisitionOf(row: FoundRow, leaseMs: number): Acquisition {
       return { state: 'running', fingerprint, leaseMs: Math.max(0, Math.ceil(Number(row.left_ms))) }
     case 'abandoned':
       return { state: 'abandoned', fingerprint, attempt }
+    case 'ended':
+      return { state: 'abandoned', fingerprint, attempt, ended: true }
     case 'completed': {
       const ttlMs = row.left_ms === null ? null : Math.max(0, Math.ceil(Number(row.left_ms)))
       return { state: 'completed', record: recordOf(row, fingerprint), ttlMs }

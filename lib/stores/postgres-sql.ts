@@ -2,9 +2,12 @@
  * The statements of a PostgresStore. Each is one atomic step under READ COMMITTED; each takes the time from the
  * server, by clock_timestamp(), because now() is the start of a transaction or of a wait for a lock.
  *
- * A row is in one of three states:
+ * A row is in one of these states:
  *
- *   running    a claim: token, attempt, lease_end; remembered until expires_at
+ *   running    a claim: token, attempt, lease_end; remembered until expires_at. What it took over, if anything, is in
+ *              found_state and found_fingerprint
+ *   ended      a claim that was given back after its handler had run, and is nobody's; remembered until expires_at
+ *   abandoned  the same, given back as what was abandoned when it took over; a claim that lapses stays 'running'
  *   completed  a record: either status_code, headers, body and body_is_text, or tombstone; kept until expires_at
  *   released   nobody's; remembers until expires_at who released it
  *
@@ -36,7 +39,7 @@ const quoted = (text: string) => `'${text.replaceAll("'", "''")}'`
 
 /** A row as it is read: what is found, and the columns of the record. */
 const FOUND = `
-  CASE WHEN state = 'completed' THEN 'completed' WHEN state <> 'running' THEN 'unknown'
+  CASE WHEN state IN ('completed', 'ended', 'abandoned') THEN state WHEN state <> 'running' THEN 'unknown'
     WHEN lease_end > moment THEN 'running' ELSE 'abandoned' END AS found,
   attempt, fingerprint,
   CASE WHEN state = 'running' THEN ${left('lease_end')} WHEN expires_at < 'infinity' THEN ${left('expires_at')} END
@@ -82,7 +85,7 @@ export class PostgresSql {
   readonly complete: string
   /** The same for a claim of the very transaction that it runs in, which cannot have expired. */
   readonly completeInTransaction: string
-  /** $1 key, $2 token, $3 how long to remember it. A row: yes. */
+  /** $1 key, $2 token, $3 how long to remember a release, $4 whether its handler never ran. A row: yes. */
   readonly release: string
   /** $1 key. */
   readonly get: string
@@ -123,6 +126,8 @@ export class PostgresSql {
   lease_end    timestamptz NOT NULL,
   retain_ms    double precision NOT NULL,
   expires_at   timestamptz NOT NULL,
+  found_state  text,
+  found_fingerprint text,
   created_at   numeric,
   status_code  smallint,
   headers      jsonb,
@@ -150,15 +155,25 @@ UPDATE ${table} SET
 WHERE ${mine} AND state = 'running'
 RETURNING true`
 
-    const record = `fingerprint = $3::text, created_at = $4::numeric, status_code = $5::int, headers = $6::jsonb, body = $7::bytea,
+    const record = `state = 'completed', fingerprint = $3::text, created_at = $4::numeric, status_code = $5::int, headers = $6::jsonb, body = $7::bytea,
     body_is_text = $8::boolean, tombstone = $9::text,
     expires_at = coalesce(${after('$10::float8')}, 'infinity')`
-    this.complete = this.#finish('completed', mine, record)
+    this.complete = this.#finish("state = 'completed'", mine, record)
     // A row's xmin is the transaction that has written it, in 32 bits.
     const written = "key = $1::text AND token = $2::text AND xmin::text = (txid_current() & x'ffffffff'::bigint)::text"
-    this.completeInTransaction = this.#finish('completed', written, record)
+    this.completeInTransaction = this.#finish("state = 'completed'", written, record)
 
-    this.release = this.#finish('released', mine, `expires_at = ${after('$3::float8')}`)
+    // A first attempt has found nothing. Any lease_end will do that is over on every clock.
+    const unused = '$4::boolean AND found_state IS NOT NULL'
+    this.release = this.#finish(
+      "state IN ('released', 'ended', 'abandoned')",
+      mine,
+      `state = CASE WHEN found_state IS NULL THEN 'released' WHEN $4::boolean THEN found_state ELSE 'ended' END,
+    attempt = CASE WHEN ${unused} THEN attempt - 1 ELSE attempt END,
+    fingerprint = CASE WHEN ${unused} THEN found_fingerprint ELSE fingerprint END,
+    lease_end = '-infinity', found_state = NULL, found_fingerprint = NULL,
+    expires_at = ${after('CASE WHEN found_state IS NULL THEN $3::float8 ELSE retain_ms END')}`
+    )
 
     this.get = `
 WITH held AS MATERIALIZED (
@@ -223,13 +238,19 @@ SELECT relnamespace::regnamespace::text AS schema FROM pg_class WHERE oid = ${th
 
   #claim(tryLock: string, { key, token, fingerprint, leaseMs, retainMs, takeover }: ClaimValues): string {
     const table = this.#table
+    const claimed = "state IN ('running', 'ended', 'abandoned')"
+    const isNew = `(NOT old.${claimed} OR old.expires_at <= clock_timestamp())`
+    const isOurs = "(old.state = 'running' AND old.token = EXCLUDED.token)"
+    const found = (mine: string, other: string) =>
+      `CASE WHEN ${isNew} THEN NULL WHEN ${isOurs} THEN old.${mine} ELSE ${other} END`
     return `
 WITH held AS MATERIALIZED (
   ${this.#held(key)}
 ), chance AS MATERIALIZED (
   SELECT ${tryLock}(${this.#lock(key)}) AS taken WHERE NOT EXISTS (
     SELECT FROM held
-    WHERE state <> 'running' OR (token <> ${token} AND (lease_end > moment OR NOT ${takeover}))
+    WHERE NOT ${claimed}
+      OR (NOT (state = 'running' AND token = ${token}) AND (lease_end > moment OR NOT ${takeover}))
   )
 ), taken AS (
   INSERT INTO ${table} AS old (key, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)
@@ -238,16 +259,15 @@ WITH held AS MATERIALIZED (
   FROM chance WHERE chance.taken
   ON CONFLICT (key) DO UPDATE SET
     token = EXCLUDED.token,
-    fingerprint = CASE WHEN old.state = 'running' AND old.token = EXCLUDED.token AND old.expires_at > clock_timestamp()
-      THEN old.fingerprint ELSE EXCLUDED.fingerprint END,
-    attempt = CASE WHEN old.state <> 'running' OR old.expires_at <= clock_timestamp() THEN 1
-      WHEN old.token = EXCLUDED.token THEN old.attempt ELSE old.attempt + 1 END,
+    fingerprint = CASE WHEN ${isOurs} AND NOT ${isNew} THEN old.fingerprint ELSE EXCLUDED.fingerprint END,
+    attempt = CASE WHEN ${isNew} THEN 1 WHEN ${isOurs} THEN old.attempt ELSE old.attempt + 1 END,
+    found_state = ${found('found_state', "CASE old.state WHEN 'ended' THEN 'ended' ELSE 'abandoned' END")},
+    found_fingerprint = ${found('found_fingerprint', 'old.fingerprint')},
     state = 'running', waiting = old.waiting AND old.state = 'running',
     lease_end = EXCLUDED.lease_end, retain_ms = EXCLUDED.retain_ms, expires_at = EXCLUDED.expires_at,
     created_at = NULL, status_code = NULL, headers = NULL, body = NULL, body_is_text = NULL, tombstone = NULL
   WHERE old.state = 'released' OR old.expires_at <= clock_timestamp() OR (
-    old.state = 'running'
-    AND (old.token = EXCLUDED.token OR (${takeover} AND old.lease_end <= clock_timestamp()))
+    old.${claimed} AND (${isOurs} OR (${takeover} AND old.lease_end <= clock_timestamp()))
   )
   RETURNING old.attempt
 )
@@ -258,17 +278,20 @@ UNION ALL
 SELECT 'locked', NULL, ${NOTHING_MORE} FROM chance WHERE NOT chance.taken`
   }
 
-  /** Ends a claim, and tells those who wait; or sees that this token has ended it before. */
-  #finish(state: string, mine: string, changes: string): string {
+  /**
+   * Ends a claim, and tells those who wait; or sees that this token has ended it before.
+   * @param is What is true of a row afterwards.
+   */
+  #finish(is: string, mine: string, changes: string): string {
     return `
 WITH done AS (
-  UPDATE ${this.#table} SET state = '${state}', ${changes}
+  UPDATE ${this.#table} SET ${changes}
   WHERE ${mine} AND state = 'running'
   RETURNING key, waiting
 )
 SELECT CASE WHEN waiting THEN ${NOTIFY}::text END FROM done
 UNION ALL
-SELECT NULL FROM ${this.#table} WHERE ${mine} AND state = '${state}' AND NOT EXISTS (SELECT FROM done)`
+SELECT NULL FROM ${this.#table} WHERE ${mine} AND ${is} AND NOT EXISTS (SELECT FROM done)`
   }
 
   /** The row of a key, if it counts, and the one moment at which it is judged. */

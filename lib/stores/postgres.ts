@@ -117,8 +117,8 @@ export class PostgresStore implements IdempotencyStore {
     return this.#test(this.#sql.complete, [toKey(key), toText(token), ...recordValues(record), ttlMs])
   }
 
-  release(key: string, token: string): Promise<boolean> {
-    return this.#test(this.#sql.release, [toKey(key), toText(token), RELEASE_MEMORY_MS])
+  release(key: string, token: string, unused = false): Promise<boolean> {
+    return this.#test(this.#sql.release, [toKey(key), toText(token), RELEASE_MEMORY_MS, unused])
   }
 
   changed(key: string, signal: AbortSignal): Promise<void> {

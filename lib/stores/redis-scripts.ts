@@ -3,16 +3,18 @@ import { createHash } from 'node:crypto'
 /*
  * One key holds one operation, as one binary string:
  *
- *   kind     'P' a claim, 'C' a record, 'R' released
+ *   kind     'P' a claim, 'E' one that was given back after its handler had run, 'A' one that was given back as what was
+ *            abandoned when it took over, 'C' a record, 'R' released and free
  *   version  '1'
  *   length   one byte: the length of the token
- *   token    the owner's, also behind 'C' and 'R', so that a repeated completion or release is recognised
+ *   token    the owner's; behind all but 'P' it owns nothing any more, but a repeated completion or release is recognised
  *
- * Behind a claim's token: one byte, '1' when somebody waits, and `attempt:retainMs:fingerprint`.
- * Behind a record's token: the record. Kind to token is called the owner.
+ * Behind the token of 'P', 'E' and 'A': one byte, '1' when somebody waits, and `attempt:retainMs:found:fingerprint`. `found`
+ * is what a claim took over, empty for a first attempt: 'E' when that was an 'E', else 'A', and the length of its fingerprint,
+ * which stands before the claim's own. Behind a record's token: the record. Kind to token is called the owner.
  *
  * A claim's key expires after retainMs + leaseMs. So its lease has lapsed when PTTL is retainMs or less, and
- * no clock but that of Redis has a say.
+ * no clock but that of Redis has a say. What was given back expires after retainMs.
  */
 
 /** A script, and the name that Redis gives it. */
@@ -23,12 +25,16 @@ export interface Script {
 
 const script = (source: string): Script => ({ source, sha: createHash('sha1').update(source).digest('hex') })
 
-/** Parses a claim in `v`: where its flag byte is, its attempt, its retainMs. */
+/**
+ * Parses what is claimed, or was, in `v`: where its flag byte is, its attempt, its retainMs, what it has found, the
+ * fingerprint of that, and its own.
+ */
 const PARSE_CLAIM = `
 local function parse(v)
   local flag = 4 + string.byte(v, 3)
-  local attempt, retain = string.match(v, '^(%d+):(%d+):', flag + 1)
-  return flag, tonumber(attempt), tonumber(retain)
+  local attempt, retain, found, length, text = string.match(v, '^(%d+):(%d+):([AE]?)(%d*):()', flag + 1)
+  local own = text + (tonumber(length) or 0)
+  return flag, tonumber(attempt), tonumber(retain), found, string.sub(v, text, own - 1), string.sub(v, own)
 end`
 
 /**
@@ -37,31 +43,36 @@ end`
  *
  *   KEYS[1]  the key
  *   ARGV[1]  the owner that asks
- *   ARGV[2]  ':retainMs:fingerprint'
- *   ARGV[3]  retainMs + leaseMs
- *   ARGV[4]  '1' when an abandoned claim may be taken over
+ *   ARGV[2]  retainMs
+ *   ARGV[3]  the fingerprint
+ *   ARGV[4]  retainMs + leaseMs
+ *   ARGV[5]  '1' when an abandoned claim may be taken over
  *
  * Returns {attempt} when the key is the owner's now; else {0, value, PTTL, 1 when abandoned}.
  */
 export const ACQUIRE = script(`${PARSE_CLAIM}
 local v = redis.call('GET', KEYS[1])
 local kind = v and string.sub(v, 1, 1)
-local flag, attempt, retain = '0', 0, 0
-if kind == 'P' then
-  local at
-  at, attempt, retain = parse(v)
+local flag, attempt, found = '0', 1, ':'
+if kind == 'P' or kind == 'E' or kind == 'A' then
+  local at, held, retain, before, former, fingerprint = parse(v)
   flag = string.sub(v, at, at)
   local left = redis.call('PTTL', KEYS[1])
   if string.sub(v, 1, #ARGV[1]) == ARGV[1] then
-    attempt = attempt - 1
-  elseif left > retain or ARGV[4] ~= '1' then
+    attempt = held
+    if before ~= '' then found = before .. #former .. ':' .. former end
+  elseif left > retain or ARGV[5] ~= '1' then
     return {0, v, left, left <= retain and 1 or 0}
+  else
+    attempt = held + 1
+    found = (kind == 'E' and 'E' or 'A') .. #fingerprint .. ':' .. fingerprint
   end
 elseif kind and kind ~= 'R' then
   return {0, v, redis.call('PTTL', KEYS[1]), 0}
 end
-redis.call('SET', KEYS[1], ARGV[1] .. flag .. string.format('%d', attempt + 1) .. ARGV[2], 'PX', ARGV[3])
-return {attempt + 1}`)
+local claim = ARGV[1] .. flag .. string.format('%d', attempt) .. ':' .. ARGV[2] .. ':' .. found .. ARGV[3]
+redis.call('SET', KEYS[1], claim, 'PX', ARGV[4])
+return {attempt}`)
 
 /**
  * Renews any number of claims.
@@ -94,7 +105,7 @@ end
 return renewed`)
 
 /**
- * Ends a claim: by a record, or by the mark of its release.
+ * Ends a claim by a record.
  *
  *   KEYS[1]  the key
  *   ARGV[1]  the owner
@@ -105,7 +116,7 @@ return renewed`)
  * Returns 1 when the claim was the owner's, or when this has been done before. PUBLISH comes last and may be
  * refused (ACL): what is written counts all the same.
  */
-export const FINISH = script(`
+export const COMPLETE = script(`
 local n = #ARGV[1]
 local v = redis.call('GETRANGE', KEYS[1], 0, n)
 local owner = string.sub(v, 1, n)
@@ -118,6 +129,38 @@ else
   redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 end
 if string.sub(v, n + 1) == '1' then redis.pcall('PUBLISH', ARGV[4], '') end
+return 1`)
+
+/**
+ * Gives a claim back: leaves the mark of its release where it was a first attempt, else what is abandoned now.
+ *
+ *   KEYS[1]  the key
+ *   ARGV[1]  the owner
+ *   ARGV[2]  '1' when its handler never ran
+ *   ARGV[3]  for how many milliseconds a release is remembered
+ *   ARGV[4]  the channel of those who wait
+ *
+ * Returns 1 when the claim was the owner's, or when this has been done before.
+ */
+export const RELEASE = script(`${PARSE_CLAIM}
+local n = #ARGV[1]
+local owner = redis.call('GETRANGE', KEYS[1], 0, n - 1)
+local token = string.sub(ARGV[1], 2)
+if owner ~= ARGV[1] then
+  return (owner == 'R' .. token or owner == 'E' .. token or owner == 'A' .. token) and 1 or 0
+end
+local v = redis.call('GET', KEYS[1])
+local flag, attempt, retain, found, former, fingerprint = parse(v)
+if found == '' then
+  redis.call('SET', KEYS[1], 'R' .. token, 'PX', ARGV[3])
+else
+  local kind = 'E'
+  if ARGV[2] == '1' then kind, attempt, fingerprint = found, attempt - 1, former end
+  local memory = string.format('%.0f', retain)
+  local rest = '0' .. string.format('%d', attempt) .. ':' .. memory .. '::' .. fingerprint
+  redis.call('SET', KEYS[1], kind .. token .. rest, 'PX', memory)
+end
+if string.sub(v, flag, flag) == '1' then redis.pcall('PUBLISH', ARGV[4], '') end
 return 1`)
 
 /**

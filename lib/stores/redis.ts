@@ -7,7 +7,7 @@ import { discreet, isAborted, isWrongType } from './redis-errors.js'
 import { warnOfEviction } from './redis-eviction.js'
 import { Renewals } from './redis-renewals.js'
 import { type Argument, runScript } from './redis-run.js'
-import { ACQUIRE, DELETE, FINISH, type Script, WATCH } from './redis-scripts.js'
+import { ACQUIRE, COMPLETE, DELETE, RELEASE, type Script, WATCH } from './redis-scripts.js'
 import { RedisSubscriptions } from './redis-subscriptions.js'
 import { RELEASE_MEMORY_MS } from './released.js'
 
@@ -45,6 +45,8 @@ const LONGEST_STRING = 16_384
 const CLAIM = 0x50 // P
 const RECORD = 0x43 // C
 const RELEASED = 0x52 // R
+const ENDED = 0x45 // E
+const ABANDONED = 0x41 // A
 
 /**
  * Claims and replies in Redis (6.2 and newer, Valkey), by an ioredis client: single, Sentinel or Cluster. One
@@ -104,13 +106,16 @@ export class RedisStore implements IdempotencyStore {
     this.#eviction ??= warnOfEviction(this.#client)
     const owner = ownerOf(CLAIM, token)
     const expiry = String(retainMs + leaseMs)
-    const rest = `:${retainMs}:${fingerprint}`
     if (this.#setNxGet) {
-      const [set, pttl] = await this.#setOrGet(this.#prefix + key, join(owner, `01${rest}`), expiry)
+      const [set, pttl] = await this.#setOrGet(
+        this.#prefix + key,
+        join(owner, `01:${retainMs}::${fingerprint}`),
+        expiry
+      )
       const found = this.#understand(set, pttl, owner)
       if (found !== null) return found
     }
-    return this.#acquireCarefully(key, owner, rest, expiry, takeover)
+    return this.#acquireCarefully(key, owner, String(retainMs), fingerprint, expiry, takeover)
   }
 
   #setOrGet(name: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]> {
@@ -139,11 +144,12 @@ export class RedisStore implements IdempotencyStore {
   async #acquireCarefully(
     key: string,
     owner: Argument,
-    rest: string,
+    retainMs: string,
+    fingerprint: string,
     expiry: string,
     takeover: boolean
   ): Promise<Acquisition> {
-    const reply = await this.#run(ACQUIRE, key, owner, rest, expiry, takeover ? '1' : '0')
+    const reply = await this.#run(ACQUIRE, key, owner, retainMs, fingerprint, expiry, takeover ? '1' : '0')
     // Numbers may come as strings: ioredis has an option for that.
     const [attempt, value, left, abandoned] = reply as [unknown, Buffer, unknown, unknown]
     if (Number(attempt) > 0) return { state: 'acquired', attempt: Number(attempt) }
@@ -158,16 +164,18 @@ export class RedisStore implements IdempotencyStore {
     try {
       const value = cheapest(encodeRecord(record, Buffer.from(ownerOf(RECORD, token))))
       const expiry = ttlMs === null ? '' : String(ttlMs)
-      if (this.#replicas > 0) return this.#finishOnReplicas(key, token, value, expiry)
-      return this.#finish(key, token, value, expiry)
+      if (this.#replicas > 0) return this.#completeOnReplicas(key, token, value, expiry)
+      return this.#complete(key, token, value, expiry)
     } catch (error) {
       return Promise.reject(error)
     }
   }
 
-  async release(key: string, token: string): Promise<boolean> {
+  async release(key: string, token: string, unused = false): Promise<boolean> {
+    const owner = ownerOf(CLAIM, token)
+    const memory = String(RELEASE_MEMORY_MS)
     try {
-      return await this.#finish(key, token, ownerOf(RELEASED, token), String(RELEASE_MEMORY_MS))
+      return await this.#test(RELEASE, key, owner, unused ? '1' : '0', memory, this.#prefix + key)
     } catch (error) {
       // A list, say, is nobody's claim. Asking again would not make it one.
       if (isWrongType(error)) return false
@@ -189,7 +197,7 @@ export class RedisStore implements IdempotencyStore {
     const value = get?.[1]
     if (!Buffer.isBuffer(value) || value[0] === RELEASED) return null
     const left = Number(pttl?.[1])
-    return decode(value, left, value[0] === CLAIM && lapsed(value, left))
+    return decode(value, left, isClaim(value) && lapsed(value, left))
   }
 
   async delete(key: string): Promise<boolean> {
@@ -201,15 +209,15 @@ export class RedisStore implements IdempotencyStore {
     return this.#subscriptions.close()
   }
 
-  async #finishOnReplicas(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
+  async #completeOnReplicas(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
     const connection = this.#connection
-    const stored = await this.#finish(key, token, value, expiry)
+    const stored = await this.#complete(key, token, value, expiry)
     if (stored) await this.#replicated(connection)
     return stored
   }
 
-  #finish(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
-    return this.#test(FINISH, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
+  #complete(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
+    return this.#test(COMPLETE, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
   }
 
   /** Changes whenever the client connects, perhaps to another server. */
@@ -286,11 +294,19 @@ function afterToken(value: Buffer): number {
   return 3 + (value[2] as number)
 }
 
+/** Of a claim, or of what one has left behind. */
 function parseClaim(value: Buffer): { attempt: number; retainMs: number; fingerprint: string } {
-  const match = /^[01](\d+):(\d+):(.*)$/s.exec(value.toString('utf8', afterToken(value)))
+  const start = afterToken(value)
+  // What may be text comes behind it, and is not looked at. The longest there is takes three numbers of 16 digits.
+  const match = /^[01](\d+):(\d+):[AE]?(\d*):/.exec(value.toString('latin1', start, start + 64))
   if (match === null) throw undecodable()
-  const [, attempt, retainMs, fingerprint] = match as unknown as [string, string, string, string]
+  const [head, attempt, retainMs, length] = match as unknown as [string, string, string, string]
+  const fingerprint = value.toString('utf8', start + head.length + Number(length))
   return { attempt: Number(attempt), retainMs: Number(retainMs), fingerprint }
+}
+
+function isClaim(value: Buffer): boolean {
+  return value[0] === CLAIM || value[0] === ENDED || value[0] === ABANDONED
 }
 
 function lapsed(claim: Buffer, left: number): boolean {
@@ -302,9 +318,9 @@ function decode(value: Buffer, left: number, abandoned: boolean): Acquisition {
     const record = decodeRecord(value, afterToken(value))
     return { state: 'completed', record, ttlMs: left === -1 ? null : Math.max(0, left) }
   }
-  if (value[0] !== CLAIM) throw undecodable()
+  if (!isClaim(value)) throw undecodable()
   const { attempt, retainMs, fingerprint } = parseClaim(value)
-  if (abandoned) return { state: 'abandoned', fingerprint, attempt }
+  if (abandoned) return { state: 'abandoned', fingerprint, attempt, ...(value[0] === ENDED && { ended: true }) }
   return { state: 'running', fingerprint, leaseMs: Math.max(0, left - retainMs) }
 }
 

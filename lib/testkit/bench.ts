@@ -125,7 +125,7 @@ function watched(store: IdempotencyStore, unanswered: string[], over: AbortSigna
     acquire: (key, claim) => ask('acquire', () => store.acquire(key, claim), faultOf),
     renew: (key, token, leaseMs) => ask('renew', () => store.renew(key, token, leaseMs), notBoolean),
     complete: (...args) => ask('complete', () => store.complete(...args), notBoolean),
-    release: (key, token) => ask('release', () => store.release(key, token), notBoolean)
+    release: (...args) => ask('release', () => store.release(...args), notBoolean)
   }
   const { changed, get, delete: forget, close } = store
   if (changed) watched.changed = (key, signal) => ask('changed', () => changed.call(store, key, signal), anything)
@@ -154,7 +154,7 @@ const isRecord = (value: unknown) => typeof value === 'object' && value !== null
 const shapes: Record<Acquisition['state'], Record<string, (value: unknown) => boolean>> = {
   acquired: { attempt: isCount },
   running: { fingerprint: isText, leaseMs: isDuration },
-  abandoned: { fingerprint: isText, attempt: isCount },
+  abandoned: { fingerprint: isText, attempt: isCount, ended: (value) => value === undefined || value === true },
   completed: { record: isRecord, ttlMs: (value) => value === null || isDuration(value) }
 }
 

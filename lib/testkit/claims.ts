@@ -63,6 +63,13 @@ export const claims = [
     }
   }),
 
+  promised('whoever acquires again is remembered for the retainMs of then', async ({ store, second }) => {
+    const key = newKey()
+    const token = await take(store, key, { retainMs: 1 })
+    answers(await store.acquire(key, claim({ token, leaseMs: SHORT })), FRESH)
+    answers(await abandoned(second, key), { state: 'abandoned', attempt: 1 })
+  }),
+
   promised('of 100 parallel claims by two clients exactly one is acquired', async ({ store, second }) => {
     const key = newKey()
     const tokens = Array.from({ length: 100 }, (_, n) => `token ${n}`)

@@ -251,16 +251,6 @@ export const ownership = [
     equal(await second.release(key, randomUUID()), false, 'release')
   }),
 
-  promised(
-    'after a release the next claim is acquired with attempt 1, whatever the attempt was before',
-    async ({ store, second }) => {
-      const key = newKey()
-      const { heir } = await overtaken(store, second, key)
-      equal(await second.release(key, heir), true, 'release by the heir')
-      answers(await store.acquire(key, claim()), FRESH)
-    }
-  ),
-
   promised('the token that released a key can claim it again', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key)

@@ -12,6 +12,7 @@ import {
   later,
   newKey,
   ok,
+  overtaken,
   replays,
   reply,
   SHORT,
@@ -146,12 +147,14 @@ export const wakeUps = [
   ),
 
   promisedWith('changed', 'listening ends at once where no claim is running', async ({ store, second, signal }) => {
-    const [unknown, completed, released, abandoned] = [newKey(), newKey(), newKey(), newKey()]
+    const [unknown, completed, released, abandoned, ended] = [newKey(), newKey(), newKey(), newKey(), newKey()]
     await finish(store, completed)
     await store.release(released, await take(store, released))
     await lapsed(store, abandoned)
+    const { heir } = await overtaken(store, second, ended)
+    await second.release(ended, heir)
     for (const client of [store, second]) {
-      for (const [name, key] of Object.entries({ unknown, completed, released, abandoned })) {
+      for (const [name, key] of Object.entries({ unknown, completed, released, abandoned, ended })) {
         await soon(client.changed(key, signal), `listening to end where the key is ${name}`)
       }
     }
@@ -203,6 +206,21 @@ export const wakeUps = [
       await until(takenOver, { message: 'the claim to be taken over' })
       equal(await second.complete(key, heir.token, reply(), LONG), true, 'complete by the heir')
       await soon(Promise.all(heard), 'the listeners to hear of the completion')
+    }
+  ),
+
+  promisedWith(
+    'changed',
+    'whoever listens to a claim that took over hears when it is released',
+    async ({ store, second, signal }) => {
+      for (const unused of [false, true]) {
+        const key = newKey()
+        const { heir } = await overtaken(store, second, key)
+        const heard = [store, second].map((client) => client.changed(key, signal))
+        await sleep(50)
+        equal(await second.release(key, heir, unused), true, 'release')
+        await soon(Promise.all(heard), 'the listeners to hear of the release')
+      }
     }
   ),
 

@@ -213,7 +213,7 @@ t.test('a registration in a child scope is its own master, below one in the pare
 t.test('registering twice in one scope is refused', async (t) => {
   const app = Fastify()
   await app.register(idempotency)
-  await t.rejects(async () => await app.register(idempotency), { code: 'FST_ERR_DEC_ALREADY_PRESENT' })
+  await t.rejects(async () => await app.register(idempotency), { code: 'FST_IDEMPOTENCY_ALREADY_REGISTERED' })
 })
 
 t.test('bad options fail at registration, and at the declaration of the route', async (t) => {

@@ -2,7 +2,7 @@ import { connect, constants } from 'node:http2'
 import { connect as connectTcp } from 'node:net'
 import { Readable } from 'node:stream'
 import { setTimeout as sleep, setImmediate as tick } from 'node:timers/promises'
-import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
+import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
 import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
 import { storageKey } from '../../lib/key.js'
@@ -43,7 +43,7 @@ t.test('a final reply is stored, and replayed to every duplicate until its ttl',
 })
 
 t.test('a reply that is not final releases the key, and a retry runs as attempt 1', async (t) => {
-  for (const status of [500, 502, 503, 408, 425, 429]) {
+  for (const status of [500, 502, 503, 401, 408, 423, 425, 429]) {
     const app = await build(t)
     const attempts: unknown[] = []
     app.post('/', config(), async (request, reply) => {
@@ -53,6 +53,16 @@ t.test('a reply that is not final releases the key, and a retry runs as attempt 
     t.equal((await app.inject(keyed)).statusCode, status)
     t.equal((await app.inject(keyed)).statusCode, 200)
     t.same(attempts, [1, 1])
+  }
+})
+
+t.test('a reply with Retry-After is not final, whatever its status', async (t) => {
+  for (const status of [200, 202, 404, 409]) {
+    const app = await build(t)
+    let runs = 0
+    app.post('/', config(), async (_request, reply) => reply.code(status).header('Retry-After', '1').send(`${++runs}`))
+    t.equal((await app.inject(keyed)).body, '1')
+    t.equal((await app.inject(keyed)).body, '2')
   }
 })
 
@@ -110,7 +120,7 @@ t.test('discard() releases the key, whatever the reply is', async (t) => {
   t.same((await app.inject(keyed)).json(), { run: 2 })
 })
 
-t.test('what ends the request before its handler releases the key, and stores nothing', async (t) => {
+t.test('what ends the request before its handler leaves the key free, and stores nothing', async (t) => {
   const fail = Object.assign(new Error('no'), { statusCode: 401 })
   const cases: [name: string, options: object, request: object, status: number][] = [
     ['a preHandler hook that throws', { preHandler: async () => Promise.reject(fail) }, {}, 401],
@@ -136,14 +146,17 @@ t.test('what ends the request before its handler releases the key, and stores no
     ],
     ['a body that is too large', { bodyLimit: 10 }, { payload: { a: 'x'.repeat(20) } }, 413]
   ]
-  for (const [name, options, request, status] of cases) {
-    t.test(name, async (t) => {
+  const hooks = ['preHandler', 'onRequest'] as const
+  for (const [name, options, request, status, hook] of cases.flatMap((it) =>
+    hooks.map((hook) => [...it, hook] as const)
+  )) {
+    t.test(`${name}, with hook '${hook}'`, async (t) => {
       const store = new CountingStore()
-      const app = await build(t, { store })
+      const app = await build(t, { store, hook })
       let runs = 0
       app.post('/', { ...options, ...config() } as never, async () => ++runs)
       t.equal((await app.inject({ ...keyed, ...request })).statusCode, status)
-      t.same([store.completed, store.released, runs], [0, 1, 0])
+      t.same([store.completed, store.released, runs], [0, hook === 'onRequest' ? 1 : 0, 0])
       t.equal(await app.idempotency.get('k'), null)
     })
   }
@@ -280,19 +293,24 @@ t.test('a client that leaves while the handler runs changes nothing: the reply i
 
 t.test('a client that leaves before the handler gives the key back, and no handler runs', async (t) => {
   for (const body of [undefined, '{"a":1}']) {
-    for (const phase of ['onRequest', 'preHandler'] as const) {
-      t.test(`in ${phase}, ${body === undefined ? 'without' : 'with'} a body`, async (t) => {
+    for (const [phase, hook] of [
+      ['claim', 'preHandler'],
+      ['claim', 'onRequest'],
+      ['preHandler', 'preHandler'],
+      ['preHandler', 'onRequest']
+    ] as const) {
+      t.test(`in its ${phase}, with hook '${hook}', ${body === undefined ? 'without' : 'with'} a body`, async (t) => {
         const store = new CountingStore()
         const [entered, leave, closed] = [latch(), latch(), latch()]
         const acquire = store.acquire.bind(store)
-        if (phase === 'onRequest') {
+        if (phase === 'claim') {
           store.acquire = async (...args) => {
             entered.open()
             await leave.promise
             return acquire(...args)
           }
         }
-        const app = await build(t, { store })
+        const app = await build(t, { store, hook })
         let runs = 0
         app.post(
           '/',
@@ -302,6 +320,7 @@ t.test('a client that leaves before the handler gives the key back, and no handl
               reply.raw.on('close', () => closed.open())
             },
             preHandler: async () => {
+              if (phase === 'claim') return
               entered.open()
               await leave.promise
             }
@@ -314,7 +333,8 @@ t.test('a client that leaves before the handler gives the key back, and no handl
         client.hangUp()
         await closed.promise
         leave.open()
-        await until(() => store.released === 1)
+        // What has not been claimed need not be given back.
+        if (phase === 'claim' || hook === 'onRequest') await until(() => store.released === 1)
         t.equal(await app.idempotency.get('k'), null)
         t.equal((await post(port, { key: 'k', ...(body === undefined ? {} : { body }) })).text, '1')
       })
@@ -622,32 +642,6 @@ t.test('a handlerTimeout whose reply fails in an onSend hook keeps the claim as 
   t.equal(runs, 1)
 })
 
-t.test('a claim that is lost before the handler starts is a conflict, and nothing runs', async (t) => {
-  const store = new MemoryStore()
-  const app = await build(t, { store })
-  const [entered, leave] = [latch(), latch()]
-  let runs = 0
-  const preHandler = async () => {
-    entered.open()
-    await leave.promise
-  }
-  app.post('/', { ...config({ lease: 60 }), preHandler }, async () => ++runs)
-  const first = inject(app, keyed)
-  await entered.promise
-  let lost = false
-  const renew = store.renew.bind(store)
-  store.renew = async (...args) => {
-    const renewed = await renew(...args)
-    if (!renewed) lost = true
-    return renewed
-  }
-  await app.idempotency.delete('k')
-  await until(() => lost)
-  leave.open()
-  t.equal(codeOf(await first), 'FST_IDEMPOTENCY_IN_PROGRESS')
-  t.equal(runs, 0)
-})
-
 t.test('a deleted key stays deleted, even while its handler still runs', async (t) => {
   const app = await build(t)
   const [entered, leave] = [latch<AbortSignal>(), latch()]
@@ -775,7 +769,7 @@ t.test('a request that waits behind another on a connection that ends is stored 
   })
   const port = await listen(app)
   const socket = connectTcp(port, '127.0.0.1')
-  const head = 'Host: x\r\nContent-Length: 0\r\n'
+  const head = 'Host: localhost:80\r\nContent-Length: 0\r\n'
   socket.write(`POST /slow HTTP/1.1\r\n${head}\r\nPOST / HTTP/1.1\r\n${head}Idempotency-Key: k\r\n\r\n`)
   await entered.promise
   socket.destroy()
@@ -892,13 +886,111 @@ t.test('callNotFound: the 404 is the reply of the handler, and is stored', async
   t.same([second.statusCode, second.body, second.headers[REPLAYED], runs], [404, first.body, 'true', 1])
 })
 
-t.test('a reply that cannot be serialised is released with its 500', async (t) => {
-  const app = await build(t)
-  let runs = 0
-  app.post('/', config(), async () => (++runs === 1 ? { n: 1n } : { n: 1 }))
-  t.equal((await app.inject(keyed)).statusCode, 500)
-  t.same((await app.inject(keyed)).json(), { n: 1 })
-})
+t.test(
+  'what fails behind a handler that has succeeded is stored with its status, and never makes it run again',
+  async (t) => {
+    const broken = Object.assign(new Error('broken'), { statusCode: 503 })
+    const schema = { response: { 200: { type: 'object', required: ['id'], properties: { id: { type: 'integer' } } } } }
+    const cases: Record<string, { route?: object; instance?: (app: FastifyInstance) => void; give?: () => unknown }> = {
+      'a value that cannot be serialised': { give: () => ({ n: 1n }) },
+      'a response schema': { route: { schema } },
+      'a preSerialization hook': { route: { preSerialization: async () => Promise.reject(broken) } },
+      'an onSend hook of the instance, once': {
+        instance: (app) => {
+          app.addHook('onSend', async (_request, reply) => {
+            if (reply.statusCode === 200) throw broken
+          })
+        }
+      },
+      'a payload that nobody can send': {
+        route: { onRequest: async (_: unknown, reply: FastifyReply) => void reply.type('text/plain') }
+      }
+    }
+    const ways = {
+      'is returned': (give: () => unknown) => async () => give(),
+      'is sent': (give: () => unknown) => async (_: unknown, reply: FastifyReply) => reply.send(give()),
+      'is sent from a callback': (give: () => unknown) => (_: unknown, reply: FastifyReply) => {
+        setImmediate(() => reply.send(give()))
+      }
+    }
+    for (const [name, { route = {}, instance, give = () => ({}) }] of Object.entries(cases)) {
+      for (const [way, handler] of Object.entries(ways)) {
+        t.test(`${name}, where it ${way}`, async (t) => {
+          const app = await build(t)
+          let runs = 0
+          instance?.(app)
+          const run = () => {
+            runs++
+            return give()
+          }
+          app.post('/', { ...route, ...config() }, handler(run) as never)
+          const first = await app.inject(keyed)
+          t.ok(first.statusCode >= 500)
+          const retry = await app.inject(keyed)
+          t.same([retry.statusCode, retry.body, retry.headers[REPLAYED]], [first.statusCode, first.body, 'true'])
+          t.equal(runs, 1)
+        })
+      }
+    }
+    t.test(
+      'an onSend hook of the instance that always fails leaves a tombstone: nobody has seen the reply',
+      async (t) => {
+        const app = await build(t)
+        let runs = 0
+        app.addHook('onSend', async () => Promise.reject(broken))
+        app.post('/', config(), async () => ++runs)
+        t.equal((await app.inject(keyed)).statusCode, 503)
+        await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+        await app.inject(keyed)
+        t.equal(runs, 1)
+      }
+    )
+    t.test('a reply that is not final stays so, whatever fails behind it', async (t) => {
+      const app = await build(t)
+      let runs = 0
+      app.post('/', { ...config(), preSerialization: async () => Promise.reject(broken) }, async (_request, reply) =>
+        reply.code(503).send({ run: ++runs })
+      )
+      await app.inject(keyed)
+      await app.inject(keyed)
+      t.equal(runs, 2)
+    })
+    t.test('what the handler has called discard() for is not stored', async (t) => {
+      const app = await build(t)
+      let runs = 0
+      app.post('/', config(), async (request) => {
+        runs++
+        request.idempotency?.discard()
+        return { n: 1n }
+      })
+      await app.inject(keyed)
+      await app.inject(keyed)
+      t.equal(runs, 2)
+    })
+    t.test('an error that the handler throws, sends or returns is its own', async (t) => {
+      const app = await build(t)
+      let runs = 0
+      const handlers = {
+        throws: async () => Promise.reject(new Error('own')),
+        sends: async (_: unknown, reply: FastifyReply) => reply.send(new Error('own')),
+        returns: async () => new Error('own')
+      }
+      for (const [how, handler] of Object.entries(handlers)) {
+        app.post(`/${how}`, config(), async (request, reply) => {
+          runs++
+          return handler(request, reply)
+        })
+      }
+      for (const how of Object.keys(handlers)) {
+        runs = 0
+        for (const run of [1, 2]) {
+          await app.inject({ ...keyed, url: `/${how}`, headers: { 'idempotency-key': how } })
+          t.equal(runs, run, how)
+        }
+      }
+    })
+  }
+)
 
 t.test('an onSend hook that fails behind the stored reply does not undo it: the retry is a replay', async (t) => {
   const app = await build(t)

@@ -148,7 +148,8 @@ t.test('an error before the handler gives the key back before it leaves, as prob
       released = await release(...args)
       return released
     }
-    const app = await build(t, { store, problemDetails, fingerprint: (() => 1) as never })
+    const options = { hook: 'onRequest', fingerprint: (() => 1) as never } as const
+    const app = await build(t, { store, problemDetails, ...options })
     app.post('/', { config: { idempotency: true } }, async () => 'x')
     const { statusCode, headers, body } = await app.inject(post('k'))
     t.same([statusCode, JSON.parse(body).code, released], [500, 'FST_IDEMPOTENCY_INVALID_OPTION', true])

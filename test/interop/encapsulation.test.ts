@@ -117,7 +117,7 @@ t.test('a second registration in the same scope is an error at boot', async (t) 
   const { app } = server(t)
   app.register(idempotency)
   app.register(idempotency)
-  await t.rejects(async () => app.ready(), { code: 'FST_ERR_DEC_ALREADY_PRESENT' })
+  await t.rejects(async () => app.ready(), { code: 'FST_IDEMPOTENCY_ALREADY_REGISTERED' })
 })
 
 t.test('decorators of request and reply are there for handlers, and for our options', async (t) => {

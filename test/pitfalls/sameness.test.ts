@@ -144,7 +144,6 @@ t.test('scope and key cannot be shifted into each other, nor can a key reach int
       ['a","b', 'c'],
       ['a', 'b,c'],
       ['["a"', 'c'],
-      ['null', 'c'],
       ['abc', 'k'],
       ['abc', 'kstatus-code'],
       ['abc', 'k:status'],

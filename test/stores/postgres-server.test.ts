@@ -102,6 +102,13 @@ const STATES: Record<string, (store: PostgresStore, key: string) => Promise<stri
   free: async () => undefined,
   running: (store, key) => take(store, key),
   abandoned: (store, key) => lapsed(store, key),
+  async ended(store, key) {
+    await lapsed(store, key)
+    const heir = claim({ takeover: true })
+    await store.acquire(key, heir)
+    await store.release(key, heir.token)
+    return undefined
+  },
   async completed(store, key) {
     await finish(store, key)
     return undefined
@@ -115,6 +122,9 @@ const STATES: Record<string, (store: PostgresStore, key: string) => Promise<stri
     return undefined
   }
 }
+
+/** What is found where a key is in one of these states. */
+const shown = (name: string) => (name === 'ended' ? 'abandoned' : name)
 
 /** Hears all that is told on the channel. What was told before `heard` was called is in its result. */
 async function hear(t: Test, pool = admin) {
@@ -451,7 +461,7 @@ for (const [name, prepare] of Object.entries(STATES)) {
       const { result, sent } = await shared.statements(() => store.acquire(key, claim({ takeover })))
       t.equal(sent.length, 1, sent.join('\n\n'))
       const free = ['free', 'released', 'expired'].includes(name)
-      const expected = { state: free || (takeover && name === 'abandoned') ? 'acquired' : name }
+      const expected = { state: free || (takeover && shown(name) === 'abandoned') ? 'acquired' : shown(name) }
       t.match(result, expected)
     })
   }
@@ -463,7 +473,7 @@ for (const [name, prepare] of Object.entries(STATES)) {
     const nothing = ['free', 'released', 'expired'].includes(name)
     const looked = await shared.statements(() => store.get(key))
     t.equal(looked.sent.length, 1)
-    t.equal(looked.result?.state ?? null, nothing ? null : name)
+    t.equal(looked.result?.state ?? null, nothing ? null : shown(name))
     const forgotten = await shared.statements(() => store.delete(key))
     t.equal(forgotten.sent.length, 1)
     t.equal(forgotten.result, !nothing)
@@ -525,7 +535,7 @@ t.test('a transaction that finds its key taken is one message to begin, and ROLL
       await until(() => pool.idleCount === pool.totalCount)
       return found
     })
-    t.equal(result.state, name)
+    t.equal(result.state, shown(name))
     t.equal(sent.length, 2, sent.join('\n\n'))
     t.equal(sent[1], 'ROLLBACK')
   }
@@ -545,12 +555,12 @@ for (const [name, prepare] of Object.entries(STATES)) {
       ['get', () => store.get(key)],
       ['begin', () => store.begin(key, wish())]
     ]
-    if (name !== 'abandoned') {
+    if (shown(name) !== 'abandoned') {
       looks.push(['a takeover', () => store.acquire(key, claim({ takeover: true }))])
       looks.push(['a takeover by begin', () => store.begin(key, wish({ takeover: true }))])
     }
     for (const [what, look] of looks) {
-      t.equal((await look())?.state, name, what)
+      t.equal((await look())?.state, shown(name), what)
       await until(() => pool.idleCount === pool.totalCount)
       t.strictSame(await stored(), before, what)
     }
@@ -1287,7 +1297,7 @@ for (const [what, changes] of [
   })
 }
 
-for (const state of ['paused', 'RUNNING', 'acquired', 'locked', 'abandoned', '']) {
+for (const state of ['paused', 'RUNNING', 'acquired', 'locked', 'unknown', '']) {
   for (const [what, bring] of Object.entries({ running: take, abandoned: lapsed, completed: finish })) {
     t.test(`a ${what} row whose state became "${state}" is an error, whoever asks, and is left as it is`, async (t) => {
       const { store, table, rows } = await open(t)
@@ -1469,6 +1479,32 @@ t.test('a transaction takes over a key that is abandoned, with the next attempt,
   same(t, await store.acquire(key, claim()), reply({ fingerprint: 'the heir' }))
 })
 
+t.test(
+  'a transaction takes over a key that was given back, with the next attempt, and a rollback gives it back as it was',
+  async (t) => {
+    const { store, second, row } = await open(t)
+    for (const unused of [false, true]) {
+      const key = newKey()
+      await lapsed(store, key, { fingerprint: 'the dead' })
+      const heir = claim({ fingerprint: 'the heir', takeover: true })
+      await store.acquire(key, heir)
+      const { sent } = await shared.statements(() => store.release(key, heir.token, unused))
+      t.equal(sent.length, 1, 'it was given back by one statement')
+      const before = await row(key)
+      const attempt = unused ? 1 : 2
+      const left = unused ? { fingerprint: 'the dead', attempt } : { fingerprint: 'the heir', attempt, ended: true }
+      t.strictSame(await second.begin(key, wish()), { state: 'abandoned', ...left })
+      const undone = await second.begin(key, wish({ takeover: true }))
+      t.match(undone, { state: 'acquired', attempt: attempt + 1 })
+      await held(undone).rollback()
+      t.strictSame(await row(key), before)
+      const found = await second.begin(key, wish({ takeover: true }))
+      t.strictSame(await held(found).complete(reply(), LONG), { state: 'committed' })
+      same(t, await store.acquire(key, claim()), reply())
+    }
+  }
+)
+
 t.test('a transaction finds a key running that somebody holds without one', async (t) => {
   const { store, second } = await open(t)
   const key = newKey()
@@ -1496,7 +1532,7 @@ t.test('of two transactions on a key one has it, and the other finds it running 
 
 t.test('of many transactions at once by two pools exactly one has the key', async (t) => {
   const { store, second } = await open(t)
-  for (const prepare of [STATES.free, STATES.abandoned, STATES.released, STATES.expired]) {
+  for (const prepare of [STATES.free, STATES.abandoned, STATES.ended, STATES.released, STATES.expired]) {
     const key = newKey()
     await prepare?.(store, key)
     const found = await Promise.all(
@@ -1518,7 +1554,7 @@ t.test('of many transactions at once by two pools exactly one has the key', asyn
 
 t.test('of many claims at once, with and without a transaction, exactly one has the key', async (t) => {
   const { store, second } = await open(t)
-  for (const prepare of [STATES.free, STATES.abandoned, STATES.released, STATES.expired]) {
+  for (const prepare of [STATES.free, STATES.abandoned, STATES.ended, STATES.released, STATES.expired]) {
     const key = newKey()
     await prepare?.(store, key)
     const open: ClaimTransaction[] = []

@@ -50,6 +50,8 @@ export function start(port: number, { path = '/', method = 'POST', key, body, he
     method,
     agent: false,
     headers: {
+      // As `inject` has it, and all servers of one service: the host is a part of what a request is for.
+      host: 'localhost:80',
       ...(key === undefined ? {} : { 'idempotency-key': key }),
       ...(body === undefined ? {} : { 'content-type': 'application/json', 'content-length': Buffer.byteLength(body) }),
       ...headers

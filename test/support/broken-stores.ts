@@ -2,7 +2,7 @@ import { EventEmitter } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { StoreUnderTest } from '../../lib/testkit.js'
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
-import { ModelData, ModelStore, type Row } from './model-store.js'
+import { type Found, ModelData, ModelStore, type Row } from './model-store.js'
 
 // Stores that are wrong in one thing each, as people have got it wrong.
 
@@ -97,7 +97,7 @@ function hesitating(...steps: ('acquire' | Step)[]): () => StoreUnderTest {
         await sleep(1)
         if (row === undefined || row.state === 'released') return this.take(key, claim, 1, now)
         if (row.state === 'running' && row.token !== claim.token && row.leaseEnd <= now && claim.takeover) {
-          return this.take(key, claim, row.attempt + 1, now)
+          return this.take(key, claim, row.attempt + 1, now, this.found(row))
         }
         return super.acquire(key, claim)
       }
@@ -107,8 +107,8 @@ function hesitating(...steps: ('acquire' | Step)[]): () => StoreUnderTest {
       override complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
         return this.#late('complete', key, token, () => super.complete(key, token, record, ttlMs), { state: 'running' })
       }
-      override release(key: string, token: string) {
-        return this.#late('release', key, token, () => super.release(key, token), { state: 'running' })
+      override release(key: string, token: string, unused?: boolean) {
+        return this.#late('release', key, token, () => super.release(key, token, unused), { state: 'running' })
       }
       async #late(step: Step, key: string, token: string, go: () => Promise<boolean>, assumed: Partial<Row>) {
         const row = this.known(key, this.now())
@@ -179,10 +179,10 @@ export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStor
 
   'releases what is completed': clients(
     class extends ModelStore {
-      override async release(key: string, token: string) {
+      override async release(key: string, token: string, unused?: boolean) {
         const row = this.known(key, this.now())
         if (row?.state === 'completed' && row.token === token) row.state = 'running'
-        return super.release(key, token)
+        return super.release(key, token, unused)
       }
     }
   ),
@@ -282,8 +282,163 @@ export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStor
 
   'counts attempts over a release and an expiry': clients(
     class extends ModelStore {
-      protected override take(key: string, claim: Claim, _: number, now: number) {
-        return super.take(key, claim, (this.data.rows.get(key)?.attempt ?? 0) + 1, now)
+      protected override take(key: string, claim: Claim, _: number, now: number, found?: Found) {
+        return super.take(key, claim, (this.data.rows.get(key)?.attempt ?? 0) + 1, now, found)
+      }
+    }
+  ),
+
+  'forgets an interrupted attempt with the release of a later one': clients(
+    class extends ModelStore {
+      protected override giveBack(row: Row, _found: Found, _unused: boolean, now: number) {
+        Object.assign(row, { state: 'released', expires: now + 60_000 })
+      }
+    }
+  ),
+
+  'remembers the release of a first attempt': clients(
+    class extends ModelStore {
+      protected override take(key: string, claim: Claim, attempt: number, now: number, found?: Found) {
+        return super.take(key, claim, attempt, now, found ?? { state: 'abandoned', fingerprint: '' })
+      }
+    }
+  ),
+
+  'gives a claim back with its lease': clients(
+    class extends ModelStore {
+      protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
+        const { leaseEnd } = row
+        super.giveBack(row, found, unused, now)
+        row.leaseEnd = leaseEnd
+      }
+    }
+  ),
+
+  'remembers what was given back for ever': clients(
+    class extends ModelStore {
+      protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
+        super.giveBack(row, found, unused, now)
+        row.expires = Number.POSITIVE_INFINITY
+      }
+    }
+  ),
+
+  'remembers what was given back for as long as a release': clients(
+    class extends ModelStore {
+      protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
+        super.giveBack(row, found, unused, now)
+        row.expires = now + 10
+      }
+    }
+  ),
+
+  'does not say that a claim has ended': answering(({ ...found }) => {
+    if (found.state === 'abandoned') delete found.ended
+    return found
+  }),
+
+  'says of all that is abandoned that it has ended': answering((found) =>
+    found.state === 'abandoned' ? { ...found, ended: true } : found
+  ),
+
+  'says whether a claim has ended by true or false': answering((found) =>
+    found.state === 'abandoned' ? { ...found, ended: found.ended ?? false } : found
+  ),
+
+  'counts attempts whose handler never ran': clients(
+    class extends ModelStore {
+      override release(key: string, token: string) {
+        return super.release(key, token)
+      }
+    }
+  ),
+
+  'takes back every attempt that is released': clients(
+    class extends ModelStore {
+      override release(key: string, token: string) {
+        return super.release(key, token, true)
+      }
+    }
+  ),
+
+  'says that what was taken over and given back unused has ended': clients(
+    class extends ModelStore {
+      protected override found(row: Row): Found {
+        return { ...super.found(row), state: 'ended' }
+      }
+    }
+  ),
+
+  'forgets that what was taken over and given back unused had ended': clients(
+    class extends ModelStore {
+      protected override found(row: Row): Found {
+        return { ...super.found(row), state: 'abandoned' }
+      }
+    }
+  ),
+
+  'keeps the fingerprint of a claim that was given back unused': clients(
+    class extends ModelStore {
+      protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
+        super.giveBack(row, { ...found, fingerprint: row.fingerprint }, unused, now)
+      }
+    }
+  ),
+
+  'leaves what was given back to its former owner': clients(
+    class extends ModelStore {
+      override async renew(key: string, token: string, leaseMs: number) {
+        this.#undo(key, token)
+        return super.renew(key, token, leaseMs)
+      }
+      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+        this.#undo(key, token)
+        return super.complete(key, token, record, ttlMs)
+      }
+      #undo(key: string, token: string) {
+        const row = this.known(key, this.now())
+        if (row?.token === token && (row.state === 'ended' || row.state === 'abandoned')) row.state = 'running'
+      }
+    }
+  ),
+
+  'knows who has given a claim back for its owner': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim): Promise<Acquisition> {
+        const row = this.known(key, this.now())
+        if (row?.state === 'ended' && row.token === claim.token) return { state: 'acquired', attempt: row.attempt }
+        return super.acquire(key, claim)
+      }
+    }
+  ),
+
+  'gives back again what was given back': clients(
+    class extends ModelStore {
+      override async release(key: string, token: string, unused = false) {
+        const now = this.now()
+        const row = this.known(key, now)
+        if (row?.token === token && row.state === 'ended') row.attempt--
+        return super.release(key, token, unused)
+      }
+    }
+  ),
+
+  'forgets what it took over when a claim is repeated': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        const row = this.known(key, this.now())
+        if (row?.state === 'running' && row.token === claim.token) row.found = null
+        return super.acquire(key, claim)
+      }
+    }
+  ),
+
+  'remembers a repeated claim for no longer than before': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        const row = this.known(key, this.now())
+        const same = row?.state === 'running' && row.token === claim.token
+        return super.acquire(key, same ? { ...claim, retainMs: row.retainMs } : claim)
       }
     }
   ),
@@ -474,6 +629,14 @@ export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStor
       )
     ])
   ),
+  'wakes nobody when a claim is given back that took over': clients(
+    class extends ModelStore {
+      protected override ended(key: string, how: How) {
+        const row = this.data.rows.get(this.rowKey(key))
+        if (row?.state !== 'ended' && row?.state !== 'abandoned') super.ended(key, how)
+      }
+    }
+  ),
   'wakes before it writes': clients(
     class extends ModelStore {
       override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
@@ -508,7 +671,9 @@ export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStor
     class extends ModelStore {
       override async changed(key: string, signal: AbortSignal) {
         const row = this.known(key, this.now())
-        if (!signal.aborted && row?.state === 'running') await this.listen(key, signal)
+        if (!signal.aborted && row !== undefined && 'running abandoned ended'.includes(row.state)) {
+          await this.listen(key, signal)
+        }
       }
     }
   ),

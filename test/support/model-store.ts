@@ -3,15 +3,23 @@ import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply } 
 
 /** What is known of a key. All times are monotonic milliseconds. */
 export interface Row {
-  state: 'running' | 'completed' | 'released'
+  /** `ended` and `abandoned`: given back, and remembered. */
+  state: 'running' | 'ended' | 'abandoned' | 'completed' | 'released'
   token: string
   fingerprint: string
   attempt: number
   leaseEnd: number
   retainMs: number
   expires: number
+  /** What it took over; `null` for a first attempt. */
+  found: Found | null
   /** The record as text. */
   record: string
+}
+
+export interface Found {
+  state: 'ended' | 'abandoned'
+  fingerprint: string
 }
 
 /** What several clients share. */
@@ -33,12 +41,13 @@ export class ModelStore implements IdempotencyStore {
     const row = this.known(key, now)
     if (row === undefined || row.state === 'released') return this.take(key, claim, 1, now)
     if (row.state === 'completed') return this.completed(row, now)
-    if (row.token === claim.token) {
+    if (row.state === 'running' && row.token === claim.token) {
+      row.retainMs = claim.retainMs
       this.prolong(row, claim.leaseMs, now)
       return { state: 'acquired', attempt: row.attempt }
     }
     if (row.leaseEnd > now || !this.mayTakeOver(claim)) return this.held(row, now)
-    return this.take(key, claim, this.nextAttempt(row), now)
+    return this.take(key, claim, this.nextAttempt(row), now, this.found(row))
   }
 
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
@@ -52,20 +61,21 @@ export class ModelStore implements IdempotencyStore {
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
     const now = this.now()
     const row = this.known(key, now)
-    if (row === undefined || row.state === 'released' || !this.owns('complete', row, token, now)) return false
-    if (row.state === 'completed') return this.again('complete')
+    if (row === undefined || !this.owns('complete', row, token, now)) return false
+    if (row.state !== 'running') return row.state === 'completed' && this.again('complete')
     const expires = this.expires(row, ttlMs, now)
     Object.assign(row, { state: 'completed', record: this.encode(record), expires })
     this.ended(key, 'completed')
     return true
   }
 
-  async release(key: string, token: string): Promise<boolean> {
+  async release(key: string, token: string, unused = false): Promise<boolean> {
     const now = this.now()
     const row = this.known(key, now)
     if (row === undefined || row.state === 'completed' || !this.owns('release', row, token, now)) return false
-    if (row.state === 'released') return this.again('release')
-    Object.assign(row, { state: 'released', expires: now + 60_000 })
+    if (row.state !== 'running') return this.again('release')
+    if (row.found === null) Object.assign(row, { state: 'released', expires: now + 60_000 })
+    else this.giveBack(row, row.found, unused, now)
     this.ended(key, 'released')
     return true
   }
@@ -116,9 +126,11 @@ export class ModelStore implements IdempotencyStore {
     key: string,
     { token, fingerprint, leaseMs, retainMs }: Claim,
     attempt: number,
-    now: number
+    now: number,
+    found: Found | null = null
   ): Acquisition {
-    const row: Row = { state: 'running', token, fingerprint, attempt, leaseEnd: 0, retainMs, expires: 0, record: '' }
+    const times = { leaseEnd: 0, retainMs, expires: 0 }
+    const row: Row = { state: 'running', token, fingerprint, attempt, ...times, found, record: '' }
     this.prolong(row, leaseMs, now)
     this.data.rows.set(this.rowKey(key), row)
     return { state: 'acquired', attempt }
@@ -127,6 +139,16 @@ export class ModelStore implements IdempotencyStore {
   protected prolong(row: Row, leaseMs: number, now: number): void {
     row.leaseEnd = now + leaseMs
     row.expires = row.leaseEnd + row.retainMs
+  }
+
+  /** What becomes of a claim that stands on an interrupted attempt. */
+  protected giveBack(row: Row, found: Found, unused: boolean, now: number): void {
+    Object.assign(row, { state: 'ended', leaseEnd: now, expires: now + row.retainMs, found: null })
+    if (unused) Object.assign(row, found, { attempt: row.attempt - 1 })
+  }
+
+  protected found({ state, fingerprint }: Row): Found {
+    return { state: state === 'ended' ? 'ended' : 'abandoned', fingerprint }
   }
 
   protected mayTakeOver(claim: Claim): boolean {
@@ -150,10 +172,9 @@ export class ModelStore implements IdempotencyStore {
     return ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs
   }
 
-  protected held({ fingerprint, attempt, leaseEnd }: Row, now: number): Acquisition {
-    return leaseEnd > now
-      ? { state: 'running', fingerprint, leaseMs: leaseEnd - now }
-      : { state: 'abandoned', fingerprint, attempt }
+  protected held({ state, fingerprint, attempt, leaseEnd }: Row, now: number): Acquisition {
+    if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: leaseEnd - now }
+    return { state: 'abandoned', fingerprint, attempt, ...(state === 'ended' && { ended: true }) }
   }
 
   protected completed({ record, expires }: Row, now: number): Acquisition {

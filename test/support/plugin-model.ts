@@ -30,8 +30,7 @@ type Entry =
       is: 'claim'
       run: string
       route: Route
-      /** `null`: the claim was made before there was a body. */
-      payload: string | null
+      payload: string
       attempt: number
       /** The lease ends at some time from the one to the other. */
       from: number
@@ -454,6 +453,11 @@ export class PluginModel implements Witness {
     if (process.cut) return [...found, refuse(UNAVAILABLE), ...this.#atWork(process, key).flatMap(besides)]
     if (entry.is === 'free') {
       found.push(...this.#claimed(state, asked, 1))
+      // A run of the process itself that has lost its claim, and does not know, gets it back instead.
+      for (const info of this.#atWork(process, key)) {
+        if (!(info.run.id in state.beaten) || info.intent === 'release') continue
+        for (const verdict of besides(info)) found.push(verdict, { ...verdict, state: this.#after(state, info.run.id) })
+      }
     } else if (entry.is === 'done') {
       found.push(done(entry.run, entry))
     } else if (entry.is === 'ghost') {
@@ -464,13 +468,11 @@ export class PluginModel implements Witness {
     } else {
       if (entry.route !== route) return [...found, refuse(REUSED)]
       const own = this.#isAtWork(process, key)
-      const isOther = entry.payload !== null && entry.payload !== payload
+      const isOther = entry.payload !== payload
       if (this.#now <= entry.to || own) {
-        // Who is refused at once is so before there is a body.
-        const isSeen = route === '/wait' || route === '/preHandler'
-        if (isOther && isSeen) found.push(refuse(REUSED))
+        if (isOther) found.push(refuse(REUSED))
         // Who waits already does not look at who has the key next.
-        if (!(isOther && isSeen) || route === '/wait') found.push(...busy())
+        if (!isOther || route === '/wait') found.push(...busy())
       }
       if (own && payload !== this.#atWork(process, key)[0]?.run.asked.payload) found.push(refuse(REUSED))
       const { run, intent } = this.#runs.get(entry.run) as RunInfo
@@ -494,13 +496,12 @@ export class PluginModel implements Witness {
     const { healthy } = this.#info(process)
     const lease = healthy ? Infinity : this.#now + process.lease
     const id = run?.id ?? ''
-    const knowing = (known: string | null): Verdict => ({
-      is: `run ${attempt}`,
-      state: this.#beat(state, { is: 'claim', run: id, route, payload: known, attempt, from: lease, to: lease })
-    })
-    if (route === '/preHandler') return [knowing(payload)]
-    // Who had to wait for the verdict claims when there is a body.
-    return route !== '/wait' && state.entry.is === 'free' ? [knowing(null)] : [knowing(null), knowing(payload)]
+    return [
+      {
+        is: `run ${attempt}`,
+        state: this.#beat(state, { is: 'claim', run: id, route, payload, attempt, from: lease, to: lease })
+      }
+    ]
   }
 
   /** Another entry takes the place of a claim, whose owner does not know. */

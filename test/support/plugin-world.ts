@@ -13,7 +13,7 @@ export const STORE_TIMEOUT = 2_000
 export const TTL = 200_000
 export const SHORT_TTL = 20_000
 
-export const ROUTES = ['/reject', '/wait', '/preHandler', '/short'] as const
+export const ROUTES = ['/reject', '/wait', '/short'] as const
 export type Route = (typeof ROUTES)[number]
 
 /** How a handler may end. */
@@ -183,7 +183,6 @@ export class Process implements TimerOwner {
       })
       app.post('/reject', { config: { idempotency: true } }, handler)
       app.post('/wait', { config: { idempotency: { onConflict: 'wait' } } }, handler)
-      app.post('/preHandler', { config: { idempotency: { hook: 'preHandler' } } }, handler)
       app.post('/short', { config: { idempotency: { ttl: SHORT_TTL } } }, handler)
       await app.ready()
     })

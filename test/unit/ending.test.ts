@@ -117,7 +117,7 @@ t.test(
 function streamed(final: boolean, options: Parameters<typeof onItsWay>[0] = {}) {
   const source = new PassThrough()
   const scene = onItsWay(options)
-  const sent = sendStream(scene.exchange, source, final) as Readable
+  const sent = sendStream(scene.exchange, source, final, new Set()) as Readable
   const client = { text: '', ended: false, failed: false }
   sent.on('data', (chunk) => {
     client.text += chunk
@@ -150,7 +150,7 @@ t.test('the stream of an error is stored as one', async (t) => {
   const scene = onItsWay()
   scene.exchange.failed = true
   const source = new PassThrough()
-  const sent = sendStream(scene.exchange, source, true) as Readable
+  const sent = sendStream(scene.exchange, source, true, new Set()) as Readable
   source.end('body')
   await sent.toArray()
   t.equal(scene.calls[0]?.[1], true)
@@ -237,7 +237,7 @@ t.test('without its client an event stream has broken off, and any other stream 
 t.test('what is no stream is left to Fastify', async (t) => {
   const { calls, exchange } = onItsWay()
   const payload = { no: 'stream' } as unknown as Payload
-  t.equal(sendStream(exchange, payload, true), payload)
+  t.equal(sendStream(exchange, payload, true, new Set()), payload)
   t.same([exchange.stream, exchange.sending, calls], [null, 'no', []])
 })
 

@@ -138,7 +138,7 @@ t.test('each step is one statement with its values, read as text', async (t) => 
       values: ['k', 't', 'f', 1_700_000_000_000, 201, '[]', Buffer.from('b'), true, null, null],
       types: AS_TEXT
     },
-    { text: release, values: ['k', 't', 60_000], types: AS_TEXT },
+    { text: release, values: ['k', 't', 60_000, false], types: AS_TEXT },
     { text: get, values: ['k'], types: AS_TEXT },
     { text: remove, values: ['k'], types: AS_TEXT },
     { text: createTable, types: AS_TEXT }

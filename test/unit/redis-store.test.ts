@@ -2,7 +2,7 @@ import t from 'tap'
 import { RedisStore, type RedisStoreOptions } from '../../index.js'
 import { encodeRecord } from '../../lib/stores/record.js'
 import type { RedisClient } from '../../lib/stores/redis.js'
-import { ACQUIRE, DELETE, FINISH, RENEW, WATCH } from '../../lib/stores/redis-scripts.js'
+import { ACQUIRE, COMPLETE, DELETE, RELEASE, RENEW, WATCH } from '../../lib/stores/redis-scripts.js'
 import type { StoredRecord } from '../../types/index.js'
 import { claim, reply, same, tombstone } from '../support/store-fixtures.js'
 
@@ -10,7 +10,7 @@ import { claim, reply, same, tombstone } from '../support/store-fixtures.js'
 
 type Result = [error: Error | null, result: unknown]
 
-const SCRIPTS = { acquire: ACQUIRE, renew: RENEW, finish: FINISH, watch: WATCH, delete: DELETE }
+const SCRIPTS = { acquire: ACQUIRE, renew: RENEW, complete: COMPLETE, release: RELEASE, watch: WATCH, delete: DELETE }
 const nameOf = (sha: string) => Object.entries(SCRIPTS).find(([, script]) => script.sha === sha)?.[0]
 
 const UNDECODABLE = /could not be decoded/
@@ -70,7 +70,9 @@ function open({ piped = () => [], scripted = () => 1, isCluster, options = {} }:
 
 const owned = (kind: string, token: string) => `${kind}1${String.fromCharCode(token.length)}${token}`
 const claimed = (token: string, { attempt = '1', retainMs = 1_000, fingerprint = 'theirs' } = {}) =>
-  Buffer.from(`${owned('P', token)}0${attempt}:${retainMs}:${fingerprint}`)
+  Buffer.from(`${owned('P', token)}0${attempt}:${retainMs}::${fingerprint}`)
+/** What a claim has left behind, or one that took over: with what it has found. */
+const later = (kind: string, rest: string) => Buffer.from(`${owned(kind, 'other')}02:1000:${rest}`)
 const recorded = (record: StoredRecord, token = 't') => encodeRecord(record, Buffer.from(owned('C', token)))
 const mine = claim({ token: 'mine', fingerprint: 'f', leaseMs: 500, retainMs: 1_000 })
 /** What an acquire makes of SET's answer, with so much left. */
@@ -124,7 +126,7 @@ t.test('a free key is claimed by one SET, with a PTTL beside it', async (t) => {
     t.strictSame(await store.acquire('k', mine), { state: 'acquired', attempt: 1 })
     t.strictSame(sent, [
       [
-        ['setBuffer', 'idempotency:k', 'P1\x04mine01:1000:f', 'PX', '1500', 'NX', 'GET'],
+        ['setBuffer', 'idempotency:k', 'P1\x04mine01:1000::f', 'PX', '1500', 'NX', 'GET'],
         ['pttl', 'idempotency:k']
       ]
     ])
@@ -173,13 +175,15 @@ t.test('all else is decided by the script: an own claim, a lapsed one, a release
   for (const [what, set, left] of [
     ['an own claim', claimed('mine'), 1_200],
     ['a claim that has just lapsed', claimed('other'), 1_000],
+    ['a claim that took over and was given back', later('E', ':theirs'), 1_000],
+    ['the same, given back unused', later('A', ':theirs'), 1_000],
     ['a released key', Buffer.from(owned('R', 'other')), 60_000],
     ['something else', 'OK', 1_200],
     ['a Redis that gives nothing', undefined, undefined]
   ] as const) {
     const { scripts, store } = acquiring(set, left, () => ['3', null, null, null])
     t.strictSame(await store.acquire('k', mine), { state: 'acquired', attempt: 3 }, what)
-    t.strictSame(scripts, [['acquire', 1, 'idempotency:k', 'P1\x04mine', ':1000:f', '1500', '0']])
+    t.strictSame(scripts, [['acquire', 1, 'idempotency:k', 'P1\x04mine', '1000', 'f', '1500', '0']])
   }
   const { scripts, store } = acquiring(claimed('mine'), 1_200, () => [1])
   await store.acquire('k', { ...mine, takeover: true })
@@ -195,6 +199,11 @@ t.test('what the script has found', async (t) => {
     fingerprint: 'theirs',
     attempt: 12
   })
+  const abandoned = { state: 'abandoned', fingerprint: 'theirs', attempt: 2 }
+  t.strictSame(await found(0, later('P', 'A7:foundétheirs'), 900, 1), abandoned)
+  t.strictSame(await found(0, later('P', 'E0:theirs'), 900, 1), abandoned)
+  t.strictSame(await found(0, later('A', ':theirs'), 900, 1), abandoned)
+  t.strictSame(await found(0, later('E', ':theirs'), 900, 1), { ...abandoned, ended: true })
   t.match(await found(0, recorded(reply()), -1, 0), { state: 'completed', ttlMs: null })
   await t.rejects(found(0, Buffer.from('X1\x01t'), 5, 0), UNDECODABLE)
 })
@@ -290,7 +299,7 @@ t.test('tokens of all lengths are framed', async (t) => {
     await store.acquire('k', { ...mine, token })
     const value = sent[0]?.[0]?.[2] as string | Buffer
     t.equal(typeof value === 'string', isText)
-    const expected = Buffer.concat([Buffer.from([0x50, 0x31, length]), Buffer.from(`${token}01:1000:f`)])
+    const expected = Buffer.concat([Buffer.from([0x50, 0x31, length]), Buffer.from(`${token}01:1000::f`)])
     t.strictSame(Buffer.from(value as string), expected)
     await store.release('k', token)
     t.strictSame(Buffer.from(scripts[0]?.[3] as string), expected.subarray(0, 3 + length))
@@ -316,7 +325,7 @@ t.test('a reply is stored by one script, as text where that is cheaper', async (
     const record = reply({ body: Buffer.from(body) })
     t.equal(await store.complete('k', 't', record, 700), true)
     const [name, keys, key, owner, value, ...rest] = scripts[0] as [string, number, string, string, string | Buffer]
-    t.strictSame([name, keys, key, owner], ['finish', 1, 'idempotency:k', 'P1\x01t'])
+    t.strictSame([name, keys, key, owner], ['complete', 1, 'idempotency:k', 'P1\x01t'])
     t.strictSame(rest, ['700', 'idempotency:k'])
     t.equal(typeof value === 'string', isText)
     t.strictSame(typeof value === 'string' ? Buffer.from(value, 'latin1') : value, recorded(record))
@@ -364,9 +373,13 @@ t.test('a claim is renewed by its key and owner', async (t) => {
 t.test('a key is given back by one script, and remembers for a minute who did it', async (t) => {
   const { scripts, store } = open()
   await store.release('k', 't')
-  t.strictSame(scripts, [['finish', 1, 'idempotency:k', 'P1\x01t', 'R1\x01t', '60000', 'idempotency:k']])
+  await store.release('k', 't', true)
+  t.strictSame(scripts, [
+    ['release', 1, 'idempotency:k', 'P1\x01t', '0', '60000', 'idempotency:k'],
+    ['release', 1, 'idempotency:k', 'P1\x01t', '1', '60000', 'idempotency:k']
+  ])
   await store.delete('k')
-  t.strictSame(scripts[1], ['delete', 1, 'idempotency:k', 'idempotency:k'])
+  t.strictSame(scripts[2], ['delete', 1, 'idempotency:k', 'idempotency:k'])
 })
 
 t.test('what is no string is nobody’s claim, and other errors are errors', async (t) => {
@@ -446,13 +459,17 @@ t.test('what is not one of ours is an error, not a claim', async (t) => {
     '',
     'P',
     'P1',
-    'P2\x01t01:1000:f',
-    'P1\x01t21:1000:f',
-    'P1\x01tx01:1000:f',
-    'P1\x01t0:1000:f',
+    'P2\x01t01:1000::f',
+    'P1\x01t21:1000::f',
+    'P1\x01tx01:1000::f',
+    'P1\x01t0:1000::f',
     'P1\x01t01:1000',
-    'P1\x01t01:x:f',
-    'X1\x01t01:1000:f',
+    'P1\x01t01:1000:',
+    'P1\x01t01:1000:f',
+    'P1\x01t01:x::f',
+    'P1\x01t01:1000:X1:ff',
+    'E1\x01t01:1000',
+    'X1\x01t01:1000::f',
     'C1\x01t'
   ]) {
     const get = open({

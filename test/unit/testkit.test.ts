@@ -44,7 +44,7 @@ function onlyFour(store: IdempotencyStore): IdempotencyStore {
     acquire: (key, claim) => store.acquire(key, claim),
     renew: (key, token, leaseMs) => store.renew(key, token, leaseMs),
     complete: (key, token, record, ttlMs) => store.complete(key, token, record, ttlMs),
-    release: (key, token) => store.release(key, token)
+    release: (key, token, unused) => store.release(key, token, unused)
   }
 }
 
@@ -129,6 +129,7 @@ const caught: Record<string, string[]> = {
     'renew of a lapsed claim that nobody took is true',
     'complete of a lapsed claim that nobody took is true',
     'release of a lapsed claim that nobody took is true',
+    'an attempt that took over and has lapsed can be released as well',
     'a lapsed claim that was renewed is safe from takeovers again',
     'a record lives for its ttl from the completion on, not from the claim'
   ],
@@ -136,7 +137,12 @@ const caught: Record<string, string[]> = {
     'completing again with the same token is true again, and the first record stays',
     'of several completions with the same token at the same moment one record stays'
   ],
-  'forgets who has released': ['releasing again with the same token is true again while the key is free'],
+  'forgets who has released': [
+    'releasing again with the same token is true again while the key is free',
+    'releasing an attempt again with the same token is true again, and changes nothing',
+    'a first attempt that is released unused leaves the key free',
+    'a claim that took over and is released unused leaves the key abandoned as it was found'
+  ],
   'overwrites a record with a later one': [
     'completing again with the same token is true again, and the first record stays',
     'a repeated completion does not prolong the life of the record'
@@ -177,10 +183,85 @@ const caught: Record<string, string[]> = {
     MORE
   ],
   'counts attempts over a release and an expiry': [
-    'after a release the next claim is acquired with attempt 1, whatever the attempt was before',
     'a record lives for its ttl from the completion on, not from the claim',
     'an abandoned claim is remembered for retainMs, then forgotten',
     MORE
+  ],
+  'forgets an interrupted attempt with the release of a later one': [
+    'a claim that took over and is released is abandoned at once, with its attempt, and says that it has ended',
+    'whoever takes over what was released has the next attempt, and can complete it',
+    'of 50 parallel takeovers of a released attempt exactly one is acquired',
+    'an attempt that took over and has lapsed can be released as well',
+    'delete forgets an attempt that was released',
+    MORE
+  ],
+  'remembers the release of a first attempt': [
+    'release by the owner is true, by whichever client it comes',
+    'a first attempt that is released unused leaves the key free',
+    MORE
+  ],
+  'gives a claim back with its lease': [
+    'a claim that took over and is released is abandoned at once, with its attempt, and says that it has ended',
+    MORE
+  ],
+  'remembers what was given back for ever': [
+    'an attempt that was released is remembered for retainMs from the release on, then forgotten'
+  ],
+  'remembers what was given back for as long as a release': [
+    'an attempt that was released is remembered for retainMs from the release on, then forgotten',
+    MORE
+  ],
+  'does not say that a claim has ended': [
+    'a claim that took over and is released is abandoned at once, with its attempt, and says that it has ended',
+    'what had ended has ended again when whoever took it over releases it unused',
+    'get shows an attempt that was released, and leaves it so',
+    MORE
+  ],
+  'says of all that is abandoned that it has ended': [
+    'only what was released says that it has ended',
+    'a claim that took over and is released unused leaves the key abandoned as it was found',
+    'get shows an attempt that was released, and leaves it so',
+    MORE
+  ],
+  'says whether a claim has ended by true or false': [
+    'a lapsed claim is abandoned, and stays so for those who do not take over',
+    MORE
+  ],
+  'counts attempts whose handler never ran': [
+    'a claim that took over and is released unused leaves the key abandoned as it was found',
+    'what had ended has ended again when whoever took it over releases it unused',
+    'a claim that is repeated still knows what it took over',
+    'get shows an attempt that was released, and leaves it so'
+  ],
+  'takes back every attempt that is released': [
+    'a claim that took over and is released is abandoned at once, with its attempt, and says that it has ended',
+    MORE
+  ],
+  'says that what was taken over and given back unused has ended': [
+    'a claim that took over and is released unused leaves the key abandoned as it was found',
+    'a claim that is repeated still knows what it took over'
+  ],
+  'forgets that what was taken over and given back unused had ended': [
+    'what had ended has ended again when whoever took it over releases it unused',
+    'get shows an attempt that was released, and leaves it so'
+  ],
+  'keeps the fingerprint of a claim that was given back unused': [
+    'a claim that took over and is released unused leaves the key abandoned as it was found',
+    'what had ended has ended again when whoever took it over releases it unused',
+    'a claim that is repeated still knows what it took over',
+    'get shows an attempt that was released, and leaves it so'
+  ],
+  'leaves what was given back to its former owner': [
+    'whoever has released an attempt has no say in it any more',
+    'a claim that took over and is released unused leaves the key abandoned as it was found'
+  ],
+  'knows who has given a claim back for its owner': ['whoever has released an attempt has no say in it any more'],
+  'gives back again what was given back': [
+    'releasing an attempt again with the same token is true again, and changes nothing'
+  ],
+  'forgets what it took over when a claim is repeated': ['a claim that is repeated still knows what it took over'],
+  'remembers a repeated claim for no longer than before': [
+    'whoever acquires again is remembered for the retainMs of then'
   ],
   'counts the repeated claim as another attempt': [
     'the same token acquires again what it holds, with the same attempt',
@@ -307,6 +388,9 @@ const caught: Record<string, string[]> = {
     'whoever listens hears when the key is deleted immediately after the call',
     'each of several who listen hears when the key is deleted'
   ],
+  'wakes nobody when a claim is given back that took over': [
+    'whoever listens to a claim that took over hears when it is released'
+  ],
   'wakes before it writes': ['whoever listens and looks in turn comes to see that the claim has ended', MORE],
   'wakes with every claim and renewal': ['whoever listens hears nothing while nothing happens to the key'],
   'listens where nothing runs': ['listening ends at once where no claim is running'],
@@ -404,7 +488,10 @@ const caught: Record<string, string[]> = {
   'cuts fingerprints at 255 characters': ['a fingerprint of 20,000 characters comes back', MORE],
 
   'claims what it looks at': ['get gives null for a key that nobody claimed, and does not claim it', MORE],
-  'takes over what it looks at': ['get shows an abandoned claim and its attempt, and leaves it so'],
+  'takes over what it looks at': [
+    'get shows an abandoned claim and its attempt, and leaves it so',
+    'get shows an attempt that was released, and leaves it so'
+  ],
   'prolongs what it looks at': ['get does not prolong the life of a record', MORE],
   'shows what was released': ['get gives null for a key that was released, expired or forgotten'],
   'shows nothing as undefined': ['get gives null for a key that nobody claimed, and does not claim it', MORE],
@@ -666,7 +753,7 @@ t.test('the cases run with node:test', async (t) => {
     })
   `)
   t.equal(bad.code, 1, bad.code === 1 ? 'it fails' : bad.output)
-  t.match(bad.output, new RegExp(`^# pass ${cases.length - 1}$`, 'm'))
+  t.match(bad.output, new RegExp(`^# pass ${cases.length - (caught['forgets who has released'] ?? []).length}$`, 'm'))
   t.match(bad.output, /not ok \d+ - releasing again with the same token is true again while the key is free/)
   t.match(bad.output, /release: false instead of true/)
 })

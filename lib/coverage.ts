@@ -1,0 +1,164 @@
+import { isDeepStrictEqual } from 'node:util'
+import type { FastifyInstance, RouteOptions } from 'fastify'
+import {
+  type DeclaredRoute,
+  declaration,
+  declaredRoutes,
+  forEachNewServer,
+  isAnnounced,
+  serverOf,
+  withoutSlash
+} from './early-routes.js'
+import { NotCovered, RouteTooEarly } from './errors.js'
+import { concerns, describeRoute } from './options.js'
+import { Registration, registrationOf } from './registration.js'
+import { warn } from './warnings.js'
+
+/** The registration that saw a route when it was declared, covered or not. */
+const owners = new WeakMap<RouteOptions, Registration>()
+
+/** What is known of a server that has a registration. */
+interface Known {
+  readonly registrations: Registration[]
+  readonly seen: DeclaredRoute[]
+}
+const known = new WeakMap<FastifyInstance, Known>()
+
+// Who imports the plugin and never registers it has forgotten it.
+forEachNewServer(checkWhenReady)
+
+/** A registration has come: the server will not get ready with a route that it should cover and does not. */
+export function expectCoverage(instance: FastifyInstance, registration: Registration): void {
+  const server = serverOf(instance)
+  const before = known.get(server)
+  if (before !== undefined) {
+    before.registrations.push(registration)
+    return
+  }
+  known.set(server, { registrations: [registration], seen: [] })
+  if (!isAnnounced(server)) checkWhenReady(instance)
+}
+
+/** A registration sees a route. */
+export function sees(registration: Registration, instance: FastifyInstance, route: RouteOptions): void {
+  owners.set(route, registration)
+  const server = serverOf(instance)
+  if (!isAnnounced(server)) known.get(server)?.seen.push(declaration(instance, route))
+}
+
+function checkWhenReady(instance: FastifyInstance): void {
+  instance.addHook('onReady', (done) => {
+    const server = serverOf(instance)
+    const routes = declaredRoutes(server)
+    if (routes === null) warnOfUnseen(server)
+    else {
+      warnOfNames(routes)
+      checkCoverage(routes, known.get(server))
+    }
+    done()
+  })
+}
+
+/** @throws FST_IDEMPOTENCY_ROUTE_TOO_EARLY, FST_IDEMPOTENCY_NOT_COVERED */
+function checkCoverage(routes: readonly DeclaredRoute[], server: Known = { registrations: [], seen: [] }): void {
+  const early = new Set<string>()
+  const outside = new Set<string>()
+  const underAnother = new Set<string>()
+  // A plugin file without fastify-plugin: a registration that should cover every route, alone in its context.
+  const alone = server.registrations.filter(
+    (registration) => !routes.some(({ instance }) => registrationOf(instance) === registration)
+  )
+  for (const route of routes) {
+    const inForce = registrationOf(route.instance)
+    if (inForce === undefined) {
+      const asks = asksByItself(route) || alone.some(({ options }) => concerns(route, options))
+      if (asks && !isHeadTwin(route, routes)) outside.add(describeRoute(route))
+    } else if (inForce instanceof Registration) {
+      const owner = ownerOf(route, server)
+      if (owner === inForce) continue
+      const asks = concerns(route, inForce.options) || (owner !== undefined && concerns(route, owner.options))
+      if (!asks || isHeadTwin(route, routes)) continue
+      if (owner === undefined) early.add(describeRoute(route))
+      else underAnother.add(describeRoute(route))
+    }
+  }
+  const problems: string[] = []
+  if (early.size > 0) {
+    problems.push(
+      `${were(early)} declared before fastify-idempotency had loaded, and would run unprotected: ` +
+        'await app.register(idempotency, …) before the routes'
+    )
+  }
+  if (outside.size > 0) {
+    problems.push(
+      `${are(outside)} to be idempotent, but no registration of fastify-idempotency is in force there: register it ` +
+        'before the routes on their own instance or one above it. A plugin file that registers it for others needs fastify-plugin'
+    )
+  }
+  if (underAnother.size > 0) {
+    problems.push(
+      `${were(underAnother)} declared before the registration of fastify-idempotency in their own context, and would run ` +
+        'under the options of an outer one: await app.register(idempotency, …) before the routes of that context'
+    )
+  }
+  if (problems.length > 0) throw new (early.size > 0 ? RouteTooEarly : NotCovered)(problems.join('. '))
+}
+
+const were = (routes: ReadonlySet<string>) => `${[...routes].join(', ')} ${routes.size === 1 ? 'was' : 'were'}`
+const are = (routes: ReadonlySet<string>) => `${[...routes].join(', ')} ${routes.size === 1 ? 'is' : 'are'}`
+
+function asksByItself({ config }: DeclaredRoute): boolean {
+  return Boolean((config as { idempotency?: unknown }).idempotency)
+}
+
+/** Fastify adds one to a GET route, with what the route has: who asks is the GET route. */
+function isHeadTwin({ method, url, instance, config }: DeclaredRoute, routes: readonly DeclaredRoute[]): boolean {
+  if (method !== 'HEAD') return false
+  const { idempotency } = config as { idempotency?: unknown }
+  return routes.some(
+    (other) =>
+      other.instance === instance &&
+      withoutSlash(other.url) === withoutSlash(url) &&
+      [other.method].flat().includes('GET') &&
+      (other.config as { idempotency?: unknown }).idempotency === idempotency
+  )
+}
+
+function ownerOf(route: DeclaredRoute, { seen }: Known): Registration | undefined {
+  if (route.options !== null) return owners.get(route.options)
+  // No two routes have the same URL, methods and constraints.
+  const same = seen.find(
+    ({ url, path, method, constraints }) =>
+      (url === route.url || path === route.path) &&
+      isDeepStrictEqual([method, constraints], [route.method, route.constraints])
+  )
+  return same?.options ? owners.get(same.options) : undefined
+}
+
+const RESEMBLES = /i[mn]?d[ei][mn]?p[oa]t/i
+
+/** A config that looks as if it should be ours protects nothing. */
+function warnOfNames(routes: readonly DeclaredRoute[]): void {
+  const mistaken = new Map<string, Set<string>>()
+  for (const route of routes) {
+    if (route.config === undefined || Object.hasOwn(route.config, 'idempotency')) continue
+    const name = Object.keys(route.config).find((name) => RESEMBLES.test(name))
+    if (name === undefined || isHeadTwin(route, routes)) continue
+    mistaken.set(name, (mistaken.get(name) ?? new Set()).add(describeRoute(route)))
+  }
+  for (const [name, urls] of mistaken) {
+    warn(
+      'FST_IDEMPOTENCY_CONFIG_NAME',
+      `config.${name} of ${[...urls].join(', ')} is not known to fastify-idempotency, and protects nothing: ` +
+        'the name is config.idempotency'
+    )
+  }
+}
+
+function warnOfUnseen(server: FastifyInstance): void {
+  warn(
+    'FST_IDEMPOTENCY_UNSEEN_ROUTES',
+    'fastify-idempotency was loaded after the server was made, and cannot see which of its routes were declared before: ' +
+      `they would run unprotected. Import it before Fastify() is called.\n${server.printRoutes({ commonPrefix: false })}`
+  )
+}

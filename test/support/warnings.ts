@@ -1,0 +1,16 @@
+/** The texts of the process warnings with this code that are given meanwhile. */
+export async function warningsOf(code: string, work: () => unknown): Promise<string[]> {
+  const told: string[] = []
+  const listen = (warning: Error & { code?: string }) => {
+    if (warning.code === code) told.push(warning.message)
+  }
+  process.on('warning', listen)
+  try {
+    await work()
+    // Node gives a warning in the next tick.
+    await new Promise((resolve) => setImmediate(resolve))
+  } finally {
+    process.off('warning', listen)
+  }
+  return told
+}
