@@ -185,6 +185,7 @@ export class MemoryStore implements IdempotencyStore {
     if (held.token === claim.token && !held.givenBack) {
       held.leaseEnd = now + claim.leaseMs
       held.retainMs = claim.retainMs
+      held.fingerprint = claim.fingerprint
       return { state: 'acquired', attempt: held.attempt }
     }
     if (held.leaseEnd > now || !claim.takeover) return state(held, now)
