@@ -1,5 +1,6 @@
 import fp from 'fastify-plugin'
 import { idempotencyEvents } from './lib/events.js'
+import { payloadFingerprint } from './lib/fingerprint.js'
 import { openapiTransform } from './lib/openapi.js'
 import { plugin } from './lib/plugin.js'
 import { EncryptedStore } from './lib/stores/encrypted.js'
@@ -24,7 +25,8 @@ const named = {
   EncryptedStore,
   LocalCache,
   idempotencyEvents,
-  openapiTransform
+  openapiTransform,
+  payloadFingerprint
 }
 
 /** The plugin. Everything else hangs on it too, for those who `require()` it. */
@@ -40,5 +42,6 @@ export {
   MemoryStore,
   openapiTransform,
   PostgresStore,
+  payloadFingerprint,
   RedisStore
 }

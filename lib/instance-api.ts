@@ -1,4 +1,10 @@
-import type { Acquisition, IdempotencyStore, InstanceIdempotency, OperationSelector } from '../types/index.js'
+import type {
+  Acquisition,
+  IdempotencyStore,
+  InstanceIdempotency,
+  KeyFormat,
+  OperationSelector
+} from '../types/index.js'
 import { InvalidOption } from './errors.js'
 import { generateKey, parseKey, storageKey } from './key.js'
 import { StoreInUse } from './store-in-use.js'
@@ -7,10 +13,12 @@ import { StoreInUse } from './store-in-use.js'
 export class InstanceApi implements InstanceIdempotency {
   readonly store: IdempotencyStore
   readonly #field: string | undefined
+  readonly #keyFormat: KeyFormat
 
-  constructor({ store, field }: { store: IdempotencyStore; field?: string }) {
+  constructor({ store, field, keyFormat = 'any' }: { store: IdempotencyStore; field?: string; keyFormat?: KeyFormat }) {
     this.store = store
     this.#field = field
+    this.#keyFormat = keyFormat
   }
 
   generateKey(): string {
@@ -26,27 +34,28 @@ export class InstanceApi implements InstanceIdempotency {
 
   async get(key: string, { scope }: OperationSelector = {}): Promise<Acquisition | null> {
     if (this.store.get === undefined) throw new Error('This idempotency store has no get()')
-    return this.store.get(operationKey(key, scope))
+    return this.store.get(this.#storageKey(key, scope))
   }
 
   async delete(key: string, { scope }: OperationSelector = {}): Promise<boolean> {
     if (this.store.delete === undefined) throw new Error('This idempotency store has no delete()')
-    const stored = operationKey(key, scope)
+    const stored = this.#storageKey(key, scope)
     StoreInUse.of(this.store).live.get(stored)?.forget()
     return this.store.delete(stored)
   }
-}
 
-/** `key` may be pasted from a header, quotes and all; a `scope` option may have given a number. */
-function operationKey(key: string, scope: unknown): string {
-  return storageKey(scope === undefined ? null : String(scope), unquoted(key))
-}
+  /** `key` may be pasted from a header, quotes and all; a `scope` option may have given a number. */
+  #storageKey(key: string, scope: unknown): string {
+    return storageKey(scope === undefined ? null : String(scope), this.#parsed(key))
+  }
 
-function unquoted(key: string): string {
-  try {
-    return parseKey(key, { keyFormat: 'any', maxKeyLength: Number.POSITIVE_INFINITY })
-  } catch {
-    return key
+  #parsed(key: string): string {
+    const keyFormat = this.#keyFormat === 'uuid' ? 'uuid' : 'any'
+    try {
+      return parseKey(key, { keyFormat, maxKeyLength: Number.POSITIVE_INFINITY })
+    } catch {
+      return key
+    }
   }
 }
 

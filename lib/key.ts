@@ -1,7 +1,9 @@
 import { hash, randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
+import { isStream } from './canonical.js'
+import { isMultipart } from './content-type.js'
 import { KeyInvalid } from './errors.js'
-import { isMultipart, isStream } from './fingerprint.js'
+import { isField } from './multipart.js'
 
 /** Where a route looks for its key, and what it accepts as one. */
 export interface KeyRules {
@@ -12,8 +14,8 @@ export interface KeyRules {
   readonly maxKeyLength: number
 }
 
-/** RFC 9562 §5.4: version 4 in the third group, variant 10xx in the fourth. */
-const UUID_V4 = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/i
+/** RFC 9562 §5.4 and §5.7: version 4 or 7 in the third group, variant 10xx in the fourth. */
+const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[47][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/i
 
 /** RFC 9651 §3.3.3: printable ASCII in quotes, in which only `"` and `\` are escaped. */
 const QUOTED = String.raw`"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*"`
@@ -40,8 +42,15 @@ const BARE_ITEM = [
   String.raw`%"(?:[\x20-\x21\x23-\x24\x26-\x7e]|${PERCENT_ENCODED})*"`
 ].join('|')
 
-/** RFC 9651 §4.2.3: a string, with the parameters of §3.1.2 behind it. */
-const STRUCTURED_STRING = new RegExp(`^(${QUOTED})(?:; *[a-z*][a-z0-9_.*-]*(?:=(?:${BARE_ITEM}))?)*$`)
+/** RFC 9651 §3.1.2: what may follow a string. */
+const PARAMETERS = new RegExp(`^(?:; *[a-z*][a-z0-9_.*-]*(?:=(?:${BARE_ITEM}))?)*$`)
+
+/** They are ignored, but looked at: an expression needs more stack the longer they are. */
+const MAX_PARAMETERS = 1_024
+
+const MALFORMED = 'is not a well-formed quoted string (RFC 9651)'
+const QUOTE = 0x22
+const BACKSLASH = 0x5c
 
 const NON_ASCII = /[\u0080-\uffff]/
 const utf8 = new TextDecoder('utf-8', { fatal: true })
@@ -49,14 +58,33 @@ const utf8 = new TextDecoder('utf-8', { fatal: true })
 /** The raw key in the header; `undefined` for none. */
 export function keyInHeader(request: FastifyRequest, rules: KeyRules): string | undefined {
   if (rules.header === null) return undefined
-  const value = request.headers[rules.header]
+  const value: unknown = request.headers[rules.header]
   if (value === undefined) return undefined
-  if (typeof value !== 'string') throw new KeyInvalid('was sent more than once')
   // Decoded before anything is trimmed: a byte of a letter can look like a space in Latin-1.
-  const key = trim(decodeLatin1(value))
-  // Node joins repeated headers with a comma: a bare key with one is two keys.
-  if (key.includes(',') && !key.startsWith('"')) throw new KeyInvalid('was sent more than once')
-  return key
+  const key = trim(decodeLatin1(Array.isArray(value) ? value.join() : String(value)))
+  return key.includes(',') ? onlyOne(key) : key
+}
+
+/** Node, and who else passes headers on, joins repeated ones with commas: one key that was sent twice is one key. */
+function onlyOne(list: string): string {
+  const isQuoted = list.startsWith('"')
+  const keys = new Set<string>()
+  let start = 0
+  let inQuotes = false
+  for (let at = 0; at < list.length; at++) {
+    const char = list[at]
+    if (inQuotes && char === '\\') at++
+    else if (isQuoted && char === '"') inQuotes = !inQuotes
+    else if (char === ',' && !inQuotes) {
+      keys.add(trim(list.slice(start, at)))
+      start = at + 1
+    }
+  }
+  const key = trim(list.slice(start))
+  if (keys.add(key).size === 1) return key
+  // What is wrong with a list of quoted keys, `parseKey` says.
+  if (isQuoted) return list
+  throw new KeyInvalid('was sent more than once')
 }
 
 /** The raw key in the query string; `undefined` for none. */
@@ -68,7 +96,7 @@ export function keyInQuery(request: FastifyRequest, rules: KeyRules): string | u
 export function keyInBody(request: FastifyRequest, rules: KeyRules): string | undefined {
   if (rules.field === null) return undefined
   const value = ownField(request.body, rules.field)
-  return asKey(isPart(value) && isMultipart(request) ? value.value : value)
+  return asKey(isField(value) && isMultipart(request) ? value.value : value)
 }
 
 /** Is there a body that may hold the field, but is not parsed, so that nobody can tell? */
@@ -76,18 +104,13 @@ export function isInUnparsedBody(request: FastifyRequest): boolean {
   const { body } = request
   if (body === undefined || body === null) return isMultipart(request)
   if (typeof body === 'string') return !/^text\//i.test(request.headers['content-type'] ?? '')
-  return ArrayBuffer.isView(body) || isStream(body)
+  return typeof body === 'object' && (ArrayBuffer.isView(body) || isStream(body))
 }
 
 function ownField(fields: unknown, name: string): unknown {
   if (typeof fields !== 'object' || fields === null || Array.isArray(fields) || !Object.hasOwn(fields, name))
     return undefined
   return (fields as Record<string, unknown>)[name]
-}
-
-/** @fastify/multipart with `attachFieldsToBody: true` wraps each field. Anybody's JSON may look like that as well. */
-function isPart(value: unknown): value is { value: unknown } {
-  return typeof value === 'object' && value !== null && 'fieldname' in value && 'value' in value
 }
 
 function asKey(value: unknown): string | undefined {
@@ -103,30 +126,58 @@ function asKey(value: unknown): string | undefined {
  */
 export function parseKey(raw: unknown, rules: Pick<KeyRules, 'keyFormat' | 'maxKeyLength'>): string {
   if (typeof raw !== 'string') throw new KeyInvalid('must be a single string')
-  const key = unquote(raw, rules.keyFormat === 'structured')
-  if (key.trim() === '') throw new KeyInvalid('must not be blank')
-  // A UTF-16 code unit is at most three bytes of UTF-8: short keys need not be measured.
-  if (key.length * 3 > rules.maxKeyLength && Buffer.byteLength(key) > rules.maxKeyLength) {
-    throw new KeyInvalid(`must not be longer than ${rules.maxKeyLength} bytes`)
+  const { keyFormat, maxKeyLength } = rules
+  const value = trim(raw)
+  const isQuoted = value.startsWith('"')
+  if (keyFormat === 'structured' && !isQuoted && value !== '') {
+    throw new KeyInvalid('must be a quoted string (RFC 9651)')
   }
-  if (rules.keyFormat === 'uuid') {
-    if (!UUID_V4.test(key)) throw new KeyInvalid('must be a UUID, version 4')
-  } else if (rules.keyFormat instanceof RegExp) {
-    rules.keyFormat.lastIndex = 0
-    if (!rules.keyFormat.test(key)) throw new KeyInvalid('does not have the required form')
+  // Measured before anything else looks at it: in a body it may be as large as that.
+  const key = isQuoted ? unquote(value, maxKeyLength) : value
+  // A UTF-16 code unit is one to three bytes of UTF-8: most keys need not be measured.
+  if (key.length > maxKeyLength || (key.length * 3 > maxKeyLength && Buffer.byteLength(key) > maxKeyLength)) {
+    throw tooLong(maxKeyLength)
+  }
+  if (key.trim() === '') throw new KeyInvalid('must not be blank')
+  if (keyFormat === 'uuid') {
+    if (!UUID.test(key)) throw new KeyInvalid('must be a UUID, version 4 or 7')
+    // RFC 9562 §4: they are the same in upper and lower case.
+    return key.toLowerCase()
+  }
+  if (keyFormat instanceof RegExp) {
+    keyFormat.lastIndex = 0
+    if (!keyFormat.test(key)) throw new KeyInvalid('does not have the required form')
   }
   return key
 }
 
-function unquote(raw: string, mustBeQuoted: boolean): string {
-  const value = trim(raw)
-  if (!value.startsWith('"')) {
-    if (mustBeQuoted && value !== '') throw new KeyInvalid('must be a quoted string (RFC 9651)')
-    return value
+function tooLong(maxKeyLength: number): Error {
+  return new KeyInvalid(`must not be longer than ${maxKeyLength} bytes`)
+}
+
+/** RFC 9651 §4.2.5. Not by an expression, which needs more stack the longer a string is. */
+function unquote(value: string, maxKeyLength: number): string {
+  let end = 1
+  let escapes = 0
+  for (; end < value.length; end++) {
+    let code = value.charCodeAt(end)
+    if (code === QUOTE) break
+    if (code === BACKSLASH) {
+      code = value.charCodeAt(++end)
+      if (code !== QUOTE && code !== BACKSLASH) throw new KeyInvalid(MALFORMED)
+      escapes++
+    } else if (code < 0x20 || code > 0x7e) {
+      throw new KeyInvalid(MALFORMED)
+    }
+    if (end - escapes > maxKeyLength) throw tooLong(maxKeyLength)
   }
-  const quoted = STRUCTURED_STRING.exec(value)?.[1]
-  if (quoted === undefined) throw new KeyInvalid('is not a well-formed quoted string (RFC 9651)')
-  return quoted.slice(1, -1).replaceAll(/\\(["\\])/g, '$1')
+  const parameters = value.slice(end + 1)
+  if (parameters.length > MAX_PARAMETERS) {
+    throw new KeyInvalid(`must not have more than ${MAX_PARAMETERS} characters of parameters`)
+  }
+  if (end >= value.length || !PARAMETERS.test(parameters)) throw new KeyInvalid(MALFORMED)
+  const content = value.slice(1, end)
+  return escapes === 0 ? content : content.replaceAll(/\\(["\\])/g, '$1')
 }
 
 /** RFC 9110 §5.5: without the spaces and tabs around it. */
@@ -164,9 +215,13 @@ export function generateKey(): string {
   return randomUUID()
 }
 
-/** A UUID made of the storage key and a label, with the version and variant bits of a version 4 UUID. */
+/**
+ * A UUID made of the storage key and a label, with the version and variant bits of a version 4 UUID; and of the caller's
+ * credentials, where no scope has made the storage keys of different callers different.
+ */
 export function deriveKey(storageKey: string, label: string, credentials: string | null): string {
-  const hex = hash('sha256', JSON.stringify([storageKey, label, credentials]), 'hex')
+  const parts = credentials === null ? [storageKey, label] : [storageKey, label, credentials]
+  const hex = hash('sha256', JSON.stringify(parts), 'hex')
   const variant = ((Number.parseInt(hex.charAt(16), 16) & 0x3) | 0x8).toString(16)
   return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-4${hex.slice(13, 16)}-${variant}${hex.slice(17, 20)}-${hex.slice(20, 32)}`
 }

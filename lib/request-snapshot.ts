@@ -1,6 +1,7 @@
 import type { FastifyRequest } from 'fastify'
+import { credentialsOf } from './credentials.js'
 import { KeyUnreadable } from './errors.js'
-import { credentialsOf, headOf, payloadOfBody } from './fingerprint.js'
+import { headOf, payloadOfBody } from './fingerprint.js'
 import { isInUnparsedBody, keyInBody, parseKey } from './key.js'
 import type { Policy } from './options.js'
 

@@ -79,6 +79,7 @@ const SECTIONS = [
       'TransactionClient'
     ]
   },
+  { title: 'A fingerprint of your own', from: MAIN, names: ['payloadFingerprint'] },
   { title: 'Events', from: MAIN, names: ['idempotencyEvents', 'IdempotencyEventName', 'IdempotencyEvent'] },
   { title: 'OpenAPI', from: MAIN, names: ['openapiTransform', 'OpenapiTransform', 'RouteDocumentation'] },
   {

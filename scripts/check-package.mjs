@@ -54,7 +54,7 @@ const use = `
   assert.equal((await send(url + '/orders', { method: 'POST', idempotencyKey: 'k2' })).idempotency.replayed, true)
   await app.close()
 `
-const named = 'EncryptedStore, LocalCache, MemoryStore, PostgresStore, RedisStore, openapiTransform'
+const named = 'EncryptedStore, LocalCache, MemoryStore, PostgresStore, RedisStore, openapiTransform, payloadFingerprint'
 const functions = `
 for (const it of [${named}]) assert.equal(typeof it, 'function')
 `

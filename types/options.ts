@@ -26,13 +26,14 @@ export interface IdempotencyRouteOptions {
   /** Finds the key in place of `header` and `field`; `undefined` for none. */
   getKey?: (request: FastifyRequest) => string | undefined | Promise<string | undefined>
   /**
-   * What a key must look like: `'any'`, `'uuid'` (RFC 9562, version 4), `'structured'` (only a quoted
-   * string, RFC 9651 §3.3.3), or a regular expression.
+   * What a key must look like: `'any'`, `'uuid'` (RFC 9562, version 4 or 7; letter case does not matter), `'structured'`
+   * (only a quoted string, RFC 9651 §3.3.3), or a regular expression.
    * @default 'any'
    */
   keyFormat?: KeyFormat
   /**
-   * The longest key, in UTF-8 bytes, without quotes and parameters.
+   * The longest key, in UTF-8 bytes, without quotes and parameters. Of parameters, which are ignored, 1024 characters
+   * are allowed.
    * @default 255
    */
   maxKeyLength?: number
@@ -46,8 +47,9 @@ export interface IdempotencyRouteOptions {
    * does not check them: that is for hooks that come before. A request without a key never asks it. An error of it with a
    * 4xx `statusCode` is passed on; any other, or no name, is 500 FST_IDEMPOTENCY_SCOPE.
    *
-   * `false`: all callers are deliberately one, as in a public form, or for the webhooks of one sender. Without a scope the
-   * request's credentials (`Authorization`, an API key, a client certificate, cookies) are part of the fingerprint.
+   * Without it the request's credentials are part of the fingerprint: `Authorization` and `Proxy-Authorization`, else an
+   * API key (`X-API-Key`, `Api-Key`, `X-Auth-Token`, `X-Access-Token`), else a client certificate, else all cookies.
+   * `false`: all callers are deliberately one, as in a public form, or for the webhooks of one sender.
    */
   scope?: ((request: FastifyRequest) => string | Promise<string>) | false
   /**

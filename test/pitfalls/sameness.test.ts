@@ -17,7 +17,7 @@
  *                                                  bodies with the same MD5 are different requests
  *                                                  the boundary of a multipart body does not matter
  * payload hash not kept on completion              a finished operation is still compared
- * versions of UUIDs not looked at                  only a version 4 UUID is a UUID
+ * versions of UUIDs not looked at                  only a UUID of version 4 or 7 is a UUID
  * a blank key taken for none                       a blank key is refused, whether or not a key is required
  * minimum lengths                                  short keys are keys
  * structured strings not understood                a quoted key and a bare one are the same key
@@ -309,14 +309,17 @@ t.test('a finished operation is still compared', async (t) => {
   }
 })
 
-t.test('only a version 4 UUID is a UUID', async (t) => {
+t.test('only a UUID of version 4 or 7 is a UUID', async (t) => {
   const { outcome } = await counting(t, { keyFormat: 'uuid' })
   t.equal(await outcome({ key: '0b7c7d3e-5a51-4f0e-9d6b-8f3a52d7c9ab' }), 'run')
   t.equal(await outcome({ key: '"7A4F2E88-1C0D-4B9A-8E57-D2F1C3B4A596"' }), 'run')
+  t.equal(await outcome({ key: '7a4f2e88-1c0d-4b9a-8e57-d2f1c3b4a596' }), 'replay of 2', 'letter case is nothing')
+  t.equal(await outcome({ key: '018c2b65-6b0a-7e35-9f1a-9c3d7f0a1b2c' }), 'run', 'version 7')
   for (const key of [
     '5c9ab3f8-8a0f-11ee-b9d1-0242ac120002', // version 1
     '6fa459ea-ee8a-3ca4-894e-db77e160355e', // version 3
-    '018c2b65-6b0a-7e35-9f1a-9c3d7f0a1b2c', // version 7
+    '018c2b65-6b0a-8e35-9f1a-9c3d7f0a1b2c', // version 8
+    '018c2b65-6b0a-7e35-cf1a-9c3d7f0a1b2c', // version 7, another variant
     '00000000-0000-0000-0000-000000000000',
     '0b7c7d3e-5a51-4f0e-cd6b-8f3a52d7c9ab', // another variant
     '0b7c7d3e5a514f0e9d6b8f3a52d7c9ab',
@@ -346,11 +349,11 @@ t.test('short keys are keys', async (t) => {
 t.test('a quoted key and a bare one are the same key', async (t) => {
   const { app, outcome } = await counting(t)
   t.equal(await outcome({ key: '"abc"' }), 'run')
-  for (const key of ['abc', '"abc"', '"abc";v=1', '"abc"; a; b="x,y"', ' "abc" ']) {
+  for (const key of ['abc', '"abc"', '"abc";v=1', '"abc"; a; b="x,y"', ' "abc" ', '"abc", "abc"', 'abc, abc']) {
     t.equal(await outcome({ key }), 'replay of 1', key)
   }
   t.equal(await outcome({ key: '"a\\"b\\\\c"' }), 'run')
   t.ok(await app.idempotency.get('a"b\\c'))
-  for (const key of ['"abc', '"abc"x', '"abc", "abc"', '"a\\bc"', 'abc, abc'])
+  for (const key of ['"abc', '"abc"x', '"abc", "abd"', '"a\\bc"', 'abc, abd'])
     t.equal(await outcome({ key }), INVALID, key)
 })

@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import type { FastifyRequest } from 'fastify'
 import t from 'tap'
-import { canonicalJson, payloadOfBody } from '../../lib/fingerprint.js'
+import { payloadFingerprint, payloadOfBody } from '../../lib/fingerprint.js'
 
 /** JSON values of few, confusable parts: two of them are equal often enough, and nearly equal very often. */
 const { value: confusable } = fc.letrec<{ value: unknown }>((tie) => ({
@@ -76,25 +76,25 @@ function payload(text: string): unknown {
 t.test('the order of members never matters', async () => {
   fc.assert(
     fc.property(fc.oneof(any, confusable), fc.nat(), (value, seed) => {
-      return canonicalJson(shuffled(value, generator(seed))) === canonicalJson(value)
+      return payloadFingerprint(shuffled(value, generator(seed))) === payloadFingerprint(value)
     }),
     { numRuns: 1_000 }
   )
 })
 
-t.test('two values have the same canonical JSON if and only if they are equal by value', async () => {
+t.test('two values have the same hash if and only if they are equal by value', async () => {
   fc.assert(
-    fc.property(confusable, confusable, (a, b) => (canonicalJson(a) === canonicalJson(b)) === equal(a, b)),
+    fc.property(confusable, confusable, (a, b) => (payloadFingerprint(a) === payloadFingerprint(b)) === equal(a, b)),
     { numRuns: 5_000 }
   )
 })
 
-t.test('a value with one change has the same canonical JSON if and only if the change is none', async () => {
+t.test('a value with one change has the same hash if and only if the change is none', async () => {
   const changes = fc.tuple(fc.oneof(confusable, any), fc.nat({ max: 20 }), confusable, fc.nat())
   fc.assert(
     fc.property(changes, ([value, nth, by, seed]) => {
       const other = shuffled(changed(value, nth, by), generator(seed))
-      return (canonicalJson(value) === canonicalJson(other)) === equal(value, other)
+      return (payloadFingerprint(value) === payloadFingerprint(other)) === equal(value, other)
     }),
     { numRuns: 5_000 }
   )

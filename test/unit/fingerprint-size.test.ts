@@ -49,3 +49,60 @@ t.test('a large tree is not taken for such a graph', async (t) => {
   t.not(payload(tree()), '')
   t.equal(payload(tree()), payload(tree()))
 })
+
+// What costs more than its parsing is what is looked at again and again, or remembered for each level.
+t.test(
+  'each member is read once, and each object asked for its members once, however deep or wide a body is',
+  async (t) => {
+    const counts = { names: 0, reads: 0 }
+    const counted = <T extends object>(value: T): T =>
+      new Proxy(value, {
+        ownKeys(target) {
+          counts.names++
+          return Reflect.ownKeys(target)
+        },
+        get(target, name) {
+          if (Object.hasOwn(target, name) && name !== 'length') counts.reads++
+          return Reflect.get(target, name)
+        }
+      })
+    const deep = (levels: number) => {
+      let value: unknown = 1
+      for (let i = 0; i < levels; i++) value = counted(i % 2 === 0 ? { a: value, b: 0 } : [0, value])
+      return value
+    }
+    const wide = (items: number) => counted(Array.from({ length: items }, (_, i) => counted({ b: i, a: counted([]) })))
+    for (const [value, objects, reads] of [
+      [deep(100), 50, 200],
+      [deep(20_000), 10_000, 40_000],
+      [wide(20_000), 20_000, 60_000]
+    ] as const) {
+      Object.assign(counts, { names: 0, reads: 0 })
+      t.not(payload(value), '')
+      t.same(counts, { names: objects, reads })
+    }
+  }
+)
+
+t.test('no two hostile bodies are taken for the same', async (t) => {
+  const n = 333_333
+  const many = (part: string, last: string) => `[${part.repeat(n)}${last}]`
+  const deep = (open: string, close: string, leaf: string) => open.repeat(n) + leaf + close.repeat(n)
+  const texts = ['0', '1', '[]', '{}', '""'].flatMap((end) => [
+    many('[],', end),
+    many('{},', end),
+    many('[[]],', end),
+    many('0,', end),
+    deep('[', ']', end),
+    deep('[', ',0]', end),
+    deep('[', ',1]', end),
+    deep('{"a":', '}', end),
+    deep('{"b":', '}', end),
+    deep('{"a":', ',"b":1}', end),
+    deep('[{"a":', '}]', end)
+  ])
+  const hashes = texts.map(json)
+  t.notOk(hashes.includes(''))
+  t.equal(new Set(hashes).size, texts.length)
+  t.equal(json(deep('{"b":1,"a":', '}', '0')), json(deep('{"a":', ',"b":1}', '0')), 'and order is nothing in them')
+})

@@ -38,7 +38,7 @@ const TWICE = invalid('was sent more than once')
 const BLANK = invalid('must not be blank')
 const MALFORMED = invalid('is not a well-formed quoted string (RFC 9651)')
 const UNQUOTED = invalid('must be a quoted string (RFC 9651)')
-const NO_UUID = invalid('must be a UUID, version 4')
+const NO_UUID = invalid('must be a UUID, version 4 or 7')
 const NO_STRING = invalid('must be a string')
 const TOO_LONG = invalid('must not be longer than 255 bytes')
 
@@ -112,12 +112,29 @@ t.test('a malformed structured string is refused', async (t) => {
   }
 })
 
+t.test('a key is measured before anything else looks at it', async (t) => {
+  const huge = 32 * 1024 * 1024
+  t.throws(() => parse(`"${'a'.repeat(huge)}"`), TOO_LONG)
+  t.throws(() => parse(`"${'\\"'.repeat(huge / 2)}"`), TOO_LONG)
+  t.throws(() => parse('a'.repeat(huge)), TOO_LONG)
+  t.throws(() => parse(' '.repeat(huge)), BLANK)
+  for (const keyFormat of ['uuid', 'structured', /^a+$/] as const) {
+    t.throws(() => parse(`"${'a'.repeat(huge)}"`, { keyFormat }), TOO_LONG)
+  }
+  t.equal(parse(`"${'a'.repeat(huge)}"`, { maxKeyLength: huge }).length, huge, 'where that is allowed, it is a key')
+  const parameters = invalid('must not have more than 1024 characters of parameters')
+  t.throws(() => parse(`"a";b="${'c'.repeat(huge)}"`), parameters)
+  t.throws(() => parse(`"a"${' '.repeat(1_024)};b`), parameters)
+  t.equal(parse(`"a";b="${'c'.repeat(1_019)}"`), 'a', '1024 are allowed')
+  t.throws(() => parse(`"a";b="${'c'.repeat(1_020)}"`), parameters)
+})
+
 t.test('a long hostile string is refused without backtracking for ever', async (t) => {
   const rules = { maxKeyLength: 1_000_000 }
   t.throws(() => parse(`"${'\\"'.repeat(50_000)}`, rules), MALFORMED)
-  t.throws(() => parse(`"a"${' '.repeat(100_000)}!`, rules), MALFORMED)
-  t.throws(() => parse(`"a"${';a=b'.repeat(50_000)};`, rules), MALFORMED)
-  t.throws(() => parse(`"a"${';a=""'.repeat(50_000)}"`, rules), MALFORMED)
+  t.throws(() => parse(`"a"${' '.repeat(1_000)}!`, rules), MALFORMED)
+  t.throws(() => parse(`"a"${';a=b'.repeat(250)};`, rules), MALFORMED)
+  t.throws(() => parse(`"a"${';a=""'.repeat(200)}"`, rules), MALFORMED)
 })
 
 t.test('a bare key is taken as it is, quotes and backslashes inside included', async (t) => {
@@ -151,25 +168,27 @@ t.test('a key is measured in UTF-8 bytes, without quotes, escapes and parameters
   t.throws(() => parse('é', { maxKeyLength: 1 }), invalid('must not be longer than 1 bytes'))
 })
 
-t.test('keyFormat uuid takes version 4 of the RFC variant only', async (t) => {
+t.test('keyFormat uuid takes versions 4 and 7 of the RFC variant only, and letter case is nothing', async (t) => {
   const keyFormat = 'uuid'
   for (const key of [UUID, UUID.toUpperCase(), `${UUID.slice(0, 19)}9${UUID.slice(20)}`, generateKey()]) {
-    t.equal(parse(key, { keyFormat }), key)
-    t.equal(parse(`"${key}";a=1`, { keyFormat }), key)
+    t.equal(parse(key, { keyFormat }), key.toLowerCase())
+    t.equal(parse(`"${key}";a=1`, { keyFormat }), key.toLowerCase())
   }
   for (const variant of ['8', '9', 'a', 'b', 'A', 'B']) {
-    t.equal(parse(UUID.replace('-8', `-${variant}`), { keyFormat }), UUID.replace('-8', `-${variant}`))
+    t.equal(parse(UUID.replace('-8', `-${variant}`), { keyFormat }), UUID.replace('-8', `-${variant.toLowerCase()}`))
+    t.ok(parse(UUID.replace('-4', '-7').replace('-8', `-${variant}`), { keyFormat }))
   }
   for (const variant of '01234567cdef') {
     t.throws(() => parse(UUID.replace('-8', `-${variant}`), { keyFormat }), NO_UUID, `variant ${variant}`)
   }
-  for (const version of '012356789abcdef') {
+  for (const version of '01235689abcdef') {
     t.throws(() => parse(UUID.replace('-4', `-${version}`), { keyFormat }), NO_UUID, `version ${version}`)
   }
   for (const key of [
     'c232ab00-9414-11ec-b3c8-9f6bdeced846',
     '2ed6657d-e927-568b-95e1-2665a8aea6a2',
-    '017f22e2-79b0-7cc3-98c4-dc0c0c07398f',
+    '017f22e2-79b0-8cc3-98c4-dc0c0c07398f',
+    '017f22e2-79b0-7cc3-c8c4-dc0c0c07398f',
     '00000000-0000-0000-0000-000000000000',
     'ffffffff-ffff-ffff-ffff-ffffffffffff',
     UUID.replaceAll('-', ''),
@@ -246,16 +265,27 @@ t.test('white space around a header is not part of the key', async (t) => {
   t.equal(fromHeader(' "abc" '), '"abc"')
 })
 
-t.test('a header that was sent twice is refused', async (t) => {
-  t.throws(() => fromHeader('a, b'), TWICE, 'as Node joins it')
-  t.throws(() => fromHeader('a,b'), TWICE)
-  t.throws(() => fromHeader('a,'), TWICE)
-  t.throws(() => fromHeader(',a'), TWICE)
-  t.throws(() => fromHeader(','), TWICE)
-  t.throws(() => fromHeader('a, "b"'), TWICE)
+t.test('a header that was sent with two values is refused', async (t) => {
+  for (const value of ['a, b', 'a,b', 'a,', ',a', 'a, a, b', 'a, A', 'a, "b"', 'a, "a"', 'a,,a', 'a"b,c"']) {
+    t.throws(() => fromHeader(value), TWICE, value)
+  }
   t.throws(() => fromHeader(['a', 'b']), TWICE)
-  t.throws(() => parse(fromHeader('"a", "b"')), MALFORMED)
-  t.throws(() => parse(fromHeader('"a", b')), MALFORMED)
+  for (const value of ['"a", "b"', '"a", b', '"a", a', '"a",', '"a", "a', '"a", "a";b', '"a" "a", "a"']) {
+    t.throws(() => parse(fromHeader(value)), MALFORMED, value)
+  }
+})
+
+t.test('a header that was sent twice with one value is one key', async (t) => {
+  for (const value of ['a, a', 'a,a', 'a , a', ' a,\ta,  a ']) t.equal(parse(fromHeader(value)), 'a', value)
+  t.equal(parse(fromHeader(['a', 'a'])), 'a')
+  t.equal(parse(fromHeader('é, é')), 'é')
+  for (const key of ['a', 'a,b', 'a, a', 'a"b', 'a\\', 'a\\",', ',']) {
+    const quoted = `"${key.replaceAll(/["\\]/g, '\\$&')}"`
+    for (const value of [`${quoted}, ${quoted}`, `${quoted},${quoted}`, `${quoted};b="c,d", ${quoted};b="c,d"`]) {
+      t.equal(parse(fromHeader(value)), key, value)
+    }
+  }
+  t.throws(() => parse(fromHeader(', ,')), BLANK)
 })
 
 t.test('a comma in a quoted header belongs to the key', async (t) => {
@@ -317,7 +347,10 @@ t.test('a field that is not a string is refused', async (t) => {
 })
 
 t.test('a field of @fastify/multipart is read from its wrapper', async (t) => {
-  const part = (value: unknown) => ({ type: 'field', fieldname: 'key', mimetype: 'text/plain', value })
+  const part = (value: unknown) => {
+    const part = { type: 'field', fieldname: 'key', mimetype: 'text/plain', value }
+    return Object.assign(part, { fields: { key: part } })
+  }
   const fromForm = (key: unknown) => fromBody({ key }, {}, 'multipart/form-data; boundary=x')
   t.equal(fromForm(part('abc')), 'abc')
   t.equal(fromForm('abc'), 'abc', 'with attachFieldsToBody: keyValues')
@@ -326,10 +359,12 @@ t.test('a field of @fastify/multipart is read from its wrapper', async (t) => {
   t.throws(() => fromForm([part('a'), part('b')]), TWICE)
   t.throws(() => fromForm({ type: 'file', fieldname: 'key', filename: 'key.txt' }), NO_STRING)
   t.throws(() => fromForm({ value: 'abc' }), NO_STRING, 'an object that only looks like one')
+  t.throws(() => fromForm({ type: 'field', fieldname: 'key', mimetype: 'text/plain', value: 'abc' }), NO_STRING)
 })
 
 t.test('what looks like a field of @fastify/multipart is none in a body of another type, or in a query', async (t) => {
   const part = { type: 'field', fieldname: 'key', mimetype: 'text/plain', value: 'abc' }
+  Object.assign(part, { fields: { key: part } })
   for (const type of ['application/json', 'application/x-www-form-urlencoded', 'text/multipart/form-data', '']) {
     t.throws(() => fromBody({ key: part }, {}, type), NO_STRING, type)
   }
@@ -389,20 +424,26 @@ t.test('a generated key is a new UUID of version 4 each time', async (t) => {
   for (const key of keys) t.equal(parse(key, { keyFormat: 'uuid' }), key)
 })
 
-t.test('a derived key is the same for the same operation and label, and no other', async (t) => {
+t.test('a derived key is the same for the same operation, label and caller, and no other', async (t) => {
   const operation = storageKey('alice', 'k-1')
-  t.equal(deriveKey(operation, 'stripe'), deriveKey(operation, 'stripe'))
-  t.equal(deriveKey(operation, 'stripe'), 'f3756b55-23cb-4a36-98cf-dbae47ed7f64', 'in every release')
+  t.equal(deriveKey(operation, 'stripe', null), deriveKey(operation, 'stripe', null))
+  t.equal(deriveKey(operation, 'stripe', 'bob'), deriveKey(operation, 'stripe', 'bob'))
+  t.equal(deriveKey(operation, 'stripe', null), 'f3756b55-23cb-4a36-98cf-dbae47ed7f64', 'in every release')
   const others = [
-    deriveKey(operation, 'stripe'),
-    deriveKey(operation, 'Stripe'),
-    deriveKey(operation, ''),
-    deriveKey(operation, 'null'),
-    deriveKey(operation, '\ud800'),
-    deriveKey(operation, '\ufffd'),
-    deriveKey(storageKey('bob', 'k-1'), 'stripe'),
-    deriveKey(storageKey('alice', 'k-2'), 'stripe'),
-    deriveKey(`${operation}s`, 'tripe')
+    deriveKey(operation, 'stripe', null),
+    deriveKey(operation, 'stripe', 'alice'),
+    deriveKey(operation, 'stripe', 'bob'),
+    deriveKey(operation, 'stripe', ''),
+    deriveKey(operation, 'stripe', 'null'),
+    deriveKey(operation, 'stripe","alice', null),
+    deriveKey(operation, 'Stripe', null),
+    deriveKey(operation, '', null),
+    deriveKey(operation, 'null', null),
+    deriveKey(operation, '\ud800', null),
+    deriveKey(operation, '\ufffd', null),
+    deriveKey(storageKey('bob', 'k-1'), 'stripe', null),
+    deriveKey(storageKey('alice', 'k-2'), 'stripe', null),
+    deriveKey(`${operation}s`, 'tripe', null)
   ]
   t.equal(new Set(others).size, others.length)
 })
@@ -410,7 +451,7 @@ t.test('a derived key is the same for the same operation and label, and no other
 t.test('a derived key has the form of a UUID of version 4', async (t) => {
   const variants = new Set<string>()
   for (let i = 0; i < 200; i++) {
-    const key = deriveKey(storageKey(null, `k-${i}`), 'stripe')
+    const key = deriveKey(storageKey(null, `k-${i}`), 'stripe', i % 2 === 0 ? null : 'alice')
     t.equal(parse(key, { keyFormat: 'uuid' }), key)
     variants.add(key.charAt(19))
   }

@@ -132,7 +132,9 @@ function route(options: IdempotencyOptions = {}) {
   const request = (key?: string, body?: unknown) =>
     ({
       method: 'POST',
-      originalUrl: '/',
+      host: 'shop.example',
+      params: {},
+      query: {},
       headers: { 'content-length': '1', ...(key === undefined ? {} : { 'idempotency-key': key }) },
       body,
       raw: {},
