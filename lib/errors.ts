@@ -74,6 +74,15 @@ export function withRetryAfter<E extends FastifyError>(error: E, seconds: number
   return Object.assign(error, { headers: { 'retry-after': String(Math.max(1, seconds)) } })
 }
 
+/**
+ * A store has no room for a claim: it is there, and refuses. What runs unprotected where a store is away must not run
+ * unprotected because many have come.
+ */
+export class StoreFull extends Error {
+  override name = 'StoreFull'
+  readonly code = 'FST_IDEMPOTENCY_STORE_FULL'
+}
+
 /** A store call got no answer in time. Its outcome is not known. */
 export class StoreTimeout extends Error {
   override name = 'StoreTimeout'

@@ -1,5 +1,6 @@
 import { inspect } from 'node:util'
 import type { FastifyRequest } from 'fastify'
+import type { Difference } from '../types/index.js'
 import type { Maybe } from './at-hand.js'
 import { digest, type FileHashes, isPlain, isStream, OPAQUE, valueHash } from './canonical.js'
 import { isJson, isMultipart } from './content-type.js'
@@ -94,7 +95,7 @@ export function join(head: string, payload: string): string {
 }
 
 /** In what two fingerprints differ; `null` where they agree in all that both know. */
-export function difference(theirs: string, ours: string): 'target' | 'credentials' | 'payload' | null {
+export function difference(theirs: string, ours: string): Difference | null {
   if (theirs === ours || theirs === '' || ours === '') return null
   const [their, our] = [headIn(theirs), headIn(ours)]
   if (their !== our) return their.slice(HEAD_LENGTH) === our.slice(HEAD_LENGTH) ? 'credentials' : 'target'

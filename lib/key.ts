@@ -104,7 +104,7 @@ export function isInUnparsedBody(request: FastifyRequest): boolean {
   const { body } = request
   if (body === undefined || body === null) return isMultipart(request)
   if (typeof body === 'string') return !/^text\//i.test(request.headers['content-type'] ?? '')
-  return ArrayBuffer.isView(body) || isStream(body)
+  return typeof body === 'object' && (ArrayBuffer.isView(body) || isStream(body))
 }
 
 function ownField(fields: unknown, name: string): unknown {

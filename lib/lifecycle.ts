@@ -247,7 +247,8 @@ export class Lifecycle {
   /** A key that a hook has provided since. */
   #providedKey(request: FastifyRequest): string | undefined {
     const policy = this.#policy
-    return keyInHeader(request, policy) ?? keyInQuery(request, policy) ?? keyInBody(request, policy)
+    const raw = keyInHeader(request, policy) ?? keyInQuery(request, policy) ?? keyInBody(request, policy)
+    return raw === undefined ? undefined : parseKey(raw, policy)
   }
 
   async #claimAsked(
@@ -256,15 +257,14 @@ export class Lifecycle {
     getKey: NonNullable<Policy['getKey']>
   ): Promise<FastifyReply | undefined> {
     const raw = (await getKey(request)) ?? undefined
-    if (raw !== undefined) return this.#begin(request, reply, raw)
+    if (raw !== undefined) return this.#begin(request, reply, parseKey(raw, this.#policy))
     this.#missing()
     return undefined
   }
 
   /** A key has been found: the request becomes an operation. */
-  #begin(request: FastifyRequest, reply: FastifyReply, raw: string): Maybe<FastifyReply | undefined> {
+  #begin(request: FastifyRequest, reply: FastifyReply, key: string): Maybe<FastifyReply | undefined> {
     const { scope } = this.#policy
-    const key = parseKey(raw, this.#policy)
     if (scope !== null) return this.#beginScoped(request, reply, key, scope)
     return this.#settle(this.#open(request, reply, key, null))
   }

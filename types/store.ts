@@ -84,6 +84,9 @@ export interface IdempotencyStore {
    * Takes the key, or says what holds it. A repeated call with the token that holds the key is `acquired`
    * again, so that a caller who lost the answer can ask once more: lease, `retainMs` and fingerprint are those of the
    * newest call then, `attempt` stays.
+   *
+   * A store that has no room for another claim rejects with an error whose `code` is 'FST_IDEMPOTENCY_STORE_FULL': it is
+   * there, and `onStoreError: 'bypass'` does not apply.
    */
   acquire(key: string, claim: Claim): Promise<Acquisition>
   /** Lets the claim live `leaseMs` from now. Also `true` for a lapsed lease that nobody has taken over. */

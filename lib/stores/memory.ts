@@ -1,6 +1,6 @@
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
 import { atHand } from '../at-hand.js'
-import { InvalidOption } from '../errors.js'
+import { InvalidOption, StoreFull } from '../errors.js'
 import { bound, Kept, sizeOf } from './kept.js'
 import { RELEASE_MEMORY_MS } from './released.js'
 import { Item, Shelf } from './shelf.js'
@@ -8,7 +8,8 @@ import { Item, Shelf } from './shelf.js'
 /** Bounds of a `MemoryStore`. */
 export interface MemoryStoreOptions {
   /**
-   * How many keys are held at most, claims included.
+   * How many replies are kept at most; the oldest go first. So many claims may run beside them, and none of them costs
+   * a reply its place. What was interrupted counts as a claim, and goes when there is no room for another.
    * @default 100_000
    */
   maxEntries?: number
@@ -69,7 +70,8 @@ const SWEEP_AT_ONCE = 2_000
 
 /**
  * Claims and replies in the memory of this process: for one process, for development, for tests. A restart
- * forgets everything, and when the store is full it forgets the oldest replies, never a running claim.
+ * forgets everything. It is bounded: when it is full, the oldest replies make room for new ones, and further claims are
+ * refused; a running claim is never forgotten, and a claim never costs a reply.
  */
 export class MemoryStore implements IdempotencyStore {
   readonly #maxEntries: number
@@ -78,6 +80,8 @@ export class MemoryStore implements IdempotencyStore {
   readonly #done = new Shelf<Done>()
   readonly #released = new Shelf<Released>()
   readonly #listeners = new Map<string, Set<() => void>>()
+  /** No lease ends before. Leases are looked through only when one of them may have ended. */
+  #leasesHold = Number.POSITIVE_INFINITY
   #sweeper: NodeJS.Timeout | null = null
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
@@ -103,7 +107,7 @@ export class MemoryStore implements IdempotencyStore {
     const now = performance.now()
     const held = this.#ownedBy(token, key, now)
     if (held === undefined) return false
-    held.leaseEnd = now + leaseMs
+    this.#lease(held, now + leaseMs)
     return true
   }
 
@@ -124,7 +128,10 @@ export class MemoryStore implements IdempotencyStore {
     }
     if (held.givenBack) return true
     if (held.found === null) this.#forget(key, token, now)
-    else giveBack(held, held.found, unused, now)
+    else {
+      giveBack(held, held.found, unused)
+      this.#lease(held, now)
+    }
     this.#wake(key)
     return true
   }
@@ -177,20 +184,29 @@ export class MemoryStore implements IdempotencyStore {
     if (held === undefined) {
       const done = this.#doneOf(key, now)
       if (done !== undefined) return done.at(now)
-      this.#makeRoom()
+      this.#makeRoom(now)
       this.#forgetRelease(key)
-      this.#claims.set(key, newClaim(claim, now))
-      return { state: 'acquired', attempt: 1 }
+      return this.#claim(key, newClaim(claim), now + claim.leaseMs)
     }
     if (held.token === claim.token && !held.givenBack) {
-      held.leaseEnd = now + claim.leaseMs
+      this.#lease(held, now + claim.leaseMs)
       held.retainMs = claim.retainMs
+      held.fingerprint = claim.fingerprint
       return { state: 'acquired', attempt: held.attempt }
     }
     if (held.leaseEnd > now || !claim.takeover) return state(held, now)
-    const heir = newClaim(claim, now, held)
-    this.#claims.set(key, heir)
-    return { state: 'acquired', attempt: heir.attempt }
+    return this.#claim(key, newClaim(claim, held), now + claim.leaseMs)
+  }
+
+  #claim(key: string, claimed: ClaimEntry, leaseEnd: number): Acquisition {
+    this.#lease(claimed, leaseEnd)
+    this.#claims.set(key, claimed)
+    return { state: 'acquired', attempt: claimed.attempt }
+  }
+
+  #lease(held: ClaimEntry, end: number): void {
+    held.leaseEnd = end
+    this.#leasesHold = Math.min(this.#leasesHold, end)
   }
 
   #complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): boolean {
@@ -238,7 +254,8 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   #put(done: Done): void {
-    while (this.#done.bytes + done.size > this.#maxBytes && this.#evict()) {}
+    const isFull = () => this.#done.length >= this.#maxEntries || this.#done.bytes + done.size > this.#maxBytes
+    for (let { oldest } = this.#done; oldest !== null && isFull(); oldest = this.#done.oldest) this.#done.remove(oldest)
     this.#done.put(done)
     this.#startSweeping()
   }
@@ -247,22 +264,19 @@ export class MemoryStore implements IdempotencyStore {
     this.#sweeper ??= setInterval(() => this.#sweep(), SWEEP_EVERY_MS).unref()
   }
 
-  #makeRoom(): void {
-    if (this.#claims.size + this.#done.length < this.#maxEntries || this.#evict()) return
-    for (const [other, held] of this.#claims) {
-      if (held.leaseEnd <= performance.now()) {
-        this.#claims.delete(other)
+  /** @throws StoreFull */
+  #makeRoom(now: number): void {
+    if (this.#claims.size < this.#maxEntries) return
+    if (this.#leasesHold <= now) {
+      this.#leasesHold = Number.POSITIVE_INFINITY
+      for (const [key, { leaseEnd }] of this.#claims) {
+        this.#leasesHold = Math.min(this.#leasesHold, leaseEnd)
+        if (leaseEnd > now) continue
+        this.#claims.delete(key)
         return
       }
     }
-    throw new Error(`MemoryStore is full: all of its ${this.#maxEntries} entries are running claims`)
-  }
-
-  /** Forgets the oldest reply. `false` when there is none. */
-  #evict(): boolean {
-    const { oldest } = this.#done
-    if (oldest !== null) this.#done.remove(oldest)
-    return oldest !== null
+    throw new StoreFull(`MemoryStore is full: ${this.#maxEntries} claims are running`)
   }
 
   #sweep(): void {
@@ -287,12 +301,12 @@ export class MemoryStore implements IdempotencyStore {
   }
 }
 
-function newClaim({ token, fingerprint, leaseMs, retainMs }: Claim, now: number, abandoned?: ClaimEntry): ClaimEntry {
+function newClaim({ token, fingerprint, retainMs }: Claim, abandoned?: ClaimEntry): ClaimEntry {
   return {
     token,
     fingerprint,
     attempt: abandoned === undefined ? 1 : abandoned.attempt + 1,
-    leaseEnd: now + leaseMs,
+    leaseEnd: 0,
     retainMs,
     givenBack: false,
     ended: false,
@@ -300,8 +314,7 @@ function newClaim({ token, fingerprint, leaseMs, retainMs }: Claim, now: number,
   }
 }
 
-function giveBack(held: ClaimEntry, found: Found, unused: boolean, now: number): void {
-  held.leaseEnd = now
+function giveBack(held: ClaimEntry, found: Found, unused: boolean): void {
   held.givenBack = true
   held.ended = true
   if (!unused) return

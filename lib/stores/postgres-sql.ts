@@ -259,7 +259,7 @@ WITH held AS MATERIALIZED (
   FROM chance WHERE chance.taken
   ON CONFLICT (key) DO UPDATE SET
     token = EXCLUDED.token,
-    fingerprint = CASE WHEN ${isOurs} AND NOT ${isNew} THEN old.fingerprint ELSE EXCLUDED.fingerprint END,
+    fingerprint = EXCLUDED.fingerprint,
     attempt = CASE WHEN ${isNew} THEN 1 WHEN ${isOurs} THEN old.attempt ELSE old.attempt + 1 END,
     found_state = ${found('found_state', "CASE old.state WHEN 'ended' THEN 'ended' ELSE 'abandoned' END")},
     found_fingerprint = ${found('found_fingerprint', 'old.fingerprint')},

@@ -70,6 +70,23 @@ export const claims = [
     answers(await abandoned(second, key), { state: 'abandoned', attempt: 1 })
   }),
 
+  promised('whoever acquires again is compared by the fingerprint of then', async ({ store, second }) => {
+    const key = newKey()
+    const token = await take(store, key, { fingerprint: 'the head' })
+    answers(await store.acquire(key, claim({ token, fingerprint: 'head and body' })), FRESH)
+    answers(await second.acquire(key, claim()), { state: 'running', fingerprint: 'head and body' })
+  }),
+
+  promised('a claim that nothing is lost with is free when its lease has lapsed', async ({ store, second }) => {
+    const key = newKey()
+    await take(store, key, { leaseMs: SHORT, retainMs: 0 })
+    const found = await until(async () => {
+      const found = await second.acquire(key, claim())
+      return found.state === 'running' ? null : found
+    })
+    answers(found, FRESH)
+  }),
+
   promised('of 100 parallel claims by two clients exactly one is acquired', async ({ store, second }) => {
     const key = newKey()
     const tokens = Array.from({ length: 100 }, (_, n) => `token ${n}`)

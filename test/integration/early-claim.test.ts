@@ -41,7 +41,7 @@ t.test('a key is claimed once, in preHandler, unless an earlier hook is wanted',
     app.post('/', { ...config(), preHandler: async () => void seen.push(store.claims.length) }, async () => 'done')
     t.equal((await app.inject({ ...keyed, payload: {} })).body, 'done')
     const isEarly = hook !== undefined && hook !== 'preHandler'
-    t.same([seen, store.claims.length], [[isEarly ? 1 : 0], isEarly ? 2 : 1], hook)
+    t.same([seen, store.claims.length], [[isEarly ? 1 : 0], isEarly ? 2 : 1], `${hook}`)
     const [first, last] = [store.claims[0] as Claim, store.claims.at(-1) as Claim]
     t.equal(first.token, last.token)
     t.ok(last.retainMs > 0 && !last.fingerprint.endsWith('.'), 'the claim under which the handler runs knows all')
@@ -233,7 +233,7 @@ t.test('getKey is asked where the body is, and once more there when an earlier h
     app.post('/', config(), async () => ({ run: ++runs }))
     const send = (payload: object) => app.inject({ method: 'POST', url: '/', payload })
     t.same((await send({ id: 'evt_1' })).json(), { run: 1 })
-    t.equal((await send({ id: 'evt_1' })).headers[REPLAYED], 'true', hook)
+    t.equal((await send({ id: 'evt_1' })).headers[REPLAYED], 'true', `${hook}`)
     t.equal((await send({})).statusCode, 400)
     t.equal(runs, 1)
   }

@@ -99,11 +99,12 @@ t.test('a paused owner whose successor has come and gone does not take its claim
   const store = new MemoryStore()
   const paused = await build(t, { store, lease: 60 })
   const successor = await build(t, { store })
-  const [entered, leave, asked, answer] = [latch<AbortSignal>(), latch(), latch(), latch()]
+  const [entered, leave, answer] = [latch<AbortSignal>(), latch(), latch()]
+  let asked = false
   const renew = store.renew.bind(store)
   store.renew = async (...args) => {
     // The process stands still before its renewal comes to the store.
-    asked.open()
+    asked = true
     await answer.promise
     return renew(...args)
   }
@@ -115,7 +116,7 @@ t.test('a paused owner whose successor has come and gone does not take its claim
   successor.post('/', config(), async (_request, reply) => reply.code(503).send('gone'))
   const first = inject(paused, keyed)
   const signal = await entered.promise
-  await asked.promise
+  await until(() => asked)
   await until(async () => (await store.get(KEY))?.state === 'abandoned')
   t.equal((await successor.inject(keyed)).statusCode, 503)
   answer.open()

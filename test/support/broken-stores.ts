@@ -443,6 +443,24 @@ export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStor
     }
   ),
 
+  'remembers what there is no need to remember': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        return super.acquire(key, { ...claim, retainMs: Math.max(claim.retainMs, 1) * 1_000 })
+      }
+    }
+  ),
+
+  'keeps the fingerprint of a claim that is repeated': clients(
+    class extends ModelStore {
+      override async acquire(key: string, claim: Claim) {
+        const row = this.known(key, this.now())
+        const same = row?.state === 'running' && row.token === claim.token
+        return super.acquire(key, same ? { ...claim, fingerprint: row.fingerprint } : claim)
+      }
+    }
+  ),
+
   'counts the repeated claim as another attempt': clients(
     class extends ModelStore {
       override async acquire(key: string, claim: Claim) {

@@ -43,6 +43,7 @@ export class ModelStore implements IdempotencyStore {
     if (row.state === 'completed') return this.completed(row, now)
     if (row.state === 'running' && row.token === claim.token) {
       row.retainMs = claim.retainMs
+      row.fingerprint = claim.fingerprint
       this.prolong(row, claim.leaseMs, now)
       return { state: 'acquired', attempt: row.attempt }
     }

@@ -42,7 +42,9 @@ async function states(store: MemoryStore, ...keys: string[]): Promise<string[]> 
 }
 
 const FULL = (entries: number) => ({
-  message: `MemoryStore is full: all of its ${entries} entries are running claims`
+  name: 'StoreFull',
+  code: 'FST_IDEMPOTENCY_STORE_FULL',
+  message: `MemoryStore is full: ${entries} claims are running`
 })
 
 /** The timers of all kinds that are started from here on and still run, others' included. */
@@ -174,6 +176,55 @@ t.test('a store that was full of running claims makes room again when they have 
   for (const key of ['a', 'b']) await store.complete(key, key, reply(), MINUTE)
   for (const key of ['c', 'd']) await finish(store, key)
   t.strictSame(await states(store, 'a', 'b', 'c', 'd'), ['free', 'free', 'completed', 'completed'])
+})
+
+t.test('claims never cost a reply its place, however many come and go', async (t) => {
+  const store = new MemoryStore({ maxEntries: 2 })
+  for (const key of ['a', 'b']) await finish(store, key)
+  for (let n = 0; n < 10; n++) {
+    await store.acquire(`${n}`, claim('refused'))
+    await store.release(`${n}`, 'refused')
+  }
+  for (const key of ['c', 'd']) await store.acquire(key, claim(key))
+  await t.rejects(store.acquire('e', claim('e')), FULL(2))
+  t.strictSame(await states(store, 'a', 'b', 'c', 'd', 'e'), ['completed', 'completed', 'running', 'running', 'free'])
+  await store.complete('c', 'c', reply(), MINUTE)
+  t.strictSame(await states(store, 'a', 'b', 'c', 'd'), ['free', 'completed', 'completed', 'running'])
+})
+
+t.test('a full store of thousands of claims refuses another without looking through them all', async (t) => {
+  const time = timeMachine(t)
+  const store = new MemoryStore({ maxEntries: 5_000 })
+  for (let n = 0; n < 5_000; n++) await store.acquire(`${n}`, claim('a'))
+  let looks = 0
+  const { [Symbol.iterator]: iterate, entries } = Map.prototype
+  const counted = function (this: Map<unknown, unknown>) {
+    looks++
+    return entries.call(this)
+  }
+  Map.prototype[Symbol.iterator] = counted
+  t.teardown(() => {
+    Map.prototype[Symbol.iterator] = iterate
+  })
+  for (let n = 0; n < 100; n++) await t.rejects(store.acquire('another', claim('b')), FULL(5_000))
+  t.equal(looks, 0)
+  time.pass(MINUTE / 2)
+  t.equal(await store.renew('0', 'a', 2 * MINUTE), true)
+  time.pass(MINUTE / 2)
+  t.match(await store.acquire('another', claim('b')), { state: 'acquired' }, 'and finds the first that has lapsed')
+  t.strictSame(await states(store, '0', '1', '2', 'another'), ['running', 'free', 'abandoned', 'running'])
+})
+
+t.test('a claim that was given back makes room as one whose owner is gone', async (t) => {
+  const time = timeMachine(t)
+  const store = new MemoryStore({ maxEntries: 1 })
+  await store.acquire('a', claim('dead', { leaseMs: 1 }))
+  time.pass(1)
+  t.match(await store.acquire('a', claim('heir')), { state: 'acquired', attempt: 2 })
+  await t.rejects(store.acquire('b', claim('b')), FULL(1))
+  await store.release('a', 'heir')
+  t.match(await store.acquire('b', claim('b')), { state: 'acquired', attempt: 1 })
+  t.strictSame(await states(store, 'a', 'b'), ['free', 'running'])
 })
 
 t.test('a reply makes room for a new claim, even for the same key', async (t) => {

@@ -263,6 +263,11 @@ const caught: Record<string, string[]> = {
   'remembers a repeated claim for no longer than before': [
     'whoever acquires again is remembered for the retainMs of then'
   ],
+  'keeps the fingerprint of a claim that is repeated': ['whoever acquires again is compared by the fingerprint of then'],
+  'remembers what there is no need to remember': [
+    'a claim that nothing is lost with is free when its lease has lapsed',
+    MORE
+  ],
   'counts the repeated claim as another attempt': [
     'the same token acquires again what it holds, with the same attempt',
     'the same token acquires again what it holds after its lease has lapsed',
