@@ -1,7 +1,7 @@
 import type { Acquisition, IdempotencyStore } from '../types/index.js'
 import type { Operation } from './operation.js'
+import { StoreHealth } from './store-health.js'
 import { WaitingRoom } from './waiting.js'
-import { within } from './within.js'
 
 const FIRST_PAUSE_MS = 50
 const LONGEST_PAUSE_MS = 1_000
@@ -29,6 +29,7 @@ export class StoreInUse {
   /** What is being asked about keys that are wanted in a transaction: the answer, `null` when it was the key itself. */
   readonly asking = new Map<string, Promise<Acquisition | null>>()
   readonly waiting: WaitingRoom
+  readonly health = new StoreHealth()
   readonly #store: IdempotencyStore
   readonly #disowned = new Set<Disowned>()
   /** Loops that give claims back. */
@@ -86,7 +87,7 @@ export class StoreInUse {
       if (claim.isUnderWay) continue
       claim.isUnderWay = true
       try {
-        await within(claim.timeout, () => this.#store.release(claim.key, claim.token))
+        await this.health.ask(claim.key, claim.timeout, () => this.#store.release(claim.key, claim.token))
         this.#drop(claim, true)
         pause = FIRST_PAUSE_MS
         // One after the other, what a slow store has gathered would take longer than the leases.
