@@ -11,7 +11,7 @@ import type {
   TransactionClient,
   TransactionOutcome
 } from '../../types/index.js'
-import { InvalidOption } from '../errors.js'
+import { InvalidOption, UnreadableAnswer } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { Keyring, secretOf } from './sealing.js'
@@ -172,7 +172,8 @@ class Records {
     if (record.kind === 'tombstone') return { ...record, fingerprint: this.#openFingerprint(key, fingerprint) }
     // None of it is used: but what is not as it was written was written by somebody else.
     const { statusCode, headers, text, body } = record
-    if (statusCode !== STATUS || headers.length > 0 || text) throw new Error('A stored idempotency record is damaged')
+    if (statusCode !== STATUS || headers.length > 0 || text)
+      throw new UnreadableAnswer('A stored idempotency record is damaged')
     return decodeRecord(this.#keyring.open(body, aboutRecord(key, fingerprint, createdAt)), 0)
   }
 

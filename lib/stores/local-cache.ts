@@ -6,7 +6,7 @@ import type {
   TransactionAcquisition,
   TransactionClaim
 } from '../../types/index.js'
-import { atHand } from '../at-hand.js'
+import { atHand, kPeek } from '../at-hand.js'
 import { InvalidOption } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
 import { bound, Kept, sizeOf } from './kept.js'
@@ -98,6 +98,11 @@ export class LocalCache implements IdempotencyStore {
   acquire(key: string, claim: Claim): Promise<Acquisition> {
     const cached = this.#find(key)
     return cached === null ? this.#acquire(key, claim, claim.token) : atHand<Acquisition>(cached)
+  }
+
+  /** What is kept here is replayed while the store is down, too. */
+  [kPeek](key: string): Acquisition | null {
+    return this.#find(key)
   }
 
   renew(key: string, token: string, leaseMs: number): Promise<boolean> {
