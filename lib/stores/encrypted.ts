@@ -13,6 +13,7 @@ import type {
 } from '../../types/index.js'
 import { InvalidOption, UnreadableAnswer } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
+import { isInFrontOf } from './inner.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { Keyring, secretOf } from './sealing.js'
 
@@ -55,6 +56,7 @@ export class EncryptedStore implements IdempotencyStore {
     const { keys, ...unknown } = options ?? {}
     for (const name of Object.keys(unknown)) throw new InvalidOption(`EncryptedStore has no option "${name}"`)
     this.#store = store
+    isInFrontOf(this, store)
     this.#records = new Records(new Keyring(secretsOf(keys)))
     const { changed, get, delete: forget, begin, close } = store
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)

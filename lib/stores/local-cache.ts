@@ -9,6 +9,7 @@ import type {
 import { atHand, kPeek } from '../at-hand.js'
 import { InvalidOption } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
+import { isInFrontOf } from './inner.js'
 import { bound, Kept, sizeOf } from './kept.js'
 import { Shelf } from './shelf.js'
 
@@ -83,6 +84,7 @@ export class LocalCache implements IdempotencyStore {
     const { maxEntries = 10_000, maxBytes = 33_554_432, maxAge = 10_000, ...unknown } = options
     for (const name of Object.keys(unknown)) throw new InvalidOption(`LocalCache has no option "${name}"`)
     this.#store = store
+    isInFrontOf(this, store)
     this.#maxEntries = bound('LocalCache', 'maxEntries', maxEntries)
     this.#maxBytes = bound('LocalCache', 'maxBytes', maxBytes)
     this.#maxAge = bound('LocalCache', 'maxAge', maxAge)
