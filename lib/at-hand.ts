@@ -1,3 +1,5 @@
+import type { Acquisition } from '../types/index.js'
+
 const kValue = Symbol('fastify-idempotency.value')
 
 /** A value, or the promise of one. */
@@ -20,6 +22,13 @@ export function isAtHand(promise: Promise<unknown>): boolean {
 /** The value of a promise that shows it; any other promise as it is. */
 export function reveal<T>(promise: Promise<T>): Maybe<T> {
   return kValue in promise ? (promise[kValue] as T) : promise
+}
+
+/** What a store has in this process itself, in front of one that may be down. */
+export const kPeek = Symbol('fastify-idempotency.peek')
+
+export interface Peekable {
+  [kPeek](key: string): Acquisition | null
 }
 
 export function isThenable(value: unknown): value is PromiseLike<unknown> {

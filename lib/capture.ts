@@ -222,9 +222,9 @@ export class CapturedStream extends Readable implements Unfinished {
     finished(source, { writable: false }, this.#finished)
   }
 
-  /** Whoever reads has taken what there was. */
+  /** There is room for more: whoever reads keeps up. */
   override _read(): void {
-    if (this.#isUnread) return
+    if (this.#isUnread || this.#ahead !== null) return
     this.#isDraining = false
     this.#waitNoMore()
     if (!this.#holding) this.#source.resume()
@@ -275,7 +275,8 @@ export class CapturedStream extends Readable implements Unfinished {
   late(): void {
     this.#waitNoMore()
     if (this.#ahead !== null) {
-      this.#source.pause()
+      // Where there is room for more, nobody will ask for it again.
+      if (this.readableLength >= this.readableHighWaterMark) this.#source.pause()
       this.#isDraining = false
       const reason = this.#chunks === null ? 'too-large' : 'stream-failed'
       this.#chunks = null

@@ -32,8 +32,11 @@ export class Deadlines<T> {
     else if (this.#holdsProcess && this.#due.size === 1) this.#timer.ref()
   }
 
-  delete(item: T): void {
-    if (this.#due.delete(item) && this.#due.size === 0) this.#timer?.unref()
+  /** `false` when it had expired, or was not there. */
+  delete(item: T): boolean {
+    const was = this.#due.delete(item)
+    if (was && this.#due.size === 0) this.#timer?.unref()
+    return was
   }
 
   #arm(ms: number): void {

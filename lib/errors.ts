@@ -91,6 +91,26 @@ export class StoreTimeout extends Error {
   }
 }
 
+/** What a store has under a key cannot be read, or its answer makes no sense. Somebody has the key, for all one knows. */
+export class UnreadableAnswer extends TypeError {
+  /** Is it known that the key is free, or this caller's? */
+  readonly isFree: boolean
+  constructor(message = 'The idempotency store gave no valid answer', isFree = false) {
+    super(message)
+    this.isFree = isFree
+  }
+}
+
+/** A store that has no room for another claim is not down, nor is one whose answer cannot be read. */
+export function isNoOutage(error: unknown): boolean {
+  return error instanceof UnreadableAnswer || isFull(error)
+}
+
+/** Has the store no room for another claim? */
+export function isFull(error: unknown): boolean {
+  return (error as { code?: unknown } | null | undefined)?.code === 'FST_IDEMPOTENCY_STORE_FULL'
+}
+
 export function isRefusal(error: unknown): error is Refusal {
   return error instanceof Error && 'code' in error && String(error.code).startsWith('FST_IDEMPOTENCY_')
 }

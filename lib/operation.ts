@@ -12,14 +12,16 @@ import type {
   TransactionClient,
   TransactionOutcome
 } from '../types/index.js'
-import { type Maybe, reveal } from './at-hand.js'
+import { kPeek, type Maybe, type Peekable, reveal } from './at-hand.js'
 import {
   Abandoned,
   InProgress,
+  isFull,
   keyReused,
   NotReplayable,
   StoreTimeout,
   StoreUnavailable,
+  UnreadableAnswer,
   withRetryAfter
 } from './errors.js'
 import { publish, type Subject } from './events.js'
@@ -29,6 +31,8 @@ import { keepAlive, letGo, type Renewable } from './leases.js'
 import type { Policy } from './options.js'
 import type { Registration } from './registration.js'
 import type { RequestSnapshot } from './request-snapshot.js'
+import { isAcquisition, isClaimedKey, toBoolean } from './store-answers.js'
+import type { Permit } from './store-health.js'
 import { insist, StoreInUse } from './store-in-use.js'
 import { newToken } from './token.js'
 import type { Waiter } from './waiting.js'
@@ -53,21 +57,6 @@ export type Verdict = 'run' | 'replay' | 'later' | 'gone'
 
 /** An answer of the store, from a transaction or not. */
 type Found = Acquisition | TransactionAcquisition
-
-/** Stores are also other people's: what they say is looked at before it is believed. */
-function isAcquisition(found: Acquisition | undefined | null): found is Acquisition {
-  switch (found?.state) {
-    case 'acquired':
-      return Number.isInteger(found.attempt)
-    case 'running':
-    case 'abandoned':
-      return typeof found.fingerprint === 'string'
-    case 'completed':
-      return typeof found.record?.fingerprint === 'string'
-    default:
-      return false
-  }
-}
 
 /** How many keys one process reserves at a time in one store, for requests that have not been read yet. */
 const MOST_RESERVATIONS = 1_000
@@ -219,7 +208,7 @@ export class Operation implements Subject, Waiter, Renewable {
     if (this.discarded) return this.release()
     this.phase = 'ending'
     if (this.#transaction !== null) return this.#commit(this.#transaction, record, failed)
-    const stored = reveal(within(this.policy.storeTimeout, () => this.#complete(record)))
+    const stored = reveal(this.#call(() => this.#complete(record)))
     if (stored instanceof Promise) return this.#completeLater(stored, record)
     this.#completed(stored, record)
   }
@@ -252,11 +241,10 @@ export class Operation implements Subject, Waiter, Renewable {
     const { store, storeTimeout } = this.policy
     try {
       const transaction = this.#transaction
-      const released = await within(storeTimeout, () =>
+      const released =
         transaction === null
-          ? store.release(this.storageKey, this.#token, unused)
-          : transaction.rollback().then(() => true)
-      )
+          ? toBoolean(await this.#call(() => store.release(this.storageKey, this.#token, unused)))
+          : await within(storeTimeout, () => transaction.rollback().then(() => true))
       if (released) this.#tell('released')
       else this.#lost()
     } catch (error) {
@@ -367,16 +355,17 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   #judgedFailed(error: unknown): Verdict {
-    // Whether to run all the same is decided when everything is known.
-    if (this.#isEarly && error instanceof StoreFailure && this.policy.bypasses && !this.#gone)
-      return this.#postpone(null)
+    // Whether to run all the same, and whether there is room for it, is decided when everything is known.
+    const mayComeLater = error instanceof StoreFailure && (this.policy.bypasses || isFull(error.cause))
+    if (this.#isEarly && mayComeLater && !this.#gone) return this.#postpone(null)
     this.#end()
     if (!(error instanceof StoreFailure)) throw error
     if (this.#gone) return 'gone'
-    // To run unprotected is one thing, to run beside another that is known to run is quite another.
-    if (!this.policy.bypasses || this.#taken) {
-      throw this.#unavailable(error.cause)
-    }
+    // To run unprotected is one thing, to run beside another that is known to run is quite another, and so it is to run
+    // once more what may have run. A store that is full is there.
+    const { cause } = error
+    const isTaken = this.#taken || (cause instanceof UnreadableAnswer && !cause.isFree)
+    if (!this.policy.bypasses || isTaken || isFull(cause)) throw this.#unavailable(cause)
     this.phase = 'unprotected'
     this.#tell('bypassed', error.cause)
     return 'run'
@@ -505,10 +494,26 @@ export class Operation implements Subject, Waiter, Renewable {
       if (other.#isHidden()) return other.#asRunning()
     }
     const owner = other === undefined || other.#releasing ? undefined : other
+    const { health } = this.#store
+    const permit = health.admit()
+    if (permit === null) return this.#knownHere() ?? this.#goWithout(owner, health.error)
     const answer = attempt(() => this.#ask(takeover))
     const found = reveal(answer)
-    if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, owner)
+    if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, owner, permit)
+    health.answered()
     return this.#understand(found, owner)
+  }
+
+  /** What a store in this process knows of the key without asking another that is down. */
+  #knownHere(): Acquisition | null {
+    return (this.policy.store as Partial<Peekable>)[kPeek]?.(this.storageKey) ?? null
+  }
+
+  /** The store has failed, or is known to be down. */
+  #goWithout(owner: Operation | undefined, error: unknown): Found {
+    this.#report(error)
+    if (owner !== undefined) return owner.#asRunning()
+    throw new StoreFailure('The key could not be asked for', { cause: error })
   }
 
   /** The owner's reply counts for as long as nobody else can have the key: after that the store has to take it first. */
@@ -520,8 +525,11 @@ export class Operation implements Subject, Waiter, Renewable {
 
   async #askBoth(owner: Operation, record: StoredRecord, takeover: boolean): Promise<Found> {
     let stored: boolean
+    const { health } = this.#store
+    const permit = health.admit()
     try {
-      stored = await within(this.policy.storeTimeout, () => owner.#completeAgain(record))
+      if (permit === null) throw health.error
+      stored = await within(Math.min(this.policy.storeTimeout, permit.patience), () => owner.#completeAgain(record))
     } catch (error) {
       this.#report(error)
       if (!this.policy.bypasses) throw new StoreFailure('The key could not be asked for', { cause: error })
@@ -559,8 +567,7 @@ export class Operation implements Subject, Waiter, Renewable {
     const askedAt = performance.now()
     try {
       // By the same token, so that nobody comes between: from now on it is the owner's fingerprint that is compared.
-      const { store, storeTimeout } = owner.policy
-      await within(storeTimeout, () => store.acquire(owner.storageKey, owner.#claimOf(false)))
+      await owner.#call(() => owner.policy.store.acquire(owner.storageKey, owner.#claimOf(false)))
       owner.#leasedAt = askedAt
     } catch (error) {
       owner.#report(error)
@@ -568,14 +575,13 @@ export class Operation implements Subject, Waiter, Renewable {
     return owner.#asRunning()
   }
 
-  async #awaitAnswer(answer: Promise<Found>, owner: Operation | undefined): Promise<Found> {
+  async #awaitAnswer(answer: Promise<Found>, owner: Operation | undefined, permit: Permit): Promise<Found> {
     const token = this.#token
+    let found: Found
     try {
-      const found = await within(this.policy.storeTimeout, () => answer)
-      if (!isAcquisition(found)) throw new TypeError('The idempotency store gave no valid answer')
-      return this.#understand(found, owner)
+      found = await this.#call(() => answer, permit)
+      if (!isAcquisition(found)) throw new UnreadableAnswer(undefined, !isClaimedKey(found))
     } catch (error) {
-      this.#report(error)
       // The claim may have been written all the same, or be about to be.
       if (this.policy.transaction) {
         void answer.then((late) => ('transaction' in late ? late.transaction.rollback() : undefined)).catch(() => {})
@@ -588,9 +594,14 @@ export class Operation implements Subject, Waiter, Renewable {
       }
       // Who asks again does so under another name: the old one may be given back at any time.
       this.#token = newToken()
-      if (owner !== undefined) return owner.#asRunning()
-      throw new StoreFailure('The key could not be asked for', { cause: error })
+      return this.#goWithout(owner, error)
     }
+    return this.#understand(found, owner)
+  }
+
+  /** What the store says, within its limit. */
+  #call<T>(call: () => Promise<T>, permit?: Permit): Promise<T> {
+    return this.#store.health.ask(this.storageKey, this.policy.storeTimeout, call, permit)
   }
 
   #ask(takeover: boolean): Promise<Found> {
@@ -636,7 +647,8 @@ export class Operation implements Subject, Waiter, Renewable {
   async #storeAgain(record: StoredRecord): Promise<boolean> {
     const { storeTimeout, lease } = this.policy
     try {
-      const stored = await within(Math.max(lease / 3, storeTimeout), () => this.#complete(record))
+      const limit = Math.max(lease / 3, storeTimeout)
+      const stored = await this.#store.health.ask(this.storageKey, limit, () => this.#complete(record))
       this.#completed(stored, record)
       return stored
     } finally {
@@ -647,10 +659,10 @@ export class Operation implements Subject, Waiter, Renewable {
   async #completeAnew(stored: Promise<boolean>, record: StoredRecord): Promise<boolean> {
     const { store, ttl } = this.policy
     const token = this.#token
-    if (await stored) return true
+    if (toBoolean(await stored)) return true
     // Under another name now, another request of this process has left the claim to this one.
     const isOwner = token !== this.#token || (await this.#reclaim())
-    return isOwner && store.complete(this.storageKey, this.#token, record, ttl)
+    return isOwner && toBoolean(await store.complete(this.storageKey, this.#token, record, ttl))
   }
 
   /**
@@ -658,11 +670,11 @@ export class Operation implements Subject, Waiter, Renewable {
    * @throws the database's error when it refused, as if the handler had met it; 503 when the outcome is not known.
    */
   async #commit(transaction: ClaimTransaction, record: StoredRecord, undo: boolean): Promise<void> {
-    const { storeTimeout, ttl } = this.policy
+    const { ttl } = this.policy
     letGo(this)
     let outcome: TransactionOutcome
     try {
-      outcome = await within(storeTimeout, () => transaction.complete(record, ttl, undo))
+      outcome = await this.#call(() => transaction.complete(record, ttl, undo))
     } catch (error) {
       this.#report(error)
       // One that does not answer must not keep its connection for ever.
@@ -698,15 +710,15 @@ export class Operation implements Subject, Waiter, Renewable {
 
   async #renew(): Promise<void> {
     if (this.phase === 'over' || (this.#releasing && this.takesOver)) return
-    const { store, storeTimeout, lease } = this.policy
+    const { store, lease } = this.policy
     try {
       const askedAt = performance.now()
       const token = this.#token
-      const renewed =
-        (await within(storeTimeout, () => store.renew(this.storageKey, token, lease))) || token !== this.#token
+      const isRenewed = toBoolean(await this.#call(() => store.renew(this.storageKey, token, lease)))
+      const renewed = isRenewed || token !== this.#token
       this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
       // Once the claim is ending, the last step finds out by itself.
-      if (!renewed && this.#isHeld() && !(await within(storeTimeout, () => this.#reclaim())) && this.#isHeld()) {
+      if (!renewed && this.#isHeld() && !(await this.#call(() => this.#reclaim())) && this.#isHeld()) {
         this.#end()
         this.#lost()
       }
@@ -725,8 +737,9 @@ export class Operation implements Subject, Waiter, Renewable {
     const { store } = this.policy
     if (store.get === undefined || (await store.get(this.storageKey)) !== null || !this.#isWanted()) return false
     const askedAt = performance.now()
-    const { state } = await store.acquire(this.storageKey, this.#claimOf(false))
-    if (state !== 'acquired') return false
+    const found = await store.acquire(this.storageKey, this.#claimOf(false))
+    if (!isAcquisition(found)) throw new UnreadableAnswer()
+    if (found.state !== 'acquired') return false
     this.#leasedAt = askedAt
     if (!this.#isWanted()) void this.#giveBack(this.#token, false)
     return this.#isWanted()
@@ -790,9 +803,10 @@ export class Operation implements Subject, Waiter, Renewable {
     return this.phase === 'over'
   }
 
+  /** A step has failed, or was not tried because the store is known to be down: each is an event, an outage one error. */
   #report(error: unknown): void {
     publish('store-error', this, error)
-    this.request.log.error({ ...this.#bindings(), err: error }, 'idempotency store failed')
+    this.#store.health.report(error, this.request.log, this.#bindings())
   }
 
   #unavailable(cause: unknown): Error {

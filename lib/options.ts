@@ -1,11 +1,12 @@
 import { METHODS, validateHeaderName } from 'node:http'
-import { inspect } from 'node:util'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { ClaimHook, IdempotencyOptions, IdempotencyRouteOptions, IdempotencyStore } from '../types/index.js'
 import { InvalidOption } from './errors.js'
 import { constraintsOf } from './fingerprint.js'
 import type { KeyRules } from './key.js'
 import { MemoryStore } from './stores/memory.js'
+import { describe, describeStore } from './values.js'
+import { warn } from './warnings.js'
 
 /** RFC 9110 §9.2.1, and RFC 10008 for QUERY: a request that changes nothing needs no protection. */
 const SAFE_METHODS: ReadonlySet<string> = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE', 'QUERY'])
@@ -147,16 +148,31 @@ export const REGISTRATION_RULES: Record<keyof IdempotencyOptions, Rule> = {
   }
 }
 
-/** What `register` takes for itself, and hands to the plugin all the same. */
-const FASTIFY_OPTIONS: ReadonlySet<string> = new Set(['prefix', 'logLevel', 'logSerializers'])
+/**
+ * What other tools hand to every plugin. `register` takes the first three for itself. fastify-cli gives the options of
+ * its test helper (`skipOverride`), and with `--options` those of the server, to the application's plugin, which hands
+ * them on by @fastify/autoload.
+ */
+const FOREIGN_OPTIONS: ReadonlySet<string> = new Set([
+  ...['prefix', 'logLevel', 'logSerializers', 'skipOverride', 'encapsulate'],
+  ...['ajv', 'allowErrorHandlerOverride', 'allowUnsafeRegex', 'bodyLimit', 'caseSensitive', 'childLoggerFactory'],
+  ...['clientErrorHandler', 'connectionTimeout', 'constraints', 'disableRequestLogging', 'exposeHeadRoutes'],
+  ...['forceCloseConnections', 'frameworkErrors', 'genReqId', 'handlerTimeout', 'http', 'http2', 'http2SessionTimeout'],
+  ...['https', 'ignoreDuplicateSlashes', 'ignoreTrailingSlash', 'keepAliveTimeout', 'logController', 'logger'],
+  ...['loggerInstance', 'maxParamLength', 'maxRequestsPerSocket', 'onConstructorPoisoning', 'onProtoPoisoning'],
+  ...['pluginTimeout', 'querystringParser', 'requestIdHeader', 'requestIdLogLabel', 'requestTimeout'],
+  ...['return503OnClosing', 'rewriteUrl', 'routerOptions', 'schemaController', 'schemaErrorFormatter'],
+  ...['serializerOpts', 'serverFactory', 'trustProxy', 'useSemicolonDelimiter']
+])
 
 /**
  * Checks and copies the options of `app.register`.
  * @throws FST_IDEMPOTENCY_INVALID_OPTION
  */
 export function registrationOptions(options: IdempotencyOptions): RegistrationOptions {
-  const own = Object.fromEntries(Object.entries(options).filter(([name]) => !FASTIFY_OPTIONS.has(name)))
+  const own = Object.fromEntries(Object.entries(options).filter(([name]) => !FOREIGN_OPTIONS.has(name)))
   const { global = false, methods = ['POST', 'PATCH'], ...route } = checked<IdempotencyOptions>(own, REGISTRATION_RULES)
+  warnOfDurations(route, {}, '')
   return Object.freeze({
     global,
     methods: new Set(methods.map((method) => method.toUpperCase())),
@@ -192,6 +208,7 @@ export function routePolicy(route: RouteDeclaration, registration: RegistrationO
     throw new InvalidOption(`config.idempotency${where} takes no route that has safe methods only`)
   }
   const own = isPlainObject(config) ? checked(config, ROUTE_RULES, where) : {}
+  warnOfDurations(own, registration.routeDefaults, where)
   const options: IdempotencyRouteOptions = { ...registration.routeDefaults, ...own }
   return Object.freeze({
     route: route.url,
@@ -283,6 +300,42 @@ export function isFinal(_request: FastifyRequest, reply: FastifyReply): boolean 
   return statusCode < 500 && !RETRYABLE_STATUSES.has(statusCode) && !reply.hasHeader('retry-after')
 }
 
+/** Numbers of seconds: half an hour, one, two, six and twelve hours, a day, two, three, seven, fourteen and thirty. */
+const SECONDS: ReadonlySet<number> = new Set([
+  ...[1_800, 3_600, 7_200, 21_600, 43_200],
+  ...[86_400, 172_800, 259_200, 604_800, 1_209_600, 2_592_000]
+])
+
+/** Which numbers look like seconds: a store may well get half a second to answer, but nobody keeps a reply so short. */
+const SECONDS_LIKE: Record<'ttl' | 'lease' | 'waitTimeout' | 'storeTimeout', (n: number) => boolean> = {
+  ttl: (n) => n < 1_000 || SECONDS.has(n),
+  lease: (n) => n < 1_000 || SECONDS.has(n),
+  waitTimeout: (n) => n <= 120,
+  storeTimeout: (n) => n <= 60
+}
+
+/** Warns of durations that are allowed and yet hardly meant. Those of a route only where it has its own. */
+function warnOfDurations(own: IdempotencyRouteOptions, defaults: IdempotencyRouteOptions, where: string): void {
+  for (const name of ['ttl', 'lease', 'waitTimeout', 'storeTimeout'] as const) {
+    const value = own[name]
+    if (typeof value === 'number' && SECONDS_LIKE[name](value)) {
+      warn(
+        'FST_IDEMPOTENCY_DURATION',
+        `option "${name}"${where} is ${value} milliseconds: if ${value} seconds are meant, it is ${value * 1_000}`
+      )
+    }
+  }
+  if (own.lease === undefined && own.storeTimeout === undefined) return
+  const { lease = 30_000, storeTimeout = 2_000 } = { ...defaults, ...own }
+  if (lease < 3 * storeTimeout) {
+    warn(
+      'FST_IDEMPOTENCY_DURATION',
+      `option "lease"${where} is ${lease}, less than 3 × storeTimeout (${storeTimeout}): ` +
+        'a store that is slow once lets a claim lapse while its handler runs'
+    )
+  }
+}
+
 /** A shallow copy without the options that are `undefined`. */
 function checked<T extends object>(options: object, rules: Record<string, Rule>, where = ''): T {
   const copy: Record<string, unknown> = {}
@@ -293,7 +346,8 @@ function checked<T extends object>(options: object, rules: Record<string, Rule>,
     }
     if (value === undefined) continue
     if (!rule.accepts(value)) {
-      throw new InvalidOption(`option "${name}"${where} takes ${rule.takes}, got ${describe(value)}`)
+      const got = name === 'store' ? describeStore(value) : describe(value)
+      throw new InvalidOption(`option "${name}"${where} takes ${rule.takes}, got ${got}`)
     }
     copy[name] = copyOf(value)
   }
@@ -324,9 +378,4 @@ function isUnsafeMethod(method: string): boolean {
 
 function isPlainObject(value: unknown): value is object {
   return typeof value === 'object' && value !== null && !Array.isArray(value)
-}
-
-function describe(value: unknown): string {
-  const kind = value === null ? '' : ` (${Array.isArray(value) ? 'array' : typeof value})`
-  return `${inspect(value, { depth: 0, breakLength: Infinity }).slice(0, 80)}${kind}`
 }

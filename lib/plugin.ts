@@ -5,9 +5,10 @@ import { cover } from './covered-routes.js'
 import { withoutSlash } from './early-routes.js'
 import { AlreadyRegistered } from './errors.js'
 import { kExchange, kRefusal } from './exchange.js'
+import { type FieldedRoute, warnOfForms } from './forms.js'
 import { InstanceApi } from './instance-api.js'
 import { Lifecycle } from './lifecycle.js'
-import { type Policy, registrationOptions, routePolicy } from './options.js'
+import { describeRoute, type Policy, registrationOptions, routePolicy } from './options.js'
 import { kRegistration, Registration, registrationOf } from './registration.js'
 import { kSnapshot } from './request-snapshot.js'
 
@@ -20,6 +21,7 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
   if (Object.hasOwn(fastify, kRegistration)) throw new AlreadyRegistered()
   const registration = new Registration(registrationOptions(options))
   const later = postponer()
+  const fielded: FieldedRoute[] = []
 
   fastify.decorate('idempotency', new InstanceApi(registration.options.routeDefaults))
   fastify.decorate(kRegistration, registration)
@@ -34,10 +36,16 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
     if (policy === null) return
     registration.cover(policy)
     cover(route, policy)
+    if (policy.field !== null && policy.getKey === null) fielded.push({ instance: this, route: describeRoute(route) })
     rememberUrl(route)
     const lifecycle = new Lifecycle(policy, registration)
     route.handler = lifecycle.wrap(route.handler as never)
     later(this, () => place(route, policy, lifecycle))
+  })
+
+  fastify.addHook('onReady', (done) => {
+    warnOfForms(fielded)
+    done()
   })
 
   fastify.addHook('preClose', (done) => {

@@ -3,6 +3,7 @@ import type { Unfinished } from './capture.js'
 import { LONGEST_DELAY } from './deadlines.js'
 import type { Operation } from './operation.js'
 import type { Policy, RegistrationOptions } from './options.js'
+import { warnOfSiblings } from './siblings.js'
 import { StoreInUse } from './store-in-use.js'
 import { noLongerThan } from './within.js'
 
@@ -43,6 +44,7 @@ export class Registration {
   /** A route of this registration has come. */
   cover(policy: Policy): void {
     this.use(policy.store)
+    warnOfSiblings(policy.store)
     this.#longestLease = Math.max(this.#longestLease, policy.lease)
   }
 

@@ -1,7 +1,7 @@
 import type { Acquisition, IdempotencyStore } from '../types/index.js'
 import type { Operation } from './operation.js'
+import { StoreHealth } from './store-health.js'
 import { WaitingRoom } from './waiting.js'
-import { within } from './within.js'
 
 const FIRST_PAUSE_MS = 50
 const LONGEST_PAUSE_MS = 1_000
@@ -33,6 +33,7 @@ export class StoreInUse {
   readonly waiting: WaitingRoom
   /** How many of its keys this process has claimed for requests that have not been read yet. */
   reservations = 0
+  readonly health = new StoreHealth()
   readonly #store: IdempotencyStore
   readonly #disowned = new Set<Disowned>()
   /** Loops that give claims back. */
@@ -90,7 +91,8 @@ export class StoreInUse {
       if (claim.isUnderWay) continue
       claim.isUnderWay = true
       try {
-        await within(claim.timeout, () => this.#store.release(claim.key, claim.token, claim.unused))
+        const release = () => this.#store.release(claim.key, claim.token, claim.unused)
+        await this.health.ask(claim.key, claim.timeout, release)
         this.#drop(claim, true)
         pause = FIRST_PAUSE_MS
         // One after the other, what a slow store has gathered would take longer than the leases.

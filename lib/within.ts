@@ -17,24 +17,35 @@ function limit(ms: number): Deadlines<Reject> {
   return deadlines
 }
 
+/** Who wants to know whether a store call was answered in time. */
+export interface Witness {
+  answered(): void
+  failed(error: unknown): void
+}
+
 /**
  * The answer of a store call, or a `StoreTimeout` when there is none after `ms` milliseconds. A call that
  * throws has rejected. One that is at hand needs no limit.
  */
-export function within<T>(ms: number, ask: () => Promise<T>): Promise<T> {
+export function within<T>(ms: number, ask: () => Promise<T>, witness?: Witness): Promise<T> {
   const answer = attempt(ask)
   if (isAtHand(answer)) return answer
   const deadlines = limit(ms)
   return new Promise((resolve, reject) => {
-    deadlines.add(reject)
+    const fail = (error: unknown) => {
+      witness?.failed(error)
+      reject(error)
+    }
+    deadlines.add(fail)
+    // What comes too late changes nothing.
     answer.then(
       (value) => {
-        deadlines.delete(reject)
+        if (!deadlines.delete(fail)) return
+        witness?.answered()
         resolve(value)
       },
       (error) => {
-        deadlines.delete(reject)
-        reject(error)
+        if (deadlines.delete(fail)) fail(error)
       }
     )
   })

@@ -11,8 +11,9 @@ import type {
   TransactionClient,
   TransactionOutcome
 } from '../../types/index.js'
-import { InvalidOption } from '../errors.js'
+import { InvalidOption, UnreadableAnswer } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
+import { isInFrontOf } from './inner.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { Keyring, secretOf } from './sealing.js'
 
@@ -55,6 +56,7 @@ export class EncryptedStore implements IdempotencyStore {
     const { keys, ...unknown } = options ?? {}
     for (const name of Object.keys(unknown)) throw new InvalidOption(`EncryptedStore has no option "${name}"`)
     this.#store = store
+    isInFrontOf(this, store)
     this.#records = new Records(new Keyring(secretsOf(keys)))
     const { changed, get, delete: forget, begin, close } = store
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)
@@ -172,7 +174,8 @@ class Records {
     if (record.kind === 'tombstone') return { ...record, fingerprint: this.#openFingerprint(key, fingerprint) }
     // None of it is used: but what is not as it was written was written by somebody else.
     const { statusCode, headers, text, body } = record
-    if (statusCode !== STATUS || headers.length > 0 || text) throw new Error('A stored idempotency record is damaged')
+    if (statusCode !== STATUS || headers.length > 0 || text)
+      throw new UnreadableAnswer('A stored idempotency record is damaged')
     return decodeRecord(this.#keyring.open(body, aboutRecord(key, fingerprint, createdAt)), 0)
   }
 

@@ -6,9 +6,10 @@ import type {
   TransactionAcquisition,
   TransactionClaim
 } from '../../types/index.js'
-import { atHand } from '../at-hand.js'
+import { atHand, kPeek } from '../at-hand.js'
 import { InvalidOption } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
+import { isInFrontOf } from './inner.js'
 import { bound, Kept, sizeOf } from './kept.js'
 import { Shelf } from './shelf.js'
 
@@ -83,6 +84,7 @@ export class LocalCache implements IdempotencyStore {
     const { maxEntries = 10_000, maxBytes = 33_554_432, maxAge = 10_000, ...unknown } = options
     for (const name of Object.keys(unknown)) throw new InvalidOption(`LocalCache has no option "${name}"`)
     this.#store = store
+    isInFrontOf(this, store)
     this.#maxEntries = bound('LocalCache', 'maxEntries', maxEntries)
     this.#maxBytes = bound('LocalCache', 'maxBytes', maxBytes)
     this.#maxAge = bound('LocalCache', 'maxAge', maxAge)
@@ -98,6 +100,11 @@ export class LocalCache implements IdempotencyStore {
   acquire(key: string, claim: Claim): Promise<Acquisition> {
     const cached = this.#find(key)
     return cached === null ? this.#acquire(key, claim, claim.token) : atHand<Acquisition>(cached)
+  }
+
+  /** What is kept here is replayed while the store is down, too. */
+  [kPeek](key: string): Acquisition | null {
+    return this.#find(key)
   }
 
   renew(key: string, token: string, leaseMs: number): Promise<boolean> {

@@ -184,7 +184,7 @@ export class MemoryStore implements IdempotencyStore {
     if (held === undefined) {
       const done = this.#doneOf(key, now)
       if (done !== undefined) return done.at(now)
-      this.#makeRoom(now)
+      this.#makeRoom(claim, now)
       this.#forgetRelease(key)
       return this.#claim(key, newClaim(claim), now + claim.leaseMs)
     }
@@ -265,8 +265,10 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   /** @throws StoreFull */
-  #makeRoom(now: number): void {
-    if (this.#claims.size < this.#maxEntries) return
+  #makeRoom({ retainMs }: Claim, now: number): void {
+    // Claims with which nothing is lost can be made by anybody: half of the room stays for those that count.
+    const room = retainMs > 0 ? this.#maxEntries : Math.ceil(this.#maxEntries / 2)
+    if (this.#claims.size < room) return
     if (this.#leasesHold <= now) {
       this.#leasesHold = Number.POSITIVE_INFINITY
       for (const [key, { leaseEnd }] of this.#claims) {
@@ -276,7 +278,7 @@ export class MemoryStore implements IdempotencyStore {
         return
       }
     }
-    throw new StoreFull(`MemoryStore is full: ${this.#maxEntries} claims are running`)
+    throw new StoreFull(`MemoryStore is full: ${this.#claims.size} claims are running`)
   }
 
   #sweep(): void {

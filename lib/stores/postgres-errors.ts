@@ -1,3 +1,5 @@
+import { UnreadableAnswer } from '../errors.js'
+
 /** An error that the server has sent; others have no severity. */
 export interface DatabaseError extends Error {
   /** In the server's language. */
@@ -31,6 +33,7 @@ export function isRefusal(error: unknown): boolean {
 
 /** The error without the values that it may carry, which are somebody's reply. */
 export function explain(error: unknown): Error {
+  if (error instanceof UnreadableAnswer) return error
   if (!(error instanceof Error)) return new Error(String(error))
   const { name, message, code } = error as DatabaseError
   if (code === UNDEFINED_TABLE)

@@ -1,5 +1,6 @@
 import { createHash } from 'node:crypto'
 import type { Acquisition, StoredHeader, StoredRecord } from '../../types/index.js'
+import { UnreadableAnswer } from '../errors.js'
 import { areHeaders, isReason, isStatus } from './record.js'
 
 /** The longest key that is stored as it is, in bytes; an index has no room for much longer ones. */
@@ -117,5 +118,5 @@ function headersOf(json: string | null): StoredHeader[] {
 }
 
 function undecodable(): Error {
-  return new Error('A stored idempotency record could not be decoded')
+  return new UnreadableAnswer('A stored idempotency record could not be decoded')
 }

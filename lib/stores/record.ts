@@ -1,4 +1,5 @@
 import type { StoredHeader, StoredRecord, TombstoneReason } from '../../types/index.js'
+import { UnreadableAnswer } from '../errors.js'
 
 /*
  * A record as bytes: four bytes for the length of the head and four for that of the body, the head as JSON, and
@@ -95,5 +96,5 @@ function isHeader(value: unknown): value is StoredHeader {
 }
 
 function undecodable(): Error {
-  return new Error('A stored idempotency record could not be decoded')
+  return new UnreadableAnswer('A stored idempotency record could not be decoded')
 }

@@ -1,6 +1,6 @@
 import { isAscii } from 'node:buffer'
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
-import { InvalidOption } from '../errors.js'
+import { InvalidOption, UnreadableAnswer } from '../errors.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { ClaimBatches, type Pipeline, type Result } from './redis-batches.js'
 import { discreet, isAborted, isWrongType } from './redis-errors.js'
@@ -325,5 +325,5 @@ function decode(value: Buffer, left: number, abandoned: boolean): Acquisition {
 }
 
 function undecodable(): Error {
-  return new Error('A stored idempotency claim could not be decoded')
+  return new UnreadableAnswer('A stored idempotency claim could not be decoded')
 }

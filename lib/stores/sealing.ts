@@ -1,4 +1,5 @@
 import { createCipheriv, createDecipheriv, createHmac, createSecretKey, KeyObject, randomBytes } from 'node:crypto'
+import { UnreadableAnswer } from '../errors.js'
 
 /*
  * What is sealed, as bytes: the version, four bytes that name the key, a random nonce of 24, the ciphertext, and a tag
@@ -151,5 +152,5 @@ function hex(name: number): string {
 }
 
 function unsealable(what: string): Error {
-  return new Error(`A stored idempotency record or claim ${what}`)
+  return new UnreadableAnswer(`A stored idempotency record or claim ${what}`)
 }

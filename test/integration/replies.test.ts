@@ -1,10 +1,11 @@
 import { EventEmitter } from 'node:events'
 import { createReadStream, readFileSync } from 'node:fs'
 import { PassThrough, Readable } from 'node:stream'
-import type { FastifyReply, FastifyRequest } from 'fastify'
-import t from 'tap'
-import type { IdempotencyOptions } from '../../index.js'
-import { build, codeOf, listen, post, REPLAYED, type Reply, start } from '../support/app.js'
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import t, { type Test } from 'tap'
+import { type IdempotencyOptions, MemoryStore } from '../../index.js'
+import { storageKey } from '../../lib/key.js'
+import { build, codeOf, inject, listen, post, REPLAYED, type Reply, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 
 /* What is stored of a reply, and what a replay looks like. */
@@ -251,7 +252,7 @@ t.test('a stream is passed on as it comes, and only its end is held back until i
     await stored.promise
     return complete(...args)
   }
-  app.post('/', streamed(), async (_request, reply) => reply.type('text/event-stream').send(stream))
+  app.post('/', streamed(), async (_request, reply) => reply.send(stream))
   const port = await listen(app)
   const client = start(port, { key: 'k' })
   stream.write('one')
@@ -402,19 +403,197 @@ t.test('when the client leaves a stream that is too large to keep, the rest is n
   t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
 })
 
-t.test('an event stream that its client leaves becomes a tombstone at once', async (t) => {
-  const app = await build(t)
-  const stream = new PassThrough()
-  app.post('/', streamed(), async (_request, reply) => reply.type('text/event-stream').send(stream))
+/** A source that gives as much as is taken, without end; how many bytes it was asked for. */
+function endless(t: Test) {
+  const source = Object.assign(
+    new Readable({
+      read() {
+        source.given += 20_000
+        this.push(Buffer.alloc(20_000, 'x'))
+      }
+    }),
+    { given: 0 }
+  )
+  t.teardown(() => source.destroy())
+  return source
+}
+
+/** One that gives something, and then nothing any more. */
+function silent(t: Test) {
+  const source = new PassThrough()
+  source.write('one')
+  t.teardown(() => source.destroy())
+  return source
+}
+
+const recordOf = async (app: FastifyInstance, key = 'k') => {
+  const found = await app.idempotency.get(key)
+  return found?.state === 'completed' ? found.record : undefined
+}
+
+t.test('a source that does not end is read for one lease when its client has left, and then destroyed', async (t) => {
+  const app = await build(t, { lease: 60 })
+  const sources: Readable[] = []
+  app.post('/', streamed(), async (_request, reply) => {
+    const source = silent(t)
+    sources.push(source)
+    return reply.send(source)
+  })
+  const port = await listen(app)
+  const keys = Array.from({ length: 20 }, (_, n) => `k${n}`)
+  for (const key of keys) {
+    const client = start(port, { key })
+    await (await chunksOf(client)).next()
+    client.hangUp()
+  }
+  await until(() => sources.every((source) => source.destroyed))
+  for (const key of keys) t.match(await recordOf(app, key), { kind: 'tombstone', reason: 'stream-failed' })
+})
+
+t.test('a source whose client has left is destroyed when the server closes, and its tombstone is stored', async (t) => {
+  for (const type of ['web', 'foreign web', 'node', 'legacy'] as const) {
+    const store = new MemoryStore()
+    const app = await build(t, { lease: 100, store })
+    const source = silent(t)
+    let stopped = false
+    const stop = () => {
+      stopped = true
+    }
+    source.on('close', stop)
+    const reader = {
+      read: async () => (source.readableLength > 0 ? { done: false, value: source.read() } : new Promise(() => {})),
+      cancel: async () => stop()
+    }
+    const payloads = {
+      node: () => source,
+      web: () => Readable.toWeb(source),
+      'foreign web': () => ({ locked: false, getReader: () => reader }),
+      legacy: () => ({ on: () => {}, pipe: (to: PassThrough) => source.pipe(to), abort: stop })
+    }
+    app.post('/', streamed(), async (_request, reply) => reply.send(payloads[type]()))
+    const port = await listen(app)
+    const client = start(port, { key: 'k' })
+    await (await chunksOf(client)).next()
+    client.hangUp()
+    await app.close()
+    await until(() => stopped, { message: type })
+    t.match(await store.get(storageKey(null, 'k')), { record: { kind: 'tombstone' } }, type)
+  }
+})
+
+t.test('what a client does not read is read for it after one lease, and stored', async (t) => {
+  const app = await build(t, { lease: 60, maxReplySize: 40_000_000 })
+  let left = 1_000
+  const source: Readable = new Readable({
+    read() {
+      this.push(left-- > 0 ? Buffer.alloc(20_000, 'x') : null)
+    }
+  })
+  app.post('/', streamed(), async (_request, reply) => reply.send(source))
   const port = await listen(app)
   const client = start(port, { key: 'k' })
-  stream.write('data: 1\n\n')
-  await (await chunksOf(client)).next()
-  client.hangUp()
-  await until(() => stream.destroyed)
-  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-  t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+  const response = await client.response
+  response.pause()
+  await until(async () => (await recordOf(app)) !== undefined)
+  t.match(await recordOf(app), { kind: 'reply' })
+  t.equal(source.destroyed, true)
+  let size = 0
+  for await (const chunk of response) size += chunk.length
+  t.equal(size, 20_000_000, 'who reads it after all gets it whole')
 })
+
+t.test(
+  'what a client does not read, and cannot be kept, is a tombstone; source and connection are ended',
+  async (t) => {
+    const kinds: [type: string, reason: string, status: number][] = [
+      ['text/plain', 'too-large', 200],
+      ['text/event-stream', 'stream-failed', 200],
+      ['text/plain', 'released', 503]
+    ]
+    for (const [type, reason, status] of kinds) {
+      const app = await build(t, { lease: 60, maxReplySize: 1_000 })
+      const source = endless(t)
+      app.post('/', streamed(), async (_request, reply) => reply.code(status).type(type).send(source))
+      const port = await listen(app)
+      const client = start(port, { key: 'k' })
+      const response = await client.response
+      response.pause()
+      await until(() => source.destroyed)
+      await until(async () => (await app.idempotency.get('k'))?.state !== 'running')
+      if (status === 503) t.equal(await app.idempotency.get('k'), null)
+      else t.match(await recordOf(app), { kind: 'tombstone', reason })
+      await t.rejects(response.toArray(), { code: 'ECONNRESET' })
+    }
+  }
+)
+
+t.test('a client that does not read does not keep the server from closing', async (t) => {
+  const app = await build(t, { lease: 60 })
+  const source = endless(t)
+  app.post('/', streamed(), async (_request, reply) => reply.send(source))
+  const port = await listen(app)
+  const response = await start(port, { key: 'k' }).response
+  response.on('error', () => {})
+  response.pause()
+  await app.close()
+  t.equal(source.destroyed, true)
+})
+
+t.test('the stream of a reply that comes after the timeout has no client: it is read for one lease', async (t) => {
+  for (const make of [silent, endless]) {
+    const app = await build(t, { lease: 60 })
+    const path = `/${make.name}`
+    const late = latch()
+    const source = make(t)
+    app.post(path, { ...streamed(), handlerTimeout: 20 }, async () => {
+      await late.promise
+      return source
+    })
+    t.equal((await inject(app, { method: 'POST', url: path, headers: { 'idempotency-key': path } })).statusCode, 503)
+    late.open()
+    await until(() => source.destroyed)
+    await until(async () => (await recordOf(app, path)) !== undefined)
+    t.match(await recordOf(app, path), { kind: 'tombstone' })
+  }
+})
+
+const EVENT_STREAMS: Record<string, (reply: FastifyReply, source: Readable) => unknown> = {
+  plain: (reply, source) => reply.type('text/event-stream').send(source),
+  'with a charset': (reply, source) => reply.type('Text/Event-Stream; charset=utf-8').send(source),
+  'with a list of types': (reply, source) => reply.header('content-type', ['text/event-stream']).send(source),
+  'by the raw response': (reply, source) => {
+    reply.raw.setHeader('content-type', 'text/event-stream')
+    return reply.send(source)
+  },
+  'as a Response': (_reply, source) =>
+    new Response(Readable.toWeb(source) as never, { headers: { 'content-type': 'text/event-stream' } }),
+  'as a web stream': (reply, source) => reply.type('text/event-stream').send(Readable.toWeb(source))
+}
+
+for (const [how, send] of Object.entries(EVENT_STREAMS)) {
+  t.test(
+    `an event stream, ${how}, is not copied: it is a tombstone at its end, and at once when its client leaves`,
+    async (t) => {
+      const app = await build(t)
+      let stream = new PassThrough()
+      app.post('/', streamed(), async (_request, reply) => send(reply, stream))
+      const port = await listen(app)
+      const whole = post(port, { key: 'whole' })
+      stream.end('data: 1\n\n')
+      t.equal((await whole).text, 'data: 1\n\n')
+      t.match(await recordOf(app, 'whole'), { kind: 'tombstone', reason: 'hijacked' })
+      t.equal(codeOf(await post(port, { key: 'whole' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+      stream = new PassThrough()
+      const client = start(port, { key: 'k' })
+      stream.write('data: 1\n\n')
+      await (await chunksOf(client)).next()
+      client.hangUp()
+      await until(() => stream.destroyed)
+      await until(async () => (await recordOf(app)) !== undefined)
+      t.match(await recordOf(app), { kind: 'tombstone', reason: 'stream-failed' })
+    }
+  )
+}
 
 t.test('a stream behind which an onSend hook fails is stored, and its retry is a replay', async (t) => {
   const app = await build(t)

@@ -196,6 +196,15 @@ const undone: Record<string, { first: Work; status: number }> = {
     first: (_request, reply) => reply.code(503).send(Readable.from([Buffer.from('{}')])),
     status: 503
   },
+  'replies with a stream that fails half-way': {
+    first: (_request, reply) => {
+      const stream = new PassThrough()
+      stream.write('half')
+      setImmediate(() => stream.destroy(new Error('broken')))
+      return reply.code(201).send(stream)
+    },
+    status: 500
+  },
   'replies with a stream that fails before its first byte': {
     first: () => {
       const stream = new PassThrough()
@@ -245,40 +254,97 @@ test('a reply that is too large to keep is committed with its effects, and leave
   t.same([await ledger(), runs()], [['run 1'], 1])
 })
 
-test('the end of a streamed reply is held back until the commit is done, and it replays byte for byte', async (t) => {
+test('no byte of a streamed reply leaves before the commit is done, and it replays byte for byte', async (t) => {
   const bytes = Buffer.from(Array.from({ length: 256 }, (_, byte) => byte))
-  for (const length of [undefined, 259]) {
-    const stream = new PassThrough()
-    const first: Work = (_request, reply) => {
-      if (length !== undefined) reply.header('content-length', length)
-      return reply.code(201).type('image/png').send(stream)
+  const lengths: Record<string, string>[] = [{}, { 'content-length': '259' }, { 'transfer-encoding': 'chunked' }]
+  const makes: ((stream: Readable) => unknown)[] = [
+    (stream) => stream,
+    (stream) => Readable.toWeb(stream),
+    (stream) => new Response(Readable.toWeb(stream) as ReadableStream, { status: 201 })
+  ]
+  for (const headers of lengths) {
+    for (const make of makes) {
+      const stream = new PassThrough()
+      const first: Work = (_request, reply) => reply.code(201).type('image/png').headers(headers).send(make(stream))
+      const scene = await open(t, { first, options: { storeTimeout: 60_000 } })
+      const commit = await gate(scene)
+      const port = await listen(scene.app)
+      let received = false
+      const whole = post(port, { key: 'k' }).then((reply) => {
+        received = true
+        return reply
+      })
+      stream.write('one')
+      stream.end(bytes)
+      await commit.reached()
+      await sleep(20)
+      t.same([received, await scene.ledger()], [false, []])
+      await commit.open()
+      const reply = await whole
+      t.same([reply.status, reply.headers['content-length'], await scene.ledger()], [201, '259', ['run 1']])
+      t.equal(reply.headers['transfer-encoding'], undefined)
+      const retry = await post(port, { key: 'k' })
+      t.same([retry.status, retry.headers['content-type'], retry.headers[REPLAYED]], [201, 'image/png', 'true'])
+      t.ok(retry.body.equals(Buffer.concat([Buffer.from('one'), bytes])))
+      t.ok(retry.body.equals(reply.body))
+      t.equal(scene.runs(), 1)
     }
-    const scene = await open(t, { first, options: { storeTimeout: 60_000 } })
-    const commit = await gate(scene)
+  }
+})
+
+test('clients that do not read their streamed replies hold no connection of the pool', async (t) => {
+  const size = 1_000_000
+  const endless = (type: string): Work => {
+    return (_request, reply) => {
+      const source = new Readable({
+        read() {
+          this.push(Buffer.alloc(60_000, '\n'))
+        }
+      })
+      t.teardown(() => source.destroy())
+      return reply.type(type).send(source)
+    }
+  }
+  const kinds: [name: string, first: Work, options: object][] = [
+    ['kept', (_request, reply) => reply.send(Readable.from([Buffer.alloc(size)])), { maxReplySize: size }],
+    ['too large', endless('text/plain'), {}],
+    ['events', endless('text/event-stream'), {}]
+  ]
+  for (const [name, first, options] of kinds) {
+    const scene = await open(t, { first: created, pool: { max: 3 }, options: { lease: 60_000, ...options } })
+    scene.app.post('/stream', { config: { idempotency: { transaction: true, ...options } } }, first as never)
+    const port = await listen(scene.app)
+    const lazy = ['1', '2', '3'].map((key) => start(port, { path: '/stream', key }))
+    for (const { response } of lazy) (await response).pause()
+    t.same(told(await post(port, { key: 'payment' })), RAN_1, name)
+    for (const { response, hangUp } of lazy) {
+      ;(await response).on('error', () => {})
+      hangUp()
+    }
+  }
+})
+
+test('a stream that is too large to keep, takes longer than a lease or has events is committed, and then sent whole', async (t) => {
+  const kinds: [name: string, reason: string, options: object, type: string][] = [
+    ['too large', 'too-large', { maxReplySize: 4 }, 'text/plain'],
+    ['takes longer', 'stream-failed', { lease: 50 }, 'text/plain'],
+    ['events', 'hijacked', {}, 'text/event-stream']
+  ]
+  for (const [name, reason, options, type] of kinds) {
+    const stream = new PassThrough()
+    const scene = await open(t, { first: (_request, reply) => reply.type(type).send(stream), options })
     const port = await listen(scene.app)
     const client = start(port, { key: 'k' })
     stream.write('one')
+    stream.write('two')
+    const response = await client.response
+    t.same(await scene.ledger(), ['run 1'], name)
+    t.match(await scene.store.get(storageKey(null, 'k')), { record: { kind: 'tombstone', reason } }, name)
+    stream.end('three')
     const chunks: Buffer[] = []
-    let ended = false
-    const whole = client.response.then(async (response) => {
-      for await (const chunk of response) chunks.push(chunk)
-      ended = true
-    })
-    await until(() => chunks.length === 1)
-    t.same(await scene.ledger(), [])
-    stream.end(bytes)
-    await commit.reached()
-    await sleep(20)
-    t.same([ended, await scene.ledger()], [false, []])
-    if (length !== undefined) t.equal(Buffer.concat(chunks).length, 3)
-    await commit.open()
-    await whole
-    t.same(await scene.ledger(), ['run 1'])
-    const retry = await post(port, { key: 'k' })
-    t.same([retry.status, retry.headers['content-type'], retry.headers[REPLAYED]], [201, 'image/png', 'true'])
-    t.ok(retry.body.equals(Buffer.concat([Buffer.from('one'), bytes])))
-    t.ok(retry.body.equals(Buffer.concat(chunks)))
-    t.equal(scene.runs(), 1)
+    for await (const chunk of response) chunks.push(chunk)
+    t.equal(String(Buffer.concat(chunks)), 'onetwothree', name)
+    t.same(told(await post(port, { key: 'k' })), NOT_REPLAYABLE)
   }
 })
 
@@ -296,20 +362,6 @@ test('the transaction is open for as long as a streamed reply is being made', as
   t.equal((await scene.send()).body, '[1]')
   t.equal((await scene.send()).headers[REPLAYED], 'true')
   t.same(await scene.ledger(), ['run 1', 'streamed'])
-})
-
-test('a stream that fails half-way leaves a tombstone, and what was written stays', async (t) => {
-  const stream = new PassThrough()
-  const scene = await open(t, { first: () => stream })
-  const port = await listen(scene.app)
-  const client = start(port, { key: 'k' })
-  stream.write('half')
-  const chunks = (await client.response)[Symbol.asyncIterator]()
-  await chunks.next()
-  stream.destroy(new Error('broken'))
-  await t.rejects(chunks.next(), { code: 'ECONNRESET' })
-  t.same(told(await post(port, { key: 'k' })), NOT_REPLAYABLE)
-  t.same([await scene.ledger(), scene.runs()], [['run 1'], 1])
 })
 
 test('a hijacked reply leaves a tombstone, and what was written stays', async (t) => {
@@ -355,19 +407,21 @@ test('a client that leaves while the handler runs changes nothing: it is committ
   t.same(await scene.ledger(), ['run 1'])
 })
 
-test('when the client leaves in the middle of a stream, the rest is read and stored; an event stream is buried', async (t) => {
+test('when the client leaves while its stream is read, it is read to its end and stored; an event stream is buried', async (t) => {
   for (const type of ['text/plain', 'text/event-stream']) {
     const stream = new PassThrough()
-    const closed = latch()
+    const [sent, closed] = [latch(), latch()]
     const first: Work = (_request, reply) => {
       reply.raw.on('close', () => closed.open())
+      sent.open()
       return reply.type(type).send(stream)
     }
     const scene = await open(t, { first })
     const port = await listen(scene.app)
     const client = start(port, { key: 'k' })
     stream.write('one')
-    await (await client.response)[Symbol.asyncIterator]().next()
+    await sent.promise
+    if (type !== 'text/plain') await (await client.response)[Symbol.asyncIterator]().next()
     client.hangUp()
     await closed.promise
     if (type === 'text/plain') stream.end('two')

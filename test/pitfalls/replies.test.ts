@@ -320,8 +320,13 @@ t.test('the claim of a streamed reply is held until its last byte', async (t) =>
     stream.end()
     t.ok((await reader?.read())?.done)
     const retry = await send()
-    t.equal(retry.headers.get('idempotent-replayed'), 'true', type)
-    t.equal(await retry.text(), '{"part":1}\n\n{"part":2}\n\n')
+    // An event stream has no end that could be waited for: there is no copy of it.
+    if (type === 'text/event-stream') {
+      t.equal(retry.status, 409)
+    } else {
+      t.equal(retry.headers.get('idempotent-replayed'), 'true', type)
+      t.equal(await retry.text(), '{"part":1}\n\n{"part":2}\n\n')
+    }
     t.equal(runs, 1)
   }
 })

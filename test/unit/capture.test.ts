@@ -1,7 +1,7 @@
 import { Duplex, PassThrough, Readable } from 'node:stream'
 import { ReadableStream } from 'node:stream/web'
 import type { FastifyReply } from 'fastify'
-import t from 'tap'
+import t, { type Test } from 'tap'
 import {
   asStream,
   CapturedStream,
@@ -17,6 +17,7 @@ import {
   type Unfinished
 } from '../../lib/capture.js'
 import { type Latch, latch, until } from '../support/latch.js'
+import { VirtualTime } from '../support/virtual-time.js'
 
 const LEASE = 30_000
 
@@ -240,7 +241,7 @@ async function settle(): Promise<void> {
   for (let turn = 0; turn < 10; turn++) await new Promise((resolve) => setImmediate(resolve))
 }
 
-const OPTIONS = { limit: 1_000, expected: undefined, keeps: true, lease: LEASE, open: new Set<Unfinished>() }
+const OPTIONS = { limit: 1_000, expected: undefined, keeps: true, lease: 60_000, open: new Set<Unfinished>() }
 
 /** Notes how a stream ended, and holds its storing until the test lets go. */
 class Fate implements StreamFate {
@@ -756,4 +757,226 @@ t.test('a stream with something unreadable in its middle is never stored', async
   stream.on('data', (chunk) => got.push(String(chunk))).on('error', () => {})
   await new Promise((resolve) => stream.on('close', resolve))
   t.strictSame([calls, got], [['failed'], ['a']])
+})
+
+/* What nobody reads */
+
+const time = new VirtualTime()
+
+/** A source that gives chunks of 40 kB for as long as somebody takes them. */
+function plenty(chunks = Number.POSITIVE_INFINITY) {
+  const source = Object.assign(
+    new Readable({
+      read() {
+        this.push(source.given++ < chunks ? Buffer.alloc(40_000, 'x') : null)
+      }
+    }),
+    { given: 0 }
+  )
+  return source
+}
+
+function timed(name: string, test: (t: Test) => Promise<void>): void {
+  t.test(name, async (t) => {
+    const { lease } = OPTIONS
+    // Timers are shared by all of one lease: there must be no real one.
+    OPTIONS.lease = LEASE
+    time.install()
+    try {
+      await test(t)
+    } finally {
+      time.uninstall()
+      OPTIONS.lease = lease
+    }
+  })
+}
+
+timed('what a client does not take is not read for it before one lease has passed', async (t) => {
+  const source = plenty(20)
+  const { fate, stream } = capture(source, { limit: 1_000_000 })
+  await time.pass(LEASE - 1)
+  t.strictSame([fate.calls, source.isPaused()], [[], true])
+  await time.pass(1)
+  t.equal(fate.body?.length, 800_000)
+  fate.stored.open()
+  t.equal(
+    (await stream.toArray()).reduce((size, { length }) => size + length, 0),
+    800_000
+  )
+})
+
+timed('a source that is read for a client which takes nothing has one more lease', async (t) => {
+  const source = new PassThrough()
+  const open = new Set<Unfinished>()
+  const { fate, client } = capture(source, { limit: 1_000_000, open })
+  source.write(Buffer.alloc(100_000))
+  await time.pass(2 * LEASE - 1)
+  t.strictSame([fate.calls, source.destroyed, open.size], [[], false, 1])
+  await time.pass(1)
+  t.strictSame([fate.calls, source.destroyed, open.size], [['failed after'], true, 0])
+  t.match(client.error, { message: 'The client does not read its reply' })
+})
+
+timed('no more than the limit is read for a client that takes nothing', async (t) => {
+  const source = plenty()
+  const { fate, client } = capture(source, { limit: 1_000_000 })
+  await time.pass(LEASE)
+  t.strictSame([fate.calls, source.destroyed], [['ended without a copy'], true])
+  t.ok(source.given < 30, `${source.given} chunks`)
+  t.match(client.error, { message: 'The client does not read its reply' })
+})
+
+timed('what is not kept is given up when its client has taken nothing for a lease', async (t) => {
+  for (const [options, call] of [
+    [{ limit: 1_000 }, 'ended without a copy'],
+    [{ keeps: false }, 'failed after']
+  ] as const) {
+    const source = plenty()
+    const { fate, client } = capture(source, options)
+    await time.pass(LEASE)
+    t.strictSame([fate.calls, source.destroyed, source.given < 10], [[call], true, true])
+    t.not(client.error, null)
+  }
+})
+
+timed('a client that takes something within each lease is never given up', async (t) => {
+  for (const options of [{ limit: 1_000 }, { keeps: false }, { limit: 1_000_000 }]) {
+    const source = plenty()
+    const { stream, client } = capture(source, options)
+    for (let turn = 0; turn < 40; turn++) {
+      await time.pass(LEASE - 1)
+      stream.read(1_000)
+    }
+    t.strictSame([source.destroyed, client.error], [false, null])
+    stream.destroy()
+    await settle()
+  }
+})
+
+timed('a client that takes something while the source is read for it slows the source down again', async (t) => {
+  const source = new PassThrough()
+  const { fate, stream } = capture(source, { limit: 1_000_000 })
+  source.write(Buffer.alloc(300_000))
+  await time.pass(LEASE)
+  t.equal(source.isPaused(), false)
+  stream.read(1_000)
+  await time.pass(LEASE)
+  t.strictSame([source.isPaused(), source.destroyed, fate.calls], [true, false, []])
+  stream.resume()
+  source.end()
+  await settle()
+  t.equal(fate.body?.length, 300_000)
+})
+
+timed('the source of a client that has left has one lease', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source)
+  await time.pass(10 * LEASE)
+  t.strictSame(fate.calls, [], 'a client that waits is not one that does not read')
+  client.leave()
+  source.write('a')
+  await time.pass(LEASE - 1)
+  t.strictSame([fate.calls, source.destroyed], [[], false])
+  await time.pass(1)
+  t.strictSame([fate.calls, source.destroyed], [['failed after'], true])
+})
+
+timed('a source that has given its content-length is not waited for when its client has left', async (t) => {
+  const source = new PassThrough()
+  const { fate, client } = read(source, { expected: 2 })
+  source.write('a')
+  await settle()
+  client.leave()
+  source.write('b')
+  await settle()
+  t.strictSame([fate.calls, source.destroyed], [['ended: ab'], true])
+})
+
+timed('a client that has all its content-length gets a proper end, however late it reads', async (t) => {
+  const source = new PassThrough()
+  const { fate, stream, client } = capture(source, { limit: 200_000, expected: 100_000 })
+  fate.stored.open()
+  source.write(Buffer.alloc(100_000))
+  await time.pass(3 * LEASE)
+  t.equal(source.destroyed, true)
+  stream.resume()
+  await settle()
+  t.strictSame([client.ended, client.error, fate.calls.length], [true, null, 1])
+})
+
+timed('a stream without a client is read for a lease, and comes to its end', async (t) => {
+  for (const make of [() => new PassThrough(), () => plenty(), () => Readable.from(['a'])]) {
+    const source = make()
+    const { stream, fate, client } = read(source)
+    stream.leave()
+    await time.pass(LEASE)
+    t.strictSame([source.destroyed, fate.calls.length, client.error], [true, 1, null])
+    fate.stored.open()
+    await settle()
+    t.equal(client.ended, true)
+  }
+})
+
+t.test('a stream is known as open until its source has ended, failed or is given up', async (t) => {
+  const ends: ((source: PassThrough, stream: CapturedStream) => unknown)[] = [
+    (source) => source.end(),
+    (source) => source.destroy(new Error('broken')),
+    (_source, stream) => stream.giveUp()
+  ]
+  for (const end of ends) {
+    const open = new Set<Unfinished>()
+    const source = new PassThrough()
+    const { fate, stream } = read(source, { open })
+    fate.stored.open()
+    t.strictSame([...open], [stream])
+    await end(source, stream)
+    await until(() => source.destroyed && open.size === 0)
+    t.equal(fate.calls.length, 1)
+  }
+})
+
+/* What is read ahead of its client */
+
+t.test('a stream that is read ahead is there as a whole, or fails, and its fate is not asked for', async (t) => {
+  const whole = capture(Readable.from(['a', 'b']))
+  t.strictSame(await whole.stream.readAhead(), Buffer.from('ab'))
+  const long = new PassThrough()
+  const lengthy = capture(long, { expected: 2 })
+  const promised = lengthy.stream.readAhead()
+  long.write('ab')
+  t.strictSame(await promised, Buffer.from('ab'))
+  lengthy.stream.leave()
+  t.equal(long.destroyed, true)
+  const source = new PassThrough()
+  const broken = capture(source)
+  const failure = broken.stream.readAhead()
+  source.destroy(new Error('broken'))
+  await t.rejects(failure, { message: 'broken' })
+  const stopped = capture(new PassThrough())
+  const given = stopped.stream.readAhead()
+  await stopped.stream.giveUp()
+  await t.rejects(given, { message: 'Nobody waits for this reply any more' })
+  for (const { fate } of [whole, lengthy, broken, stopped]) t.strictSame(fate.calls, [])
+})
+
+timed('what is too large to be read ahead, or takes longer than a lease, is sent from its beginning', async (t) => {
+  for (const [size, options, reason] of [
+    [100_000, { limit: 50_000 }, 'too-large'],
+    [100_000, { limit: 50_000, expected: 100_000 }, 'too-large'],
+    [3, {}, 'stream-failed'],
+    [100_000, { limit: 200_000 }, 'stream-failed']
+  ] as const) {
+    const source = new PassThrough()
+    const { fate, stream, client } = capture(source, options)
+    const read = stream.readAhead()
+    source.write(Buffer.alloc(size))
+    await time.pass(LEASE)
+    t.equal(await read, reason)
+    client.read()
+    source.end('end')
+    fate.stored.open()
+    await until(() => client.ended)
+    t.equal(client.bytes.length, size + 3)
+    t.strictSame(fate.calls, ['ended without a copy'])
+  }
 })

@@ -1,9 +1,10 @@
 import { PassThrough, type Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
-import type { Payload } from '../../lib/capture.js'
+import type { Payload, Unfinished } from '../../lib/capture.js'
 import { endUnkept, finish, isFinalReply, sendStream, statusOf } from '../../lib/ending.js'
 import { Exchange } from '../../lib/exchange.js'
+import { NowhereResponse } from '../../lib/nowhere-response.js'
 import type { Operation } from '../../lib/operation.js'
 import type { Policy } from '../../lib/options.js'
 import { latch, until } from '../support/latch.js'
@@ -231,6 +232,88 @@ t.test('without its client an event stream has broken off, and any other stream 
     if (!isEvents) source.end('b')
     await until(() => calls.length > 0)
     t.match(calls, [[isEvents ? { reason: 'stream-failed' } : { body: Buffer.from('ab') }]], `${type}`)
+  }
+})
+
+t.test('an event stream is not kept, whatever its end, and its tombstone says which that was', async (t) => {
+  for (const [end, reason] of [
+    [(source: PassThrough) => source.end(), 'hijacked'],
+    [(source: PassThrough) => source.destroy(new Error('broken')), 'stream-failed']
+  ] as const) {
+    const { calls, client, source } = streamed(true, { headers: { 'content-type': 'text/event-stream' } })
+    source.write('data: 1')
+    await until(() => client.text === 'data: 1')
+    end(source)
+    await until(() => client.ended || client.failed)
+    t.match(calls, [[{ kind: 'tombstone', reason }]])
+  }
+})
+
+t.test('the stream of a reply that has no client any more is read for the record alone', async (t) => {
+  const { calls, exchange, reply } = onItsWay({ maxReplySize: 3 })
+  reply.raw = Object.create(NowhereResponse.prototype, { headersSent: { value: false } })
+  const source = new PassThrough()
+  sendStream(exchange, source, true, new Set())
+  source.write('1234')
+  await until(() => source.destroyed)
+  t.match(calls, [[{ kind: 'tombstone', reason: 'too-large' }]])
+})
+
+/** Sends a stream of a route with `transaction: true`. */
+function committed(final: boolean, options: Parameters<typeof onItsWay>[0] = {}) {
+  const scene = onItsWay(options)
+  Object.assign(scene.exchange.operation.policy, { transaction: true })
+  const source = new PassThrough()
+  const open = new Set<Unfinished>()
+  return { ...scene, open, source, sent: sendStream(scene.exchange, source, final, open) as Promise<unknown> }
+}
+
+t.test('in a transaction a stream is sent as it was when it was read, whatever happens meanwhile', async (t) => {
+  const { calls, exchange, headers, open, reply, sent, source } = committed(true, {
+    headers: { etag: '1', 'transfer-encoding': 'chunked' }
+  })
+  t.strictSame([exchange.sending, open.size], ['storing', 1])
+  source.write('bo')
+  // The handler's time is up, and an error handler has its turn.
+  Object.assign(headers, { etag: '2', 'x-late': '1' })
+  reply.statusCode = 503
+  exchange.failed = true
+  source.end('dy')
+  t.strictSame(await sent, Buffer.from('body'))
+  t.strictSame([reply.statusCode, headers, exchange.sending, open.size], [200, { etag: '1' }, 'passed', 0])
+  t.match(calls, [[{ kind: 'reply', statusCode: 200, headers: [['etag', '1']], body: Buffer.from('body') }, false]])
+  t.equal(exchange.stream, null)
+})
+
+t.test('in a transaction a stream that is not final gives the key back, and is sent', async (t) => {
+  const { calls, sent, source } = committed(false)
+  source.end('body')
+  t.strictSame([await sent, calls], [Buffer.from('body'), [['release']]])
+})
+
+t.test(
+  'in a transaction a stream that breaks off, or whose app closes, is an error that gives the key back',
+  async (t) => {
+    for (const [spoil, message] of [
+      [({ source }: ReturnType<typeof committed>) => source.destroy(new Error('broken')), 'broken'],
+      [({ open }: ReturnType<typeof committed>) => [...open][0]?.giveUp(), 'Nobody waits for this reply any more']
+    ] as const) {
+      const scene = committed(true)
+      scene.source.write('half')
+      await new Promise((resolve) => setImmediate(resolve))
+      spoil(scene)
+      await t.rejects(scene.sent, { message })
+      t.strictSame([scene.calls, scene.reply.statusCode, scene.source.destroyed], [[['release']], 500, true])
+    }
+  }
+)
+
+t.test('in a transaction that is not committed the source is stopped, and nothing is sent', async (t) => {
+  for (const maxReplySize of [2, 100]) {
+    const { sent, source } = committed(true, { maxReplySize, storing: () => Promise.reject(new Error('refused')) })
+    source.end('body')
+    await t.rejects(sent, { message: 'refused' })
+    t.equal(source.destroyed, true)
   }
 })
 

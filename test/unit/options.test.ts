@@ -1,4 +1,5 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
+import { Redis } from 'ioredis'
 import t from 'tap'
 import {
   concerns,
@@ -10,7 +11,9 @@ import {
   routePolicy
 } from '../../lib/options.js'
 import { MemoryStore } from '../../lib/stores/memory.js'
+import { RedisStore } from '../../lib/stores/redis.js'
 import type { IdempotencyOptions, IdempotencyRouteOptions } from '../../types/index.js'
+import { warningsOf } from '../support/warnings.js'
 
 const WHERE = ' of POST /charges'
 
@@ -350,7 +353,7 @@ for (const [name, [takes, values]] of Object.entries(wrong)) {
         t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
         const said = `option "${name}"${where} takes ${takes}, got `
         t.equal(message.slice(0, said.length), said)
-        t.ok(message.slice(said.length).endsWith(got), `${message.slice(said.length)} ends with ${got}`)
+        t.ok(message.slice(said.length).includes(got), `${message.slice(said.length)} has ${got}`)
       }
     }
   })
@@ -387,6 +390,121 @@ t.test('wrong methods are refused, safe ones among them, whatever their case', a
 
 t.test('methods may be in any case, and may be ones that Node does not know', async (t) => {
   t.strictSame([...registered({ methods: ['put', 'Delete', 'FOLD'] }).methods], ['PUT', 'DELETE', 'FOLD'])
+})
+
+t.test('what is in a value stays out of the message', async (t) => {
+  class Client {
+    password = 'secret'
+  }
+  const values = [
+    new Client(),
+    { password: 'secret' },
+    [new Client()],
+    Object.assign(() => {}, { password: 'secret' }),
+    'redis://user:secret@localhost:6379',
+    'postgres://user:sec@ret@localhost/db',
+    ['redis://user:secret@localhost']
+  ]
+  for (const value of values) {
+    for (const name of ['store', 'methods', 'documentationUrl', 'hook', 'maxKeyLength']) {
+      const { message } = refusal(() => registered({ [name]: value }))
+      t.notMatch(message, /sec.?ret/, message)
+    }
+  }
+})
+
+t.test('what is taken for a store is told what to write', async (t) => {
+  class Pool {
+    totalCount = 0
+    query() {}
+    connect() {}
+    end() {}
+  }
+  class PgClient {
+    query() {}
+    connect() {}
+    end() {}
+  }
+  const redis = new Redis({ lazyConnect: true, password: 'secret' })
+  const nodeRedis = { sendCommand() {}, multi() {}, isOpen: true }
+  const decorated = { pool: new Pool(), query() {}, connect() {}, transact() {} }
+  const values: [unknown, RegExp][] = [
+    [redis, /got \[Redis\] \(object\): .*write new RedisStore\(client\)$/],
+    [nodeRedis, /node-redis; write new RedisStore\(new Redis\(…\)\) with ioredis$/],
+    [new Pool(), /a pool of pg; write new PostgresStore\(\{ pool \}\)$/],
+    [new PgClient(), /a client of pg; write new PostgresStore\(\{ pool \}\) with a pool$/],
+    [decorated, /write new PostgresStore\(\{ pool: app\.pg\.pool \}\)$/],
+    [RedisStore, /\[class RedisStore\] \(function\): write new RedisStore\(…\)$/],
+    [MemoryStore, /write new MemoryStore\(…\)$/],
+    ['redis://localhost', /write new RedisStore\(new Redis\(…\)\) with ioredis$/],
+    [{ get() {}, set() {} }, /got \[Object\] \(object\)$/],
+    [() => {}, /\(function\)$/]
+  ]
+  for (const [value, said] of values) {
+    const { code, message } = refusal(() => registered({ store: value }))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    t.match(message, said)
+    t.match(refusal(() => declared({ store: value })).message, said)
+  }
+})
+
+t.test('options that other tools hand to every plugin are not ours', async (t) => {
+  const { routeDefaults } = registered({
+    skipOverride: true,
+    prefix: '/v1',
+    bodyLimit: 1,
+    trustProxy: true,
+    ttl: 60_000
+  })
+  t.strictSame(Object.keys(routeDefaults), ['ttl', 'store'])
+})
+
+/** What is told of the durations of these options, each as `option "<name>" …`. */
+async function durations(work: () => unknown): Promise<string[]> {
+  return warningsOf('FST_IDEMPOTENCY_DURATION', work)
+}
+
+t.test('a duration that looks like seconds is told, once, with what it would be', async (t) => {
+  const looks = {
+    ttl: [30, 999, 3_600, 86_400, 604_800],
+    lease: [30, 900],
+    waitTimeout: [60, 120],
+    storeTimeout: [2, 30]
+  }
+  for (const [name, values] of Object.entries(looks)) {
+    for (const value of values) {
+      const what = `option "${name}" is ${value} milliseconds: if ${value} seconds are meant, it is ${value * 1_000}`
+      const told = await durations(() => {
+        for (const _ of [1, 2]) policy(true, { [name]: value })
+      })
+      t.strictSame(
+        told.filter((text) => !text.includes('storeTimeout (')),
+        [what]
+      )
+      const ofRoute = await durations(() => policy({ [name]: value }))
+      t.ok(ofRoute.includes(what.replace('" is', `"${WHERE} is`)), `${name} of a route`)
+    }
+  }
+})
+
+t.test('a duration that is short and meant is not', async (t) => {
+  const told = await durations(() => {
+    policy(true, { ttl: 1_000, storeTimeout: 250, waitTimeout: 500, lease: 1_000 })
+    policy(true, { ttl: null })
+    policy({ ttl: 3_600_000, lease: 60_000 })
+    policy()
+  })
+  t.strictSame(told, [])
+})
+
+t.test('a lease that a slow store outlives is told where it is set', async (t) => {
+  const says = (where: string, lease: number, storeTimeout: number) =>
+    `option "lease"${where} is ${lease}, less than 3 × storeTimeout (${storeTimeout}): ` +
+    'a store that is slow once lets a claim lapse while its handler runs'
+  t.strictSame(await durations(() => policy(true, { lease: 5_999 })), [says('', 5_999, 2_000)])
+  t.strictSame(await durations(() => policy(true, { storeTimeout: 10_001 })), [says('', 30_000, 10_001)])
+  t.strictSame(await durations(() => policy({ storeTimeout: 4_000 }, { lease: 10_000 })), [says(WHERE, 10_000, 4_000)])
+  t.strictSame(await durations(() => policy({ ttl: 60_000 }, { lease: 6_000 })), [])
 })
 
 t.test('a long value is cut in the message', async (t) => {

@@ -329,26 +329,31 @@ t.test('nobody who waits is left without an answer by a store that does not give
 })
 
 t.test('a store that cannot tell of changes is asked again every 100 ms', async (t) => {
-  const asked = hurry(t, 100)
   const store = new Store(null)
-  const guest = store.waiter('a')
-  const waiting = guest.wait()
-  await until(() => store.looks.length === 4)
-  store.state = COMPLETED
-  t.equal(await waiting, COMPLETED)
-  t.strictSame(new Set(asked), new Set([100]))
+  const { time, end } = await manyKeys(t, store, 1)
+  for (const looks of [2, 3, 4]) {
+    await time.pass(99)
+    t.equal(store.looks.length, looks - 1)
+    await time.pass(1)
+    t.equal(store.looks.length, looks)
+  }
+  await end()
 })
 
 t.test('a message that gets lost costs a second at most, however long the lease', async (t) => {
-  const asked = hurry(t, 1_000)
   const store = new Store()
-  const guest = store.waiter('a')
-  const waiting = guest.wait()
-  await until(() => store.looks.length === 2)
-  store.state = COMPLETED
-  t.equal(await waiting, COMPLETED)
-  t.strictSame(new Set(asked), new Set([1_000]))
+  const { time, guests, end } = await manyKeys(t, store, 1)
+  for (const looks of [2, 3]) {
+    await time.pass(999)
+    t.equal(store.looks.length, looks - 1)
+    await time.pass(1)
+    t.equal(store.looks.length, looks)
+  }
   t.equal(store.subscriptions.length, 1, 'the subscription stays')
+  store.state = COMPLETED
+  await time.pass(1_000)
+  t.equal(guests[0]?.result, COMPLETED)
+  await end()
 })
 
 t.test('a subscription that fails is replaced by asking again, and tried again', async (t) => {
@@ -473,17 +478,203 @@ t.test('a room that was empty can be used again', async (t) => {
   }
 })
 
-t.test('of more waiters than a process can hold the last are answered at once', async (t) => {
+/** So many of them that start to wait. */
+const crowd = (store: Store, count: number, storageKey: string) =>
+  Array.from({ length: count }, (_, n) => store.waiter(`${storageKey} ${n}`, { storageKey }))
+
+const isOver = ({ result }: Guest) => result !== undefined
+
+t.test('of more than 10,000 waiters for one key the last are answered at once, and nobody else is', async (t) => {
   const store = new Store()
-  const guests = Array.from({ length: 20_000 }, (_, i) => store.waiter(`${i}`))
+  const guests = crowd(store, 10_000, 'crowded')
   const waits = guests.map((guest) => guest.wait())
-  t.equal(await store.waiter('one more').wait(), 'timeout')
+  for (const late of crowd(store, 10_500, 'crowded').slice(10_000)) t.equal(await late.wait(), 'timeout')
+  const other = store.waiter('other', { storageKey: 'other' })
+  waits.push(other.wait())
   guests[0]?.leave()
-  const last = store.waiter('in the place of who has left')
-  const waiting = last.wait()
+  waits.push(store.waiter('in the place of who has left', { storageKey: 'crowded' }).wait())
+  await until(() => store.looks.includes('other'))
+  t.equal(other.result, undefined)
   store.become(COMPLETED)
+  t.equal((await Promise.all(waits)).filter((result) => result === COMPLETED).length, 10_001)
+})
+
+t.test('when 50,000 wait on a store, a key with few waiters takes the place of one of the most crowded', async (t) => {
+  const store = new Store()
+  const crowds = [10_000, 10_000, 10_000, 10_000, 9_998, 2].map((count, n) => crowd(store, count, `key ${n}`))
+  const guests = crowds.flat()
+  const waits = guests.map((guest) => guest.wait())
+  const [few] = crowd(store, 1, 'key 5')
+  const [alone] = crowd(store, 1, 'another')
+  waits.push((few as Guest).wait(), (alone as Guest).wait())
+  await until(() => guests.filter(isOver).length === 2)
+  for (const guest of guests.filter(isOver)) {
+    t.equal(guest.result, 'timeout')
+    t.match(guest.storageKey, /^key [0-3]$/)
+    t.notMatch(`${guest}`, / 0$/, 'not the one who looks for the others')
+  }
+  t.equal(await (crowd(store, 1, 'key 0')[0] as Guest).wait(), 'timeout', 'the crowded ones are refused')
+  t.strictSame([few?.result, alone?.result], [undefined, undefined])
+  store.become(COMPLETED)
+  t.equal((await Promise.all(waits)).filter((result) => result === COMPLETED).length, 50_000)
+  waits.push((alone as Guest).wait())
+  t.equal(await waits.at(-1), COMPLETED, 'and then there is room again')
+})
+
+t.test('where nobody has more than one waiter who has come first stays', async (t) => {
+  const store = new Store()
+  const guests = Array.from({ length: 50_000 }, (_, n) => store.waiter(`${n}`, { storageKey: `key ${n}` }))
+  const waits = guests.map((guest) => guest.wait())
+  t.equal(await store.waiter('new', { storageKey: 'new' }).wait(), 'timeout')
+  t.equal(await store.waiter('second', { storageKey: 'key 1' }).wait(), 'timeout')
+  for (const guest of guests) guest.leave()
+  await Promise.all(waits)
+})
+
+t.test('waiters on one store take nobody the place on another', async (t) => {
+  const [store, other] = [new Store(), new Store()]
+  const guests = crowd(store, 10_000, 'key')
+  const waits = guests.map((guest) => guest.wait())
+  const guest = other.waiter('a', { storageKey: 'key' })
+  waits.push(guest.wait())
+  await until(() => other.looks.length === 1)
+  t.equal(guest.result, undefined)
+  for (const guest of [...guests]) guest.leave()
+  guest.leave()
+  await Promise.all(waits)
+})
+
+/** One waiter for each of so many keys, in virtual time. */
+async function manyKeys(t: Test, store: Store, count: number, options: Partial<Waiter> = {}) {
+  const time = new VirtualTime()
+  time.install()
+  t.teardown(() => time.uninstall())
+  // Timers of one length are shared, and these are virtual.
+  const waitTimeout = 100_000 + Math.random()
+  const guests = Array.from({ length: count }, (_, n) => {
+    return store.waiter(`${n}`, { storageKey: `key ${n}`, waitTimeout, ...options })
+  })
+  const waits = guests.map((guest) => guest.wait())
+  await time.pass(0)
+  const end = async () => {
+    for (const guest of guests) guest.leave()
+    await time.pass(0)
+    t.ok((await Promise.all(waits)).every((result) => result === 'left' || result === COMPLETED))
+    t.equal(time.pending, 1, 'nothing but the shared limit of those who wait is left')
+  }
+  return { time, guests, end }
+}
+
+/** How often the store was asked in each of so many seconds. */
+async function looksPerSecond(time: VirtualTime, store: Store, seconds: number): Promise<number[]> {
+  const counts: number[] = []
+  for (let n = 0; n < seconds; n++) {
+    const before = store.looks.length
+    await time.pass(1_000)
+    counts.push(store.looks.length - before)
+  }
+  return counts
+}
+
+t.test(
+  'however many keys are waited for, a store that tells of changes is asked 20 times a second at most',
+  async (t) => {
+    const store = new Store()
+    const { time, end } = await manyKeys(t, store, 300)
+    t.equal(store.looks.length, 300, 'once for each key, when its waiting begins')
+    const counts = await looksPerSecond(time, store, 20)
+    t.ok(Math.max(...counts) <= 20, `${counts}`)
+    t.ok(counts.slice(2).every((count) => count >= 19))
+    for (let n = 0; n < 300; n++)
+      t.ok(store.looks.filter((name) => name === `${n}`).length >= 2, 'each key has its turn')
+    t.equal(store.subscriptions.length, 300)
+    await end()
+  }
+)
+
+t.test('a few keys are each looked at every second', async (t) => {
+  const store = new Store()
+  const { time, end } = await manyKeys(t, store, 10)
+  await time.pass(500)
+  t.strictSame(await looksPerSecond(time, store, 5), [10, 10, 10, 10, 10])
+  await end()
+})
+
+t.test('a change is looked at at once, however many keys are in line', async (t) => {
+  const store = new Store()
+  const { time, guests, end } = await manyKeys(t, store, 300)
+  await time.pass(1_500)
+  store.state = COMPLETED
+  store.subscriptions[299]?.changed.open()
+  await time.pass(0)
+  t.equal(guests[299]?.result, COMPLETED)
+  t.equal(guests[298]?.result, undefined)
+  store.state = running()
+  await end()
+})
+
+t.test(
+  'however many keys are waited for, a store that cannot tell of changes is asked 100 times a second',
+  async (t) => {
+    const store = new Store(null)
+    const { time, end } = await manyKeys(t, store, 300)
+    const counts = await looksPerSecond(time, store, 10)
+    t.ok(Math.max(...counts) <= 100, `${counts}`)
+    t.ok(counts.every((count) => count >= 89))
+    await end()
+  }
+)
+
+t.test('a store whose subscriptions fail, or call out all the time, is asked 100 times a second at most', async (t) => {
+  for (const changed of [() => Promise.reject(new Error('no connection')), () => Promise.resolve()]) {
+    const store = new Store(changed)
+    const { time, end } = await manyKeys(t, store, 300)
+    // Those who were called out to look once more at once.
+    await time.pass(1)
+    const before = store.calls.length
+    const counts = await looksPerSecond(time, store, 3)
+    t.ok(Math.max(...counts) <= 100, `${counts}`)
+    t.ok(store.calls.length - before <= 2 * 300)
+    await end()
+  }
+})
+
+t.test('the ends of leases are looked at 100 times a second at most, and none is left out', async (t) => {
+  const store = new Store()
+  store.state = running(3_000)
+  const { time, guests, end } = await manyKeys(t, store, 300)
+  await time.pass(2_990)
+  store.state = { state: 'abandoned', fingerprint: 'f', attempt: 1 }
+  const counts = await looksPerSecond(time, store, 4)
+  t.ok(Math.max(...counts) <= 120, `${counts}`)
+  t.ok(guests.every((guest) => (guest.result as Acquisition).state === 'abandoned'))
+  void end
+})
+
+t.test('a subscription that fails while its key is in line is missed no longer than a poll takes', async (t) => {
+  const store = new Store()
+  const { time, end } = await manyKeys(t, store, 300)
+  await time.pass(1_500)
+  const before = store.looks.filter((name) => name === '299').length
+  store.subscriptions[299]?.changed.fail(new Error('no connection'))
+  await time.pass(10)
+  t.equal(store.looks.filter((name) => name === '299').length, before + 1)
+  t.equal(store.subscriptions.length, 301, 'and it is tried again')
+  await end()
+})
+
+t.test('places in line are given up with the waiting', async (t) => {
+  const store = new Store(null)
+  const { time, guests, end } = await manyKeys(t, store, 1_000)
+  await time.pass(500)
+  for (const guest of guests) guest.leave()
+  const late = store.waiter('late', { storageKey: 'late', waitTimeout: 2_017 })
+  const waiting = late.wait()
+  await time.pass(0)
+  store.state = COMPLETED
+  await time.pass(100)
   t.equal(await waiting, COMPLETED)
-  t.equal((await Promise.all(waits)).filter((result) => result === COMPLETED).length, 19_999)
+  void end
 })
 
 t.test('nothing keeps the process alive when nobody waits any more', async (t) => {

@@ -1,0 +1,31 @@
+import t from 'tap'
+import { hasSiblings, warnOfSiblings } from '../../lib/siblings.js'
+import { EncryptedStore } from '../../lib/stores/encrypted.js'
+import { LocalCache } from '../../lib/stores/local-cache.js'
+import { MemoryStore } from '../../lib/stores/memory.js'
+import { PostgresStore } from '../../lib/stores/postgres.js'
+import type { IdempotencyStore } from '../../types/index.js'
+import { warningsOf } from '../support/warnings.js'
+
+const shared = () => new PostgresStore({ pool: { query() {}, connect() {}, on() {} } as never })
+const sealed = (store: IdempotencyStore) => new EncryptedStore(store, { keys: [Buffer.alloc(32, 1)] })
+const told = (store: IdempotencyStore) => warningsOf('FST_IDEMPOTENCY_MEMORY_STORE', () => warnOfSiblings(store))
+
+t.test('a worker of node:cluster has siblings, and what pm2 started as one of several', async (t) => {
+  t.equal(hasSiblings(true, {}), true)
+  t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '0', exec_mode: 'cluster_mode' }), true)
+  t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '1', exec_mode: 'fork_mode' }), true)
+  t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '0', exec_mode: 'fork_mode' }), false)
+  t.equal(hasSiblings(false, {}), false)
+})
+
+t.test('a MemoryStore in a process with siblings is told once, whatever is in front of it', async (t) => {
+  t.strictSame(await told(new MemoryStore()), [], 'nothing where there are none')
+  process.env.NODE_APP_INSTANCE = '1'
+  t.teardown(() => {
+    delete process.env.NODE_APP_INSTANCE
+  })
+  for (const store of [shared(), sealed(shared()), new LocalCache(shared())]) t.strictSame(await told(store), [])
+  t.match(await told(new LocalCache(sealed(new MemoryStore()))), [/a retry that comes to another one/])
+  t.strictSame(await told(new MemoryStore()), [])
+})
