@@ -128,18 +128,6 @@ test('a key whose connection is lost is free elsewhere, even while its handler s
   t.same(await scene.ledger(), ['run 2'])
 })
 
-test('a connection that is lost before the handler starts: 503, and the handler does not run', async (t) => {
-  const preHandler = async (request: FastifyRequest) => {
-    if (request.headers.cut) await cut(request)
-  }
-  const scene = await open(t, { options: { hook: 'onRequest' }, route: { preHandler } })
-  const refused = await scene.send('k', { headers: { 'idempotency-key': 'k', cut: 'yes' } })
-  t.same(told(refused), UNAVAILABLE)
-  t.match(refused.headers['retry-after'], /^[1-9]\d*$/)
-  t.equal(scene.runs(), 0)
-  t.same(told(await scene.send()), RAN_1)
-})
-
 test('a connection that is lost during the commit is a 503, never a success, and the retry runs', async (t) => {
   const errors = listenTo(t, 'store-error')
   const scene = await open(t, { options: { storeTimeout: 60_000 } })
