@@ -140,7 +140,7 @@ for (const order of orders) {
     })
 
     t.test('a replay leaves the session of a caller who has one alone', async (t) => {
-      const { app } = await server(t)
+      const { app } = await server(t, { scope: false })
       const login = async (user: string) => {
         const reply = await app.inject({ method: 'POST', url: '/login', payload: { user } })
         return pairs(reply)[0] as string
