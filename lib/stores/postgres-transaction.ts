@@ -9,7 +9,7 @@ import type {
 import { LONGEST_DELAY } from '../deadlines.js'
 import { TransactionBroken } from '../errors.js'
 import { within } from '../within.js'
-import { type DatabaseError, explain, isAnswer, isContention, isRefusal } from './postgres-errors.js'
+import { claimFailure, type DatabaseError, explain, isAnswer, isContention, isRefusal } from './postgres-errors.js'
 import { Guard } from './postgres-guard.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './postgres-rows.js'
 import { type PostgresSql, SAVEPOINT } from './postgres-sql.js'
@@ -60,7 +60,7 @@ export class PostgresTransaction implements ClaimTransaction {
       return found
     } catch (error) {
       this.#return(error)
-      throw explain(error)
+      throw claimFailure(error)
     }
   }
 
