@@ -5,6 +5,7 @@
 import { spawnSync } from 'node:child_process'
 import { appendFileSync, copyFileSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
@@ -37,7 +38,7 @@ for (const extension of ['mjs', 'd.mts']) {
   writeFileSync(join(dist, 'lib', `testkit.${extension}`), "export * from './testkit.js'\n")
 }
 
-const esm = mkdtempSync(join(root, '.build-esm-'))
+const esm = mkdtempSync(join(tmpdir(), 'build-'))
 try {
   tsc('-p', 'tsconfig.build.json', '--module', 'ESNext', '--outDir', esm)
   copyFileSync(join(esm, 'lib', 'client.js'), join(dist, 'lib', 'client.mjs'))
