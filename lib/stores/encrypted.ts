@@ -13,6 +13,7 @@ import type {
 } from '../../types/index.js'
 import { InvalidOption, UnreadableAnswer } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
+import { describeStore } from '../values.js'
 import { isInFrontOf } from './inner.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { Keyring, secretOf } from './sealing.js'
@@ -53,7 +54,7 @@ export class EncryptedStore implements IdempotencyStore {
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(store: IdempotencyStore, options: EncryptedStoreOptions) {
-    if (!isStore(store)) throw new InvalidOption(`EncryptedStore takes ${A_STORE}, got ${describe(store)}`)
+    if (!isStore(store)) throw new InvalidOption(`EncryptedStore takes ${A_STORE}, got ${describeStore(store)}`)
     const { keys, ...unknown } = options ?? {}
     for (const name of Object.keys(unknown)) throw new InvalidOption(`EncryptedStore has no option "${name}"`)
     this.#store = store
