@@ -43,12 +43,11 @@ const NOT_REPLAYABLE = { code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', statusCode: 409
 
 onBoth(t, 'a free key is claimed in one call, and held', async (t, s) => {
   const { operation, events, logged, words, bindings } = s.actor()
+  operation.learn('payload')
   const verdict = operation.claim()
   t.ok(s.registration.operations.has(operation))
   t.equal(await verdict, 'run')
-  t.match(s.store.asked, [
-    ['acquire', KEY, { fingerprint: HEAD_ONLY, leaseMs: LEASE, retainMs: 60_000, takeover: false }]
-  ])
+  t.match(s.store.asked, [['acquire', KEY, { fingerprint: OURS, leaseMs: LEASE, retainMs: 60_000, takeover: false }]])
   t.equal(s.store.asked.length, 1)
   t.match(s.store.tokens[0], /^.{10,}$/)
   t.equal(operation.phase, 'held')
@@ -57,7 +56,6 @@ onBoth(t, 'a free key is claimed in one call, and held', async (t, s) => {
   t.strictSame([events, logged], [['acquired'], []])
   t.strictSame(words, ['idempotency acquired'])
   t.strictSame(bindings, [{ key: KEY, route: '/orders', attempt: 1 }])
-  t.equal(await operation.settle(), 'run')
   t.equal(operation.transaction, null)
 })
 
@@ -115,15 +113,12 @@ onBoth(t, 'a running key is a conflict, at once', async (t, s) => {
   t.equal(s.inUse.live.size, 0)
 })
 
-onBoth(t, 'a completed key is replayed when the payload is known, and asked for once', async (t, s) => {
+onBoth(t, 'a completed key is replayed, and asked for once', async (t, s) => {
   const record = { ...reply(), fingerprint: OURS }
   s.store.answers.acquire = [completed(record)]
   const { operation, events } = s.actor()
-  t.equal(await operation.claim(), 'later')
-  t.equal(operation.phase, 'undecided')
-  t.strictSame([operation.reply, events], [null, []])
   operation.learn('payload')
-  t.equal(await operation.settle(), 'replay')
+  t.equal(await operation.claim(), 'replay')
   t.equal(operation.reply, record)
   t.equal(operation.replayed, true)
   t.equal(operation.phase, 'over')
@@ -132,12 +127,10 @@ onBoth(t, 'a completed key is replayed when the payload is known, and asked for 
   t.equal(s.store.asked.length, 1)
 })
 
-onBoth(t, 'a tombstone is told when the payload is known', async (t, s) => {
+onBoth(t, 'a tombstone is told', async (t, s) => {
   s.store.answers.acquire = [completed({ ...tombstone('too-large'), fingerprint: OURS })]
   const a = s.actor()
-  t.equal(await a.operation.claim(), 'later')
-  a.operation.learn('payload')
-  t.match(await outcome(() => a.operation.settle()), NOT_REPLAYABLE)
+  t.match(await verdictOf(a), NOT_REPLAYABLE)
   t.strictSame(a.events, ['conflict'])
   t.equal(a.operation.phase, 'over')
 })
@@ -147,58 +140,51 @@ for (const [what, found] of Object.entries({
   abandoned: abandoned(join('another', '')),
   completed: completed({ ...reply(), fingerprint: join('another', 'payload') })
 })) {
-  onBoth(t, `another request under a key that is ${what} is told so at once`, async (t, s) => {
+  onBoth(t, `another request under a key that is ${what} is told so, before its body is read too`, async (t, s) => {
+    for (const step of ['reserve', 'claim'] as const) {
+      s.store.answers.acquire = [found]
+      s.store.asked.length = 0
+      const a = s.actor({ policy: { waits: true } })
+      t.match(await outcome(() => a.operation[step]()), { ...REUSED, differs: 'target' })
+      t.strictSame(a.events, ['mismatch'])
+      t.equal(a.operation.phase, 'over')
+      t.equal(s.store.asked.length, 1)
+    }
+  })
+}
+
+for (const [what, found] of Object.entries({
+  running: running(),
+  abandoned: abandoned(),
+  completed: completed()
+})) {
+  onBoth(t, `another payload under a key that is ${what} is told so, and nothing is taken over`, async (t, s) => {
     s.store.answers.acquire = [found]
     const a = s.actor({ policy: { waits: true } })
-    t.match(await outcome(() => a.operation.claim()), REUSED)
+    t.match(await verdictOf(a, 'another'), { ...REUSED, differs: 'payload' })
     t.strictSame(a.events, ['mismatch'])
-    t.equal(a.operation.phase, 'over')
     t.equal(s.store.asked.length, 1)
   })
 }
 
-onBoth(t, 'another payload under a completed key is told so when it is known', async (t, s) => {
-  s.store.answers.acquire = [completed()]
-  const a = s.actor()
-  t.match(await verdictOf(a, 'another'), REUSED)
-  t.strictSame(a.events, ['mismatch'])
-})
-
-onBoth(t, 'an abandoned claim whose payload is not known is taken over at once', async (t, s) => {
-  s.store.answers.acquire = [abandoned(HEAD_ONLY), acquired(2)]
-  const a = s.actor()
-  t.equal(await a.operation.claim(), 'run')
-  t.match(s.store.takeovers, [false, true])
-  t.equal(s.store.tokens[0], s.store.tokens[1])
-  t.strictSame(a.events, ['acquired', 'takeover'])
-})
-
-onBoth(t, 'an abandoned claim whose payload is known waits for the payload', async (t, s) => {
-  s.store.answers.acquire = [abandoned(OURS), acquired(2)]
-  const a = s.actor()
-  t.equal(await a.operation.claim(), 'later')
-  t.equal(s.store.asked.length, 1)
-  a.operation.learn('payload')
-  t.equal(await a.operation.settle(), 'run')
-  t.equal(a.operation.attempt, 2)
-  const b = s.actor({ key: 'other' })
-  s.store.answers.acquire = [abandoned(OURS)]
-  t.match(await verdictOf(b, 'another'), REUSED)
-})
-
-onBoth(t, 'an abandoned claim is taken over at once by who knows the payload', async (t, s) => {
-  s.store.answers.acquire = [abandoned(OURS), acquired(2)]
-  const a = s.actor()
-  a.operation.learn('payload')
-  t.equal(await a.operation.claim(), 'run')
+onBoth(t, 'an abandoned claim of the same request is taken over', async (t, s) => {
+  for (const fingerprint of [OURS, HEAD_ONLY, '']) {
+    s.store.answers.acquire = [abandoned(fingerprint), acquired(2)]
+    s.store.asked.length = 0
+    const a = s.actor()
+    t.equal(await verdictOf(a), 'run')
+    t.match(s.store.takeovers, [false, true])
+    t.equal(s.store.tokens[0], s.store.tokens[1])
+    t.match(s.store.calls('acquire')[1], [KEY, { fingerprint: OURS, retainMs: 60_000 }])
+    t.strictSame(a.events, ['acquired', 'takeover'])
+    t.equal(a.operation.attempt, 2)
+    s.inUse.live.clear()
+  }
 })
 
 onBoth(t, 'who is outrun in taking over is told what has become of the key', async (t, s) => {
   s.store.answers.acquire = [abandoned(HEAD_ONLY), completed()]
-  const a = s.actor()
-  t.equal(await a.operation.claim(), 'later')
-  a.operation.learn('payload')
-  t.equal(await a.operation.settle(), 'replay')
+  t.equal(await verdictOf(s.actor()), 'replay')
   s.store.answers.acquire = [abandoned(HEAD_ONLY), running()]
   t.match(await outcome(() => s.actor().operation.claim()), IN_PROGRESS)
 })
@@ -233,7 +219,7 @@ onBoth(
     t.equal(a.errors['store-error'], away)
     t.strictSame(a.logged, [['error', away]])
     // The claim may have been written.
-    t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0]]])
+    t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
   }
 )
 
@@ -260,7 +246,6 @@ onBoth(
     t.equal(s.registration.operations.size, 0)
     await s.time.pass(3 * LEASE)
     t.strictSame(s.store.names, ['acquire', 'release'])
-    t.equal(await a.operation.settle(), 'run')
     await a.operation.cancel()
     t.strictSame(s.store.names, ['acquire', 'release'])
   },
@@ -511,7 +496,7 @@ t.test('a store that gives no answer in time has failed, and the claim is given 
   t.strictSame([a.operation.phase, a.events], ['asking', []])
   await s.time.pass(20)
   t.match(await verdict, { ...UNAVAILABLE, cause: { name: 'StoreTimeout' } })
-  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0]]])
+  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
 })
 
 t.test('a claim that is written too late is given back once more', async (t) => {
@@ -529,7 +514,7 @@ t.test('a claim that is written too late is given back once more', async (t) => 
     t.match(await verdict, UNAVAILABLE)
     answer.open(late)
     await s.time.pass(0)
-    t.strictSame(s.store.calls('release'), Array(times).fill([KEY, s.store.tokens[0]]))
+    t.strictSame(s.store.calls('release'), Array(times).fill([KEY, s.store.tokens[0], true]))
   }
 })
 
@@ -566,7 +551,7 @@ for (const [what, answer, asked] of [
     t.strictSame(s.store.names, asked)
     t.equal(s.registration.operations.size, 0)
     t.equal(a.events.includes('conflict'), false)
-    t.equal(a.operation.settle(), 'gone')
+    t.equal(a.operation.claim(), 'gone')
   })
 }
 
@@ -589,21 +574,10 @@ onBoth(t, 'a client that leaves before its handler starts gives its key back', a
   const a = s.actor()
   await a.operation.claim()
   await a.operation.cancel()
-  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0]]])
+  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
   t.equal(a.operation.phase, 'over')
   t.strictSame(a.events, ['acquired', 'released'])
-  t.equal(await a.operation.settle(), 'gone')
   t.equal(a.operation.start(), false)
-})
-
-onBoth(t, 'a client that leaves before the verdict is forgotten', async (t, s) => {
-  s.store.answers.acquire = [completed()]
-  const a = s.actor()
-  await a.operation.claim()
-  await a.operation.cancel()
-  t.equal(a.operation.phase, 'over')
-  t.equal(s.registration.operations.size, 0)
-  t.strictSame(s.store.names, ['acquire'])
 })
 
 onBoth(t, 'a client that leaves while its handler runs changes nothing', async (t, s) => {
@@ -620,15 +594,12 @@ onBoth(t, 'a client that leaves while its handler runs changes nothing', async (
 
 onBoth(
   t,
-  'a duplicate waits when its payload is known, and gets the reply',
+  'a duplicate that waits gets the reply',
   async (t, s) => {
     const record = { ...reply(), fingerprint: OURS }
     s.store.answers.acquire = [running(), running(), completed(record)]
     const a = s.actor()
-    t.equal(await a.operation.claim(), 'later')
-    t.equal(s.store.asked.length, 1)
-    a.operation.learn('payload')
-    const verdict = a.operation.settle() as Promise<Verdict>
+    const verdict = verdictOf(a)
     await s.time.pass(0)
     t.equal(s.store.asked.length, 2)
     await s.time.pass(100)
@@ -689,7 +660,7 @@ t.test('a duplicate that has waited long enough is in conflict', async (t) => {
   const a = s.actor()
   const verdict = verdictOf(a)
   await s.time.pass(WAIT_TIMEOUT - 10)
-  t.equal(a.operation.phase, 'undecided')
+  t.strictSame(a.events, [])
   await s.time.pass(20)
   t.match(await verdict, IN_PROGRESS)
   t.strictSame(a.events, ['conflict'])
@@ -733,7 +704,7 @@ t.test('a key that becomes free for a duplicate that has left is given back', as
   t.equal(await verdict, 'gone')
   answered.open(acquired())
   await s.time.pass(0)
-  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0]]])
+  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
   t.equal(s.inUse.live.size, 0)
 })
 
@@ -749,7 +720,7 @@ t.test('a key that becomes free for a duplicate that leaves at this very moment 
     }
   })
   t.equal(await verdictOf(a), 'gone')
-  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0]]])
+  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
   t.equal(a.operation.phase, 'over')
 })
 
@@ -832,9 +803,8 @@ onBoth(t, 'a claim that is lost before the handler starts is a conflict', async 
   await s.time.pass(0)
   t.equal(a.operation.phase, 'over')
   t.strictSame(a.events, ['acquired', 'lease-lost'])
-  t.match(await outcome(() => a.operation.settle()), IN_PROGRESS)
   t.match(await outcome(() => a.operation.start()), IN_PROGRESS)
-  t.strictSame(a.events.slice(2), ['conflict', 'conflict'])
+  t.strictSame(a.events.slice(2), ['conflict'])
 })
 
 t.test('a request that was let through unprotected does not start as a claim', async (t) => {
