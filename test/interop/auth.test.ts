@@ -5,8 +5,8 @@ import idempotency, { type IdempotencyOptions, MemoryStore } from '../../index.j
 import { latch, listening, until } from '../support/latch.js'
 import { isReplay, type Order, orders, post, register } from './kit.js'
 
-/** No `Authorization` header, which the fingerprint knows: here nothing but the authentication stands in the way. */
-const alice = { 'x-api-key': 'of alice' }
+/** No credentials that the fingerprint knows: here nothing but the authentication stands in the way. */
+const alice = { 'x-badge': 'of alice' }
 const nobody = {}
 
 /** Where the route, or its instance, authenticates. */
@@ -29,14 +29,14 @@ async function bank(t: Test, { order, place, level = 'route', options = {}, work
     () => app.register(idempotency, options),
     () => app.register(auth)
   )
-  const byApiKey = async (request: FastifyRequest) => {
-    if (request.headers['x-api-key'] !== alice['x-api-key']) throw new Error('Who are you?')
+  const byBadge = async (request: FastifyRequest) => {
+    if (request.headers['x-badge'] !== alice['x-badge']) throw new Error('Who are you?')
   }
   const byCertificate = async () => {
     throw new Error('There is no certificate')
   }
   let runs = 0
-  const authenticate = app.auth([byCertificate, byApiKey])
+  const authenticate = app.auth([byCertificate, byBadge])
   if (level === 'instance') app.addHook(place as 'preHandler', authenticate)
   const hooks = level === 'route' ? { [place]: authenticate } : {}
   app.post('/charges', { config: { idempotency: true }, ...hooks }, async () => {
@@ -134,24 +134,26 @@ t.test('a request that is refused in onRequest never asks the store', async (t) 
   }
 })
 
-t.test('a request that is refused in preHandler holds its key until then, and not a moment longer', async (t) => {
-  const refusing = latch()
-  const goOn = latch()
-  const app = Fastify()
-  t.teardown(() => app.close())
-  await app.register(idempotency)
-  await app.register(auth)
-  const slowly = async () => {
-    refusing.open()
-    await goOn.promise
-    throw new Error('Who are you?')
+t.test('a request that is refused in preHandler never holds its key, or until then where that is early', async (t) => {
+  for (const hook of ['onRequest', 'preHandler'] as const) {
+    const refusing = latch()
+    const goOn = latch()
+    const app = Fastify()
+    t.teardown(() => app.close())
+    await app.register(idempotency, { hook })
+    await app.register(auth)
+    const slowly = async () => {
+      refusing.open()
+      await goOn.promise
+      throw new Error('Who are you?')
+    }
+    app.post('/', { config: { idempotency: true }, preHandler: app.auth([slowly]) }, async () => 'never')
+    const reply = post(app, { key: 'key' })
+    void reply.then(() => {})
+    await refusing.promise
+    t.equal((await app.idempotency.get('key'))?.state, hook === 'onRequest' ? 'running' : undefined)
+    goOn.open()
+    t.equal((await reply).statusCode, 401)
+    await until(async () => (await app.idempotency.get('key')) === null)
   }
-  app.post('/', { config: { idempotency: true }, preHandler: app.auth([slowly]) }, async () => 'never')
-  const reply = post(app, { key: 'key' })
-  void reply.then(() => {})
-  await refusing.promise
-  t.match(await app.idempotency.get('key'), { state: 'running' })
-  goOn.open()
-  t.equal((await reply).statusCode, 401)
-  await until(async () => (await app.idempotency.get('key')) === null)
 })

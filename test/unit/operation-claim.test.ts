@@ -1,7 +1,9 @@
 import t from 'tap'
 import { atHand } from '../../lib/at-hand.js'
+import { UnreadableAnswer } from '../../lib/errors.js'
 import { join } from '../../lib/fingerprint.js'
 import { storageKey } from '../../lib/key.js'
+import { LocalCache } from '../../lib/stores/local-cache.js'
 import type { Acquisition } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {
@@ -15,8 +17,11 @@ import {
   OURS,
   onBoth,
   outcome,
+  RECORD,
   REUSED,
   running,
+  type Scene,
+  ScriptedStore,
   STORE_TIMEOUT,
   scene,
   UNAVAILABLE,
@@ -274,6 +279,193 @@ onBoth(
   { bypasses: true }
 )
 
+/** A store that has not answered the first request in time, nor anything since. */
+async function down(s: Scene): Promise<unknown> {
+  Object.assign(s.store.answers, { acquire: [never], release: [never] })
+  const first = outcome(() => s.actor({ key: 'first' }).operation.claim())
+  await s.time.pass(STORE_TIMEOUT)
+  return ((await first) as Error).cause
+}
+
+t.test('while a store is known to be down requests get their 503 at once, and one at a time asks', async (t) => {
+  const s = scene(t, { shows: false })
+  const cause = await down(s)
+  const probe = s.actor({ key: 'probe' })
+  const probing = outcome(() => probe.operation.claim())
+  const others = ['a', 'b', 'c'].map((key) => s.actor({ key }))
+  for (const other of others) {
+    const error = await outcome(() => other.operation.claim())
+    t.match(error, UNAVAILABLE)
+    t.equal((error as Error).cause, cause)
+    t.strictSame([other.events, other.errors['store-error']], [['store-error'], cause], 'each is an event')
+    t.strictSame(other.logged, [], 'but none is an error in the log')
+    t.equal(other.operation.phase, 'over')
+  }
+  t.equal(s.store.calls('acquire').length, 2)
+  t.equal(s.registration.operations.size, 1)
+  await s.time.pass(100)
+  t.match(await probing, UNAVAILABLE)
+  t.strictSame(probe.logged, [])
+})
+
+t.test('the first request after an outage runs', async (t) => {
+  const s = scene(t)
+  await down(s)
+  s.store.answers.acquire = [{ state: 'acquired', attempt: 1 }]
+  for (const key of ['a', 'b']) t.equal(await s.actor({ key }).operation.claim(), 'run')
+  t.equal(s.inUse.health.isDown, false)
+})
+
+t.test('the claim of a request that did not wait for the store to come back is given back', async (t) => {
+  const s = scene(t, { shows: false })
+  await down(s)
+  const answer = latch<Acquisition>()
+  Object.assign(s.store.answers, { acquire: [() => answer.promise], release: [true] })
+  const a = s.actor({ key: 'late' })
+  const refused = outcome(() => a.operation.claim())
+  await s.time.pass(100)
+  t.match(await refused, UNAVAILABLE)
+  answer.open({ state: 'acquired', attempt: 1 })
+  await s.time.pass(5_000)
+  const token = s.store.tokens.at(-1)
+  t.ok(s.store.calls('release').some(([key, given]) => key === a.operation.storageKey && given === token))
+  t.equal(s.inUse.health.isDown, false)
+})
+
+t.test('a store that is known to be down is bypassed at once, where the route prefers to run', async (t) => {
+  const s = scene(t, { shows: false, policy: { bypasses: true } })
+  await down(s)
+  const probing = s.actor({ key: 'probe' }).operation.claim()
+  const a = s.actor({ key: 'a' })
+  t.equal(await a.operation.claim(), 'run')
+  t.strictSame(a.events, ['store-error', 'bypassed'])
+  t.equal(s.store.calls('acquire').length, 2)
+  await s.time.pass(100)
+  t.equal(await probing, 'run', 'and so does who asks')
+})
+
+t.test('what this process knows itself is known while the store is down', async (t) => {
+  const s = scene(t, { shows: false })
+  const owner = s.actor()
+  owner.operation.learn('payload')
+  await owner.operation.claim()
+  await down(s)
+  const probing = outcome(() => s.actor({ key: 'probe' }).operation.claim())
+  t.match(await outcome(() => s.actor().operation.claim()), IN_PROGRESS)
+  s.store.answers.complete = [never]
+  const completing = owner.operation.complete(RECORD)
+  await s.time.pass(STORE_TIMEOUT)
+  await completing
+  const retry = s.actor()
+  t.equal(await verdictOf(retry), 'replay')
+  t.match(await probing, UNAVAILABLE)
+})
+
+t.test('what a cache in this process keeps is replayed while the store behind it is down', async (t) => {
+  const memory = new ScriptedStore(false)
+  const cache = new LocalCache(memory as never)
+  const s = scene(t, { policy: { store: cache } })
+  memory.answers.acquire = [{ state: 'completed', record: RECORD, ttlMs: null }]
+  t.equal(await verdictOf(s.actor()), 'replay')
+  Object.assign(memory.answers, { acquire: [never], release: [never] })
+  const first = outcome(() => s.actor({ key: 'first' }).operation.claim())
+  await s.time.pass(STORE_TIMEOUT)
+  t.match(await first, UNAVAILABLE)
+  void outcome(() => s.actor({ key: 'probe' }).operation.claim())
+  t.match(await outcome(() => s.actor({ key: 'other' }).operation.claim()), UNAVAILABLE)
+  t.equal(await verdictOf(s.actor()), 'replay')
+  await s.time.pass(STORE_TIMEOUT)
+})
+
+t.test('a renewal that comes through ends the outage', async (t) => {
+  const s = scene(t, { shows: false })
+  const owner = s.actor()
+  await owner.operation.claim()
+  const error = await down(s)
+  owner.operation.renew()
+  await s.time.pass(0)
+  t.equal(s.inUse.health.isDown, false)
+  t.type(error, Error)
+})
+
+onBoth(
+  t,
+  'a store that is full is not bypassed',
+  async (t, s) => {
+    const full = Object.assign(new Error('full'), { code: 'FST_IDEMPOTENCY_STORE_FULL' })
+    s.store.answers.acquire = [failing(full)]
+    for (const key of ['a', 'b', 'c', 'd']) {
+      const a = s.actor({ key })
+      t.match(await outcome(() => a.operation.claim()), { ...UNAVAILABLE, cause: full })
+      t.strictSame(a.events, ['store-error'])
+    }
+    t.equal(s.inUse.health.isDown, false)
+  },
+  { bypasses: true }
+)
+
+const REPLY = {
+  kind: 'reply',
+  fingerprint: '',
+  createdAt: 1,
+  statusCode: 200,
+  headers: [],
+  body: Buffer.of(),
+  text: true
+}
+const record = (parts: object) => ({ state: 'completed', ttlMs: 1, record: { ...REPLY, ...parts } })
+
+for (const [what, answer] of Object.entries({
+  'an unknown kind': { state: 'completed', record: { kind: 'x', fingerprint: '' } },
+  'no status': record({ statusCode: undefined }),
+  'a status in words': record({ statusCode: '200' }),
+  'a status that is none': record({ statusCode: 99 }),
+  'no headers': record({ headers: null }),
+  'headers by name': record({ headers: { etag: 'x' } }),
+  'half a header': record({ headers: [['etag']] }),
+  'a header in numbers': record({ headers: [['etag', 1]] }),
+  'a header that no server sends': record({ headers: [['etag', 'a\nb']] }),
+  'a name that no header has': record({ headers: [['e tag', 'a']] }),
+  'a list that no server sends': record({ headers: [['link', ['a', 'b\r\n']]] }),
+  'no body': record({ body: undefined }),
+  'a body in JSON': record({ body: { type: 'Buffer', data: [] } }),
+  'a body in text': record({ body: 'text' }),
+  'no word of text': record({ text: undefined }),
+  'an unknown reason': {
+    state: 'completed',
+    record: { kind: 'tombstone', fingerprint: '', createdAt: 1, reason: 'x' }
+  },
+  'a lease that is over': { state: 'running', fingerprint: '', leaseMs: -1 },
+  'a lease of no length': { state: 'running', fingerprint: '' },
+  'a claim abandoned in no attempt': { state: 'abandoned', fingerprint: '', attempt: 0 }
+})) {
+  onBoth(
+    t,
+    `a key that somebody has, of which a store says ${what}, is neither free nor bypassed`,
+    async (t, s) => {
+      s.store.answers.acquire = [answer]
+      for (const key of ['a', 'b', 'c', 'd']) {
+        const a = s.actor({ key })
+        t.match(await verdictOf(a), { ...UNAVAILABLE, cause: { message: /no valid answer/ } })
+        t.strictSame(a.events, ['store-error'])
+      }
+      t.equal(s.inUse.health.isDown, false)
+      t.strictSame(s.store.calls('release').length, 0)
+    },
+    { bypasses: true }
+  )
+}
+
+onBoth(
+  t,
+  'a store that cannot read what it keeps is not bypassed',
+  async (t, s) => {
+    s.store.answers.acquire = [failing(new UnreadableAnswer('A stored idempotency record could not be decoded'))]
+    t.match(await verdictOf(s.actor()), { ...UNAVAILABLE, cause: { message: /could not be decoded/ } })
+  },
+  { bypasses: true }
+)
+
 for (const [what, answer] of Object.entries({
   nothing: undefined,
   null: null,
@@ -281,6 +473,7 @@ for (const [what, answer] of Object.entries({
   'another state': { state: 'lost', attempt: 1, fingerprint: '' },
   'a claim without an attempt': { state: 'acquired', fingerprint: '', record: { fingerprint: '' } },
   'half an attempt': { state: 'acquired', attempt: 1.5 },
+  'no attempt at all': { state: 'acquired', attempt: 0 },
   'a running claim of nobody': { state: 'running', leaseMs: 1, attempt: 1, record: { fingerprint: '' } },
   'an abandoned claim of nobody': { state: 'abandoned', attempt: 1, record: { fingerprint: '' } },
   'no record': { state: 'completed', ttlMs: 1, attempt: 1, fingerprint: '' },
