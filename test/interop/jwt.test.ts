@@ -105,7 +105,11 @@ for (const order of orders) {
     })
 
     t.test('a scope that is asked for before the token was verified fails closed', async (t) => {
-      const { app, charge, token, runs } = await bank(t, { order, place: places[2], options: { scope: subject } })
+      const { app, charge, token, runs } = await bank(t, {
+        order,
+        place: places[2],
+        options: { scope: subject, hook: 'onRequest' }
+      })
       const reply = await charge('key', token('alice'))
       t.equal(reply.statusCode, 500)
       t.equal(reply.json().code, 'FST_IDEMPOTENCY_SCOPE')
