@@ -59,8 +59,8 @@ export class Lifecycle {
     const snapshot = request[kSnapshot]
     if (snapshot === null) return done()
     if (getKey !== null) return this.#guarded(request, reply, this.#reserveAsked(request, reply, getKey))
-    if (typeof snapshot.key !== 'string') return done()
-    const reserved = this.#reserve(request, reply, snapshot.key)
+    if (snapshot.seenKey === undefined) return done()
+    const reserved = this.#reserve(request, reply, snapshot.seenKey)
     return reserved instanceof Promise ? this.#guarded(request, reply, reserved) : done()
   }
 
@@ -282,6 +282,8 @@ export class Lifecycle {
   #open(request: FastifyRequest, reply: FastifyReply, key: string, scope: string | null): Exchange {
     const snapshot = this.#snapshotOf(request)
     const operation = new Operation(request, this.#policy, this.#registration, key, scope, snapshot)
+    // Before preValidation is over it is not known yet.
+    if (typeof snapshot.payload === 'string') operation.learn(snapshot.payload)
     const exchange = new Exchange(operation, reply)
     request[kExchange] = exchange
     request.idempotency = new RequestContext(operation)

@@ -21,6 +21,8 @@ declare module 'fastify' {
 export class RequestSnapshot {
   readonly request: FastifyRequest
   readonly policy: Policy
+  /** The key that could be seen before there was a body: one that comes with the body is not claimed early. */
+  readonly seenKey: string | undefined
   /** The client's key; an error where there is one that is none, which is for the claim to throw. */
   key: string | Error | undefined
   /** Who asks; `null` where a scope says so, or nobody does. */
@@ -35,6 +37,7 @@ export class RequestSnapshot {
   constructor(request: FastifyRequest, policy: Policy, key: string | undefined) {
     this.request = request
     this.policy = policy
+    this.seenKey = key
     this.key = key
     // Without a key so far, this can wait until one has come with the body.
     if (key !== undefined) this.readHead()

@@ -49,8 +49,9 @@ const SPECIFIED_IN = {
     'integration/layouts integration/coverage integration/closing interop/hooks interop/encapsulation interop/auth',
   'store-in-use':
     'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
-  operation: 'unit/operation-claim unit/operation-end unit/operation-transaction',
+  operation: 'unit/operation-claim unit/operation-reserve unit/operation-end unit/operation-transaction',
   lifecycle: 'unit/lifecycle',
+  'request-snapshot': 'unit/request-snapshot unit/lifecycle',
   'stores/memory': 'unit/memory-store stores/memory',
   'stores/shelf': 'unit/shelf unit/memory-store unit/local-cache',
   'stores/inner': 'unit/siblings',

@@ -101,9 +101,22 @@ export class RedisStore implements IdempotencyStore {
     this.#renewals = new Renewals(client, isCluster)
   }
 
-  async acquire(key: string, claim: Claim): Promise<Acquisition> {
+  // What is the caller's is read before anything is waited for: it may change meanwhile.
+  async acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
     try {
-      return await this.#acquire(key, claim)
+      this.#eviction ??= warnOfEviction(this.#client)
+      const owner = ownerOf(CLAIM, token)
+      const expiry = String(retainMs + leaseMs)
+      if (this.#setNxGet) {
+        const [set, pttl] = await this.#setOrGet(
+          this.#prefix + key,
+          join(owner, `01:${retainMs}::${fingerprint}`),
+          expiry
+        )
+        const found = this.#understand(set, pttl, owner)
+        if (found !== null) return found
+      }
+      return await this.#acquireCarefully(key, owner, String(retainMs), fingerprint, expiry, takeover)
     } catch (error) {
       throw claimFailure(error)
     }
@@ -160,23 +173,6 @@ export class RedisStore implements IdempotencyStore {
   /** Closes the connection that listens for changes; the next duplicate that waits opens another. */
   close(): Promise<void> {
     return this.#subscriptions.close()
-  }
-
-  // What is the caller's is read before anything is waited for: it may change meanwhile.
-  async #acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
-    this.#eviction ??= warnOfEviction(this.#client)
-    const owner = ownerOf(CLAIM, token)
-    const expiry = String(retainMs + leaseMs)
-    if (this.#setNxGet) {
-      const [set, pttl] = await this.#setOrGet(
-        this.#prefix + key,
-        join(owner, `01:${retainMs}::${fingerprint}`),
-        expiry
-      )
-      const found = this.#understand(set, pttl, owner)
-      if (found !== null) return found
-    }
-    return this.#acquireCarefully(key, owner, String(retainMs), fingerprint, expiry, takeover)
   }
 
   #setOrGet(name: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]> {

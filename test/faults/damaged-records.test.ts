@@ -1,5 +1,6 @@
 import t, { type Test } from 'tap'
 import { RedisStore } from '../../index.js'
+import { UnreadableAnswer } from '../../lib/errors.js'
 import { storageKey } from '../../lib/key.js'
 import { StoreInUse } from '../../lib/store-in-use.js'
 import type { Acquisition } from '../../types/index.js'
@@ -69,7 +70,8 @@ function judge(what: string, found: Acquisition | null): void {
 /** What the store says, `null` for an error of its own. */
 async function asked(what: string, ask: () => Promise<Acquisition | null>): Promise<Acquisition | null> {
   const found = await ask().catch((error) => {
-    if (!(error instanceof Error) || error instanceof TypeError) throw error
+    const isOwn = error instanceof Error && (error instanceof UnreadableAnswer || !(error instanceof TypeError))
+    if (!isOwn) throw error
     return null
   })
   judge(what, found)
@@ -101,11 +103,11 @@ for (const [name, record] of Object.entries(records)) {
       if (acquired?.state === 'acquired') t.fail(`${what}: the key was given away`)
       if ((got === null) !== (acquired === null)) t.fail(`${what}: get and acquire disagree`)
       const answer = await send(scene)
-      // What cannot be sent at all is an error of Node's or of Fastify's own.
+      // What the store can read and Node cannot send, such as a name of a header, is damaged as well.
       const good =
         acquired === null
           ? /^503 FST_IDEMPOTENCY_STORE_UNAVAILABLE$/
-          : /^\d{3} replay$|^409 FST_IDEMPOTENCY_NOT_REPLAYABLE$|^422 FST_IDEMPOTENCY_KEY_REUSED$|^500 (ERR_INVALID_CHAR|ERR_INVALID_HTTP_TOKEN)$/
+          : /^\d{3} replay$|^409 FST_IDEMPOTENCY_NOT_REPLAYABLE$|^422 FST_IDEMPOTENCY_KEY_REUSED$|^503 FST_IDEMPOTENCY_STORE_UNAVAILABLE$/
       if (!good.test(answer)) t.fail(`${what}: ${answer}`)
       answers.set(answer, (answers.get(answer) ?? 0) + 1)
     }

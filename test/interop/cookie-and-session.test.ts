@@ -139,7 +139,23 @@ for (const order of orders) {
       t.equal(runs(), 1)
     })
 
-    t.test('a replay leaves the session of a caller who has one alone', async (t) => {
+    t.test('without a scope another session is another caller', async (t) => {
+      const { app, runs } = await server(t)
+      const login = async (user: string) => {
+        const reply = await app.inject({ method: 'POST', url: '/login', payload: { user } })
+        return { cookie: pairs(reply)[0] as string }
+      }
+      const [alice, bob] = [await login('alice'), await login('bob')]
+      const first = await post(app, { key: 'key', headers: alice })
+      const stranger = await post(app, { key: 'key', headers: bob })
+      t.equal(stranger.json().code, 'FST_IDEMPOTENCY_KEY_REUSED')
+      const retry = await post(app, { key: 'key', headers: alice })
+      t.ok(isReplay(retry))
+      t.equal(retry.body, first.body)
+      t.equal(runs(), 1)
+    })
+
+    t.test('a replay leaves the session of a caller who has one alone, where all callers are one', async (t) => {
       const { app } = await server(t, { scope: false })
       const login = async (user: string) => {
         const reply = await app.inject({ method: 'POST', url: '/login', payload: { user } })

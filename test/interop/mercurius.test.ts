@@ -79,11 +79,14 @@ t.test('queries without a key run every time', async (t) => {
 
 t.test('where mutations have to have a key, queries can be let through', async (t) => {
   const isMutation = ({ body }: { body: unknown }) => /^\s*mutation\b/m.test((body as { query?: string })?.query ?? '')
-  // `skip` needs the body, so the key is looked for when it is there.
   const options: IdempotencyOptions = {
-    required: true,
-    hook: 'preHandler',
-    skip: (request) => !isMutation(request)
+    // `skip` is asked before there is a body, and so is `required` where the key is in a header.
+    getKey: (request) => {
+      if (!isMutation(request)) return undefined
+      const key = request.headers['idempotency-key']
+      if (typeof key === 'string') return key
+      throw Object.assign(new Error('A mutation needs an idempotency key'), { statusCode: 400 })
+    }
   }
   const { app, charge, count } = await server(t, { options })
   t.equal(await count(), 0)

@@ -47,7 +47,7 @@ async function closingWhileRunning(
   const close = app.close().then(() => {
     closed = true
   })
-  return { reply, goOn, close, isClosed: () => closed }
+  return { url, reply, goOn, close, isClosed: () => closed }
 }
 
 t.test('a store on app.redis replays, with the clients of several servers', async (t) => {
@@ -87,7 +87,7 @@ t.test('closing the server', async (t) => {
     for (const order of orders) {
       let client: Redis | undefined
       const keyPrefix = `closing-${order}:`
-      const { reply, goOn, close, isClosed } = await closingWhileRunning(t, async (app, handler) => {
+      const { url, reply, goOn, close, isClosed } = await closingWhileRunning(t, async (app, handler) => {
         await register(
           order,
           () => app.register(idempotency),
@@ -111,7 +111,9 @@ t.test('closing the server', async (t) => {
       const store = storeOn(await server.client(), keyPrefix)
       await next.register(idempotency, { store })
       next.post('/', { config: { idempotency: true } }, async () => ({ run: ++runs }))
-      const retry = await next.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': 'key' } })
+      // To the same service, whichever of its servers answers.
+      const headers = { 'idempotency-key': 'key', host: new URL(url).host }
+      const retry = await next.inject({ method: 'POST', url: '/', headers })
       t.ok(isReplay(retry), `registered ${order} @fastify/redis`)
       t.same(retry.json(), { done: true })
       t.equal(runs, 0)

@@ -52,6 +52,12 @@ export async function usage(): Promise<void> {
   // @ts-expect-error: it has to answer at once
   await app.register(idempotency, { shouldStore: async () => true })
 
+  await app.register(idempotency, { scope: false, target: (request) => request.url, hook: 'preHandler' })
+  // @ts-expect-error: callers are one, or a function tells them apart
+  await app.register(idempotency, { scope: true })
+  // @ts-expect-error: it has to answer at once
+  await app.register(idempotency, { target: async () => '/' })
+
   const key: string = app.idempotency.generateKey()
   const input: string = app.idempotency.hiddenInput()
   const found: Acquisition | null = await app.idempotency.get(key, { scope: input })

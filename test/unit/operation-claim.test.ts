@@ -3,7 +3,6 @@ import { atHand } from '../../lib/at-hand.js'
 import { UnreadableAnswer } from '../../lib/errors.js'
 import { join } from '../../lib/fingerprint.js'
 import { storageKey } from '../../lib/key.js'
-import type { Verdict } from '../../lib/operation.js'
 import { LocalCache } from '../../lib/stores/local-cache.js'
 import type { Acquisition } from '../../types/index.js'
 import { latch } from '../support/latch.js'
@@ -135,10 +134,13 @@ onBoth(t, 'a tombstone is told', async (t, s) => {
   t.equal(a.operation.phase, 'over')
 })
 
+/** A head of as many characters as heads have, whose hint is another. */
+const OTHER_TARGET = `${'x'.repeat(22)}hint`
+
 for (const [what, found] of Object.entries({
-  running: running(join('another', '')),
-  abandoned: abandoned(join('another', '')),
-  completed: completed({ ...reply(), fingerprint: join('another', 'payload') })
+  running: running(join(OTHER_TARGET, '')),
+  abandoned: abandoned(join(OTHER_TARGET, '')),
+  completed: completed({ ...reply(), fingerprint: join(OTHER_TARGET, 'payload') })
 })) {
   onBoth(t, `another request under a key that is ${what} is told so, before its body is read too`, async (t, s) => {
     for (const step of ['reserve', 'claim'] as const) {

@@ -493,7 +493,7 @@ t.test('a key that is deleted while a lost claim is claimed anew does not come b
   claimed.open({ state: 'acquired', attempt: 1 })
   await over
   t.strictSame(s.store.names, ['complete', 'get', 'acquire', 'release'])
-  t.strictSame(s.store.calls('release'), [[b.operation.storageKey, s.store.tokens[0]]])
+  t.strictSame(s.store.calls('release'), [[b.operation.storageKey, s.store.tokens[0], false]])
   t.strictSame(b.events, ['acquired', 'lease-lost'])
 })
 
@@ -502,7 +502,7 @@ t.test('a key that is deleted while a lost claim is claimed anew does not come b
 onBoth(t, 'a key is given back in one call', async (t, s) => {
   const a = await atWork(s)
   await a.operation.release()
-  t.strictSame(s.store.asked.slice(1), [['release', KEY, s.store.tokens[0]]])
+  t.strictSame(s.store.asked.slice(1), [['release', KEY, s.store.tokens[0], false]])
   t.strictSame(a.events, ['acquired', 'released'])
   t.equal(a.operation.signal.aborted, false)
   isOver(t, s, a)
@@ -526,7 +526,7 @@ onBoth(t, 'a key that cannot be given back is tried again until it can be', asyn
   t.strictSame(a.events, ['acquired', 'store-error'])
   t.ok(s.registration.operations.has(a.operation))
   await s.time.pass(60)
-  t.strictSame(s.store.calls('release'), Array(3).fill([KEY, s.store.tokens[0]]))
+  t.strictSame(s.store.calls('release'), Array(3).fill([KEY, s.store.tokens[0], false]))
   t.strictSame(a.events, ['acquired', 'store-error', 'released'])
   isOver(t, s, a)
 })
@@ -604,7 +604,7 @@ onBoth(t, 'a claim that turns out to be needless is given back', async (t, s) =>
   await a.operation.claim()
   a.operation.disown()
   await s.time.pass(0)
-  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0]]])
+  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
 })
 
 /* Keeping */
