@@ -18,16 +18,13 @@ export interface FileLike {
   arrayBuffer(): Promise<ArrayBuffer>
 }
 
-/** The content of files that have been read. */
-export type FileHashes = Map<FileLike, string>
-
 /**
  * The hash of a value: the same for equal values, in whatever order the members of their objects are, and only for those.
- * Files whose content is not in `files` yet are put into it, without a hash: then the result says nothing, and the caller
- * has to read them and to ask again.
+ * Files are put into `files` in the order in which they are met, because it takes time to read them: for their content
+ * the hash does not stand.
  * @throws OPAQUE
  */
-export function valueHash(value: unknown, files: FileHashes | null = null): string {
+export function valueHash(value: unknown, files: FileLike[] | null = null): string {
   // A getter or `toJSON` of a value may ask for a hash of its own meanwhile.
   const writer = spare ?? new Writer()
   spare = null
@@ -116,10 +113,10 @@ class Writer {
   // A cycle repeats itself: one of those who are at 1, 2, 4, 8 … levels is met again (Brent 1980).
   #tortoise: object | null = null
   #tortoiseAt = 0
-  #files: FileHashes | null = null
+  #files: FileLike[] | null = null
   readonly #memo: { given: readonly string[]; sorted: readonly string[] }[] = []
 
-  hash(value: unknown, files: FileHashes | null): string {
+  hash(value: unknown, files: FileLike[] | null): string {
     this.#files = files
     try {
       this.#write(value)
@@ -297,15 +294,11 @@ class Writer {
   }
 
   #file(file: FileLike): void {
-    const content = this.#files?.get(file)
-    if (content === undefined) {
-      if (this.#files === null) throw OPAQUE
-      this.#files.set(file, '')
-    }
+    if (this.#files === null) throw OPAQUE
+    this.#files.push(file)
     this.#byte(FILE)
     this.#scalar(file.name)
     this.#string(file.type)
-    this.#string(content ?? '')
   }
 
   #content(bytes: Uint8Array): void {

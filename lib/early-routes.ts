@@ -1,4 +1,4 @@
-import { channel } from 'node:diagnostics_channel'
+import { channel, subscribe, unsubscribe } from 'node:diagnostics_channel'
 import type { FastifyInstance, RouteOptions } from 'fastify'
 import type { RouteDeclaration } from './options.js'
 
@@ -16,7 +16,8 @@ export interface DeclaredRoute extends RouteDeclaration {
 const announced = new WeakMap<FastifyInstance, DeclaredRoute[]>()
 
 const kListener: unique symbol = Symbol.for('fastify-idempotency.initialization') as never
-const initialization = channel('fastify.initialization') as ReturnType<typeof channel> & {
+const INITIALIZATION = 'fastify.initialization'
+const initialization = channel(INITIALIZATION) as ReturnType<typeof channel> & {
   [kListener]?: (message: unknown) => void
 }
 
@@ -27,7 +28,7 @@ const initialization = channel('fastify.initialization') as ReturnType<typeof ch
 export function forEachNewServer(callback: (server: FastifyInstance) => void): void {
   // Jest loads every module anew for each test file of a process, and the channel outlives them all: the newest copy
   // takes the place of the one before, which would be kept with all that is in its world.
-  if (initialization[kListener] !== undefined) initialization.unsubscribe(initialization[kListener])
+  if (initialization[kListener] !== undefined) unsubscribe(INITIALIZATION, initialization[kListener])
   initialization[kListener] = (message) => {
     const { fastify } = message as { fastify: FastifyInstance }
     // A server of another world, of the next test file that does not know the plugin for instance, is none of ours.
@@ -39,7 +40,7 @@ export function forEachNewServer(callback: (server: FastifyInstance) => void): v
     })
     callback(fastify)
   }
-  initialization.subscribe(initialization[kListener])
+  subscribe(INITIALIZATION, initialization[kListener])
 }
 
 export function isAnnounced(server: FastifyInstance): boolean {

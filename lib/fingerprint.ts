@@ -2,9 +2,8 @@ import { inspect } from 'node:util'
 import type { FastifyRequest } from 'fastify'
 import type { Difference } from '../types/index.js'
 import type { Maybe } from './at-hand.js'
-import { digest, type FileHashes, isPlain, isStream, OPAQUE, valueHash } from './canonical.js'
+import { digest, type FileLike, isPlain, isStream, OPAQUE, valueHash } from './canonical.js'
 import { isJson, isMultipart } from './content-type.js'
-import { credentialsOf } from './credentials.js'
 import { InvalidOption } from './errors.js'
 import { formOf } from './multipart.js'
 
@@ -28,8 +27,6 @@ export interface HeadRules {
   readonly constraints: string
   /** The option `target`: what the request is for, in place of all but its method. */
   readonly target: ((request: FastifyRequest) => string) | null
-  /** Does a scope stand for the credentials? */
-  readonly scoped: boolean
 }
 
 /** The head of the last request to a route that had neither parameters nor query. */
@@ -44,13 +41,10 @@ const last = new WeakMap<HeadRules, LastTarget>()
 /**
  * What is known before the body is, as Fastify has understood it: what it routes alike is alike. Before validation, which
  * may change parameters and query.
+ * @param credentials `null` where a scope stands for them, or nobody has sent any.
  * @throws FST_IDEMPOTENCY_INVALID_OPTION when `target` gives no string
  */
-export function headOf(
-  request: FastifyRequest,
-  rules: HeadRules,
-  credentials = rules.scoped ? null : credentialsOf(request)
-): string {
+export function headOf(request: FastifyRequest, rules: HeadRules, credentials: string | null): string {
   const target = targetOf(request, rules)
   const head = credentials === null ? target : digest(JSON.stringify([target, credentials]))
   return head + target.slice(0, HINT_LENGTH)
@@ -149,7 +143,7 @@ export function payloadOfBody(request: FastifyRequest): Maybe<string> {
 }
 
 /** `null` where a part of the value does not show what is in it. */
-function byValue(value: unknown, files: FileHashes | null = null): string | null {
+function byValue(value: unknown, files: FileLike[] | null = null): string | null {
   try {
     return valueHash(value, files)
   } catch (error) {
@@ -158,21 +152,22 @@ function byValue(value: unknown, files: FileHashes | null = null): string | null
   }
 }
 
-/** The files of a form, or of what else a parser has made of the body, are read first: that takes time. */
+/** The files of a form, or of what else a parser has made of the body, are read as well: that takes time. */
 function withFiles(body: unknown): Maybe<string> {
-  const files: FileHashes = new Map()
+  const files: FileLike[] = []
   const hash = byValue(body, files) ?? ''
-  return files.size === 0 || hash === '' ? hash : readFiles(body, files)
+  return files.length === 0 || hash === '' ? hash : withContent(hash, files)
 }
 
-async function readFiles(body: unknown, files: FileHashes): Promise<string> {
+async function withContent(hash: string, files: readonly FileLike[]): Promise<string> {
+  const hashes = [hash]
   try {
-    for (const file of files.keys()) files.set(file, digest(new Uint8Array(await file.arrayBuffer())))
+    for (const file of files) hashes.push(digest(new Uint8Array(await file.arrayBuffer())))
   } catch {
     // Of a file on a disk, for instance, that has changed meanwhile.
     return ''
   }
-  return byValue(body, files) ?? ''
+  return digest(hashes.join())
 }
 
 /**
@@ -189,7 +184,9 @@ export function payloadFingerprint(value: unknown): string {
   throw new InvalidOption('payloadFingerprint takes a value that shows what is in it; read files and streams first')
 }
 
-function hasBody(request: FastifyRequest): boolean {
-  const length = request.headers['content-length']
-  return request.headers['transfer-encoding'] !== undefined || (length !== undefined && length !== '0')
+export function hasBody({ headers, raw }: FastifyRequest): boolean {
+  const length = headers['content-length']
+  if (headers['transfer-encoding'] !== undefined || (length !== undefined && length !== '0')) return true
+  // HTTP/2 has neither of necessity.
+  return (raw as { stream?: { endAfterHeaders?: boolean } })?.stream?.endAfterHeaders === false
 }

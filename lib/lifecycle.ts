@@ -234,11 +234,12 @@ export class Lifecycle {
 
   #claim(request: FastifyRequest, reply: FastifyReply): Maybe<FastifyReply | undefined> {
     const { getKey } = this.#policy
+    const seen = request[kSnapshot]?.key
+    if (seen instanceof Error) throw seen
     const exchange = exchangeOf(request)
     if (exchange !== null) return this.#settle(exchange)
     if (getKey !== null) return this.#claimAsked(request, reply, getKey)
-    const key = request[kSnapshot]?.key ?? this.#providedKey(request)
-    if (key instanceof Error) throw key
+    const key = seen ?? this.#providedKey(request)
     if (key !== undefined) return this.#begin(request, reply, key)
     this.#missing()
     return undefined

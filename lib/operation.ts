@@ -510,7 +510,7 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   /** The store has failed, or is known to be down. */
-  #goWithout(owner: Operation | undefined, error: unknown): Found {
+  async #goWithout(owner: Operation | undefined, error: unknown): Promise<Found> {
     this.#report(error)
     if (owner !== undefined) return owner.#asRunning()
     throw new StoreFailure('The key could not be asked for', { cause: error })

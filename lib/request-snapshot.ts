@@ -1,7 +1,7 @@
 import type { FastifyRequest } from 'fastify'
 import { credentialsOf } from './credentials.js'
 import { KeyUnreadable } from './errors.js'
-import { headOf, payloadOfBody } from './fingerprint.js'
+import { hasBody, headOf, payloadOfBody } from './fingerprint.js'
 import { isInUnparsedBody, keyInBody, parseKey } from './key.js'
 import type { Policy } from './options.js'
 
@@ -29,8 +29,6 @@ export class RequestSnapshot {
   head = ''
   /** The hash of the payload; empty while it is not known. */
   payload: string | Promise<string> = ''
-  /** What `request.body` is, until it has been read. */
-  #body: unknown
   #isWatching = false
   #isRead = false
 
@@ -54,8 +52,10 @@ export class RequestSnapshot {
    * before all hooks of a route, may replace or change it.
    */
   watchBody(): void {
-    const { body } = this.request
-    if (body !== undefined && body !== null) {
+    const { body, headers } = this.request
+    // A body that has not been sent is not parsed, whatever hooks put in its place.
+    const isSent = hasBody(this.request) || headers['content-type'] !== undefined
+    if ((body !== undefined && body !== null) || !isSent) {
       this.#readBody()
     } else {
       this.#isWatching = true
@@ -63,18 +63,16 @@ export class RequestSnapshot {
     }
   }
 
-  get body(): unknown {
-    return this.#body
-  }
-
-  set body(body: unknown) {
-    this.#body = body
-    // Of a multipart body the parser knows nothing: a hook that is still to come reads it.
-    if (body !== undefined && body !== null) this.#readBody()
+  /** The parser has done its work. What comes behind it is that of hooks. */
+  parsed(body: unknown): void {
+    this.#stopWatching(body)
+    // Nothing: the parser has left it to others, as that of @fastify/multipart does, whose hook is still to come.
+    if (body !== undefined) this.#readBody()
   }
 
   /** Nothing more is to come before the validation. Resolves when all of it has been read. */
   finish(): void | Promise<void> {
+    this.#stopWatching(undefined)
     if (!this.#isRead) this.#readBody()
     // A key that getKey will find needs one all the same.
     if (this.head === '' && (this.key !== undefined || this.policy.getKey !== null)) this.readHead()
@@ -85,21 +83,32 @@ export class RequestSnapshot {
     }
   }
 
+  #stopWatching(body: unknown): void {
+    if (!this.#isWatching) return
+    this.#isWatching = false
+    Object.defineProperty(this.request, 'body', { configurable: true, enumerable: true, writable: true, value: body })
+  }
+
   #readBody(): void {
-    const { request, policy } = this
+    const { policy } = this
     this.#isRead = true
-    if (this.#isWatching) {
-      this.#isWatching = false
-      Object.defineProperty(request, 'body', {
-        configurable: true,
-        enumerable: true,
-        writable: true,
-        value: this.#body
-      })
-    }
     if (this.key === undefined && policy.getKey === null) this.key = this.#keyInBody()
     if (this.key === undefined && policy.getKey === null) return
-    if (policy.fingerprint === true && !(this.key instanceof Error)) this.payload = payloadOfBody(request)
+    if (policy.fingerprint === true && !(this.key instanceof Error)) this.#readPayload()
+  }
+
+  #readPayload(): void {
+    // What a body throws that is looked at is for the claim to throw: here it would be in the way of the parser.
+    const failed = (error: unknown) => {
+      this.key = error as Error
+      return ''
+    }
+    try {
+      const payload = payloadOfBody(this.request)
+      this.payload = typeof payload === 'string' ? payload : payload.catch(failed)
+    } catch (error) {
+      failed(error)
+    }
   }
 
   #keyInBody(): string | Error | undefined {
@@ -120,9 +129,9 @@ const WATCHED_BODY: PropertyDescriptor & ThisType<FastifyRequest> = {
   configurable: true,
   enumerable: true,
   get() {
-    return this[kSnapshot]?.body
+    return undefined
   },
   set(body: unknown) {
-    if (this[kSnapshot] !== null) this[kSnapshot].body = body
+    this[kSnapshot]?.parsed(body)
   }
 }

@@ -31,15 +31,14 @@ const UNLIMITED: Permit = { patience: Number.POSITIVE_INFINITY }
 export class StoreHealth {
   #isDown = false
   #downSince = 0
-  /** The error with which what may be an outage has begun; the one that is logged. */
-  #first: unknown = null
-  /** The last error. */
-  #last: unknown = null
+  /** The last of the errors that have come since there was an answer, of which the first is logged. */
+  #error: unknown = null
   /** The keys that have failed since the last success. */
   readonly #failed = new Set<string>()
   /** How many answers there were, so that a call can tell whether there was one while it waited. */
   #answers = 0
   #probe: { readonly patience: number; readonly until: number } | null = null
+  /** Where that was. */
   #log: FastifyBaseLogger | null = null
 
   get isDown(): boolean {
@@ -48,7 +47,7 @@ export class StoreHealth {
 
   /** Why the store was found to be down. */
   get error(): unknown {
-    return this.#last
+    return this.#error
   }
 
   /**
@@ -83,14 +82,13 @@ export class StoreHealth {
 
   /** The store has answered. */
   answered(): void {
-    if (this.#first === null) return
+    if (this.#error === null) return
     if (this.#isDown) {
       const downForMs = Math.round(performance.now() - this.#downSince)
       this.#log?.warn({ idempotency: { downForMs } }, 'idempotency store is back')
     }
     this.#isDown = false
-    this.#first = null
-    this.#last = null
+    this.#error = null
     this.#log = null
     this.#probe = null
     this.#failed.clear()
@@ -98,17 +96,19 @@ export class StoreHealth {
 
   /** Logs the failure of a step: an outage is one error, whatever the number of steps that meet it. */
   report(error: unknown, log: FastifyBaseLogger, bindings: object): void {
-    const isKnown = this.#first !== null && error !== this.#first && !isNoOutage(error)
-    if (this.#first !== null) this.#log ??= log
-    if (isKnown) log.debug({ ...bindings, err: error }, 'idempotency store still fails')
-    else log.error({ ...bindings, err: error }, 'idempotency store failed')
+    const isOutage = this.#error !== null && !isNoOutage(error)
+    if (isOutage && this.#log !== null) {
+      log.debug({ ...bindings, err: error }, 'idempotency store still fails')
+      return
+    }
+    if (isOutage) this.#log = log
+    log.error({ ...bindings, err: error }, 'idempotency store failed')
   }
 
   #fail(key: string, error: unknown, before: number, permit: Permit): void {
     if (this.#probe === permit) this.#probe = null
     if (isNoOutage(error) || before !== this.#answers) return
-    this.#last = error ?? new Error('The idempotency store has failed')
-    this.#first ??= this.#last
+    this.#error = error ?? new Error('The idempotency store has failed')
     if (this.#isDown) return
     this.#failed.add(key)
     if (!isSilence(error) && this.#failed.size < DIFFERENT_KEYS) return

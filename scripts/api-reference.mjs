@@ -119,9 +119,13 @@ const built = mkdtempSync(join(root, '.cache', 'api-'))
 process.on('exit', () => rmSync(built, { recursive: true, force: true }))
 
 const compiler = join(root, 'node_modules', 'typescript', 'bin', 'tsc')
-const compiled = spawnSync(process.execPath, [compiler, '-p', join(root, 'tsconfig.build.json'), '--outDir', built], {
-  encoding: 'utf8'
-})
+const compiled = spawnSync(
+  process.execPath,
+  [compiler, '-p', join(root, 'tsconfig.build.json'), '--module', 'ESNext', '--outDir', built],
+  {
+    encoding: 'utf8'
+  }
+)
 if (compiled.status !== 0) throw new Error(`tsc failed:\n${compiled.stdout}${compiled.stderr}`)
 
 /** @type {Map<string, Declaration>} */

@@ -1,9 +1,9 @@
 // Packs the package as it would be published, asks publint and attw about it, installs it into an empty project beside
-// Fastify, and uses it there as an ES module, a CommonJS module and from TypeScript as both, under every way to resolve
-// modules. One line for each check; exits 1 when one fails.
+// Fastify, and uses it there as an ES module, a CommonJS module, both at once, and from TypeScript as both, under every
+// way to resolve modules; then in the applications of test/layouts/. One line for each check; exits 1 when one fails.
 
 import { spawnSync } from 'node:child_process'
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -14,15 +14,23 @@ const npmQuiet = ['--no-audit', '--no-fund', '--loglevel=error']
 
 const entries = ['dist/index', 'dist/lib/client', 'dist/lib/testkit'].flatMap((entry) => [
   `${entry}.js`,
-  `${entry}.d.ts`
+  `${entry}.mjs`,
+  `${entry}.d.ts`,
+  `${entry}.d.mts`
 ])
 const docs = readdirSync(join(root, 'docs')).map((file) => `docs/${file}`)
-const required = ['package.json', 'README.md', 'CHANGELOG.md', 'LICENSE', ...entries, ...docs]
+const required = ['package.json', 'dist/package.json', 'README.md', 'CHANGELOG.md', 'LICENSE', ...entries, ...docs]
 const allowed =
-  /^(package\.json|(README|CHANGELOG)\.md|LICENSE|docs\/[\w-]+\.md|dist\/(index|(lib|types)\/[\w/-]+)\.(js|d\.ts))$/
+  /^(package\.json|(README|CHANGELOG)\.md|LICENSE|docs\/[\w-]+\.md|dist\/(package\.json|(index|(lib|types)\/[\w/-]+)\.(m?js|d\.m?ts)))$/
 
 /** For projects that have not come to our own: the oldest way to resolve modules is gone from TypeScript 7. */
 const OLDER_TYPESCRIPT = '5.9.3'
+
+/** What the applications of test/layouts/ use besides. */
+const layoutPackages = ['@fastify/autoload@6.5.0', 'fastify-cli@8.0.2', 'fastify-plugin@6', 'jest@30.5.2']
+const layouts = readdirSync(join(root, 'test', 'layouts'), { withFileTypes: true }).flatMap((entry) =>
+  entry.isDirectory() ? [entry.name] : []
+)
 
 /** What each consumer does once it has `fastify` and `idempotency`: JavaScript and TypeScript alike. */
 const use = `
@@ -108,6 +116,19 @@ assert.equal(typeof idempotency, 'function')
 assert.equal(idempotency, idempotency.default)
 assert.equal(idempotency, idempotency.idempotency)
 ${functions}${main(use + conformance)}`,
+
+  'both.mjs': `
+import assert from 'node:assert/strict'
+import { createRequire } from 'node:module'
+import * as imported from '${name}'
+import * as importedKit from '${name}/testkit'
+const require = createRequire(import.meta.url)
+const required = require('${name}')
+assert.equal(imported.default, required)
+for (const [name, value] of Object.entries(imported)) assert.equal(value, required[name], name)
+assert.equal(importedKit.storeConformance, require('${name}/testkit').storeConformance)
+for (const it of Object.keys(require('${name}/client'))) assert.ok(it in (await import('${name}/client')), it)
+`,
 
   'node-test.test.mjs': `
 import test from 'node:test'
@@ -253,14 +274,9 @@ function lintPackage(tarball) {
   run(join(root, 'node_modules', '.bin', 'publint'), ['run', tarball, '--strict'], root)
 }
 
-/**
- * attw's rule about require() that finds an ES module is left out: every Node that the package runs on can do it, and
- * `commonjs.cjs` and the `.cts` consumers do.
- * @type {(tarball: string) => void}
- */
+/** @type {(tarball: string) => void} */
 function lintTypes(tarball) {
-  const args = [tarball, '--no-color', '--ignore-rules', 'cjs-resolves-to-esm']
-  run(join(root, 'node_modules', '.bin', 'attw'), args, root)
+  run(join(root, 'node_modules', '.bin', 'attw'), [tarball, '--no-color'], root)
 }
 
 /** @type {(tarball: string) => string} An empty project with the package, and with our versions of what it is used with. */
@@ -272,9 +288,10 @@ function install(tarball) {
     const { version } = JSON.parse(readFileSync(join(root, 'node_modules', dependency, 'package.json'), 'utf8'))
     return `${dependency}@${version}`
   })
-  others.push(`typescript-5@npm:typescript@${OLDER_TYPESCRIPT}`)
+  others.push(`typescript-5@npm:typescript@${OLDER_TYPESCRIPT}`, ...layoutPackages)
   run('npm', ['install', ...npmQuiet, '--prefer-offline', '--no-package-lock', tarball, ...others], project)
   for (const [file, source] of Object.entries(sources)) writeFileSync(join(project, file), source)
+  cpSync(join(root, 'test', 'layouts'), join(project, 'layouts'), { recursive: true })
   return project
 }
 
@@ -308,6 +325,9 @@ if (ready) {
   for (const file of Object.keys(sources).filter((file) => file !== 'browser.ts')) {
     const script = /\.c?ts$/.test(file) ? join('built', file.replace(/ts$/, 'js')) : file
     step(file, () => void run(process.execPath, [script], project))
+  }
+  for (const layout of layouts) {
+    step(`layout ${layout}`, () => void run(process.execPath, ['run.js'], join(project, 'layouts', layout)))
   }
 }
 process.exitCode = failures > 0 ? 1 : 0

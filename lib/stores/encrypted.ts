@@ -13,6 +13,7 @@ import type {
 } from '../../types/index.js'
 import { InvalidOption, UnreadableAnswer } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
+import { describeStore } from '../values.js'
 import { isInFrontOf } from './inner.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { Keyring, secretOf } from './sealing.js'
@@ -30,15 +31,16 @@ export interface EncryptedStoreOptions {
 }
 
 const NOTHING = Buffer.alloc(0)
-/** What a sealed record looks like from outside, whatever is in it. */
-const STATUS = 200
+/** What a sealed record looks like from outside, whatever is in it: a reply, of no time. */
+const OUTSIDE = { kind: 'reply', createdAt: 0, statusCode: 200, headers: [], text: false } as const
 
 /**
- * Encrypts what another store keeps: replies with their status, headers and bodies, and the fingerprints of requests,
- * which are hashes of payloads that one might guess. Each is bound to its key: moved to another one, or changed in any
+ * Encrypts what another store keeps: records, be they replies with their status, headers and bodies or tombstones with their
+ * reasons, the times of both, and the fingerprints of requests, which are hashes of payloads that one might guess. Each is bound to its key: moved to another one, or changed in any
  * bit, it cannot be decrypted, which is an error of the store, and never a reply.
  *
- * In the clear stay: storage keys (hashes), tokens, times, sizes, whether there is a claim, a reply or a tombstone.
+ * In the clear stay: storage keys (hashes), tokens, leases and ttls, sizes, and whether there is a claim or a record. What is
+ * too large for the other store is a tombstone there.
  */
 export class EncryptedStore implements IdempotencyStore {
   // What a store need not have, this one has where the other has it.
@@ -52,7 +54,7 @@ export class EncryptedStore implements IdempotencyStore {
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(store: IdempotencyStore, options: EncryptedStoreOptions) {
-    if (!isStore(store)) throw new InvalidOption(`EncryptedStore takes ${A_STORE}, got ${describe(store)}`)
+    if (!isStore(store)) throw new InvalidOption(`EncryptedStore takes ${A_STORE}, got ${describeStore(store)}`)
     const { keys, ...unknown } = options ?? {}
     for (const name of Object.keys(unknown)) throw new InvalidOption(`EncryptedStore has no option "${name}"`)
     this.#store = store
@@ -144,12 +146,11 @@ class Records {
   }
 
   seal(key: string, record: StoredRecord): StoredRecord {
-    const { createdAt } = record
-    // The record has it as well; this one is for stores that make a tombstone of what is too large for them.
-    const fingerprint = this.#sealFingerprint(key, record.fingerprint)
-    if (record.kind === 'tombstone') return { kind: 'tombstone', fingerprint, createdAt, reason: record.reason }
-    const body = this.#keyring.seal(encodeRecord(record, NOTHING), aboutRecord(key, fingerprint, createdAt))
-    return { kind: 'reply', fingerprint, createdAt, statusCode: STATUS, headers: [], body, text: false }
+    // The record has both as well; these are for stores that make a tombstone of what is too large for them.
+    const base = JSON.stringify([record.fingerprint, record.createdAt])
+    const fingerprint = this.#keyring.seal(Buffer.from(base), aboutBase(key)).toString('base64url')
+    const body = this.#keyring.seal(encodeRecord(record, NOTHING), aboutRecord(key, fingerprint))
+    return { ...OUTSIDE, fingerprint, headers: [], body }
   }
 
   open<Found extends Acquisition>(key: string, found: Found): Found
@@ -170,13 +171,21 @@ class Records {
   }
 
   #open(key: string, record: StoredRecord): StoredRecord {
-    const { fingerprint, createdAt } = record
-    if (record.kind === 'tombstone') return { ...record, fingerprint: this.#openFingerprint(key, fingerprint) }
+    const { fingerprint: sealed } = record
+    if (record.kind === 'tombstone') {
+      if (record.reason !== 'too-large') {
+        throw new UnreadableAnswer('A stored idempotency record is not encrypted, or damaged')
+      }
+      const base = this.#keyring.open(Buffer.from(sealed, 'base64url'), aboutBase(key)).toString()
+      const [fingerprint, createdAt] = JSON.parse(base) as [string, number]
+      return { kind: 'tombstone', reason: 'too-large', fingerprint, createdAt }
+    }
     // None of it is used: but what is not as it was written was written by somebody else.
-    const { statusCode, headers, text, body } = record
-    if (statusCode !== STATUS || headers.length > 0 || text)
+    const { createdAt, statusCode, headers, text, body } = record
+    if (createdAt !== OUTSIDE.createdAt || statusCode !== OUTSIDE.statusCode || headers.length > 0 || text) {
       throw new UnreadableAnswer('A stored idempotency record is damaged')
-    return decodeRecord(this.#keyring.open(body, aboutRecord(key, fingerprint, createdAt)), 0)
+    }
+    return decodeRecord(this.#keyring.open(body, aboutRecord(key, sealed)), 0)
   }
 
   #sealFingerprint(key: string, fingerprint: string): string {
@@ -194,8 +203,12 @@ function aboutFingerprint(key: string): string {
   return JSON.stringify(['fingerprint', key])
 }
 
-function aboutRecord(key: string, fingerprint: string, createdAt: number): string {
-  return JSON.stringify(['record', key, fingerprint, createdAt])
+function aboutBase(key: string): string {
+  return JSON.stringify(['base', key])
+}
+
+function aboutRecord(key: string, base: string): string {
+  return JSON.stringify(['record', key, base])
 }
 
 /** @throws FST_IDEMPOTENCY_INVALID_OPTION, without the keys themselves: they are secrets. */

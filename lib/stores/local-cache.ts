@@ -9,6 +9,7 @@ import type {
 import { atHand, kPeek } from '../at-hand.js'
 import { InvalidOption } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
+import { describeStore } from '../values.js'
 import { isInFrontOf } from './inner.js'
 import { bound, Kept, sizeOf } from './kept.js'
 import { Shelf } from './shelf.js'
@@ -80,7 +81,7 @@ export class LocalCache implements IdempotencyStore {
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(store: IdempotencyStore, options: LocalCacheOptions = {}) {
-    if (!isStore(store)) throw new InvalidOption(`LocalCache takes ${A_STORE}, got ${typeof store}`)
+    if (!isStore(store)) throw new InvalidOption(`LocalCache takes ${A_STORE}, got ${describeStore(store)}`)
     const { maxEntries = 10_000, maxBytes = 33_554_432, maxAge = 10_000, ...unknown } = options
     for (const name of Object.keys(unknown)) throw new InvalidOption(`LocalCache has no option "${name}"`)
     this.#store = store

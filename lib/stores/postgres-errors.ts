@@ -1,4 +1,4 @@
-import { UnreadableAnswer } from '../errors.js'
+import { StoreFull, UnreadableAnswer } from '../errors.js'
 
 /** An error that the server has sent; others have no severity. */
 export interface DatabaseError extends Error {
@@ -11,6 +11,8 @@ export interface DatabaseError extends Error {
 const SERIALIZATION_FAILURE = '40001'
 const DEADLOCK = '40P01'
 const UNDEFINED_TABLE = '42P01'
+const DISK_FULL = '53100'
+const OUT_OF_MEMORY = '53200'
 
 /** Classes of errors in which the server, or somebody who operates it, is to blame: resources, intervention, system. */
 const SERVERS_OWN = /^(?:08|53|57|58|XX)/
@@ -39,4 +41,12 @@ export function explain(error: unknown): Error {
   if (code === UNDEFINED_TABLE)
     return new Error(`${message}: create it by a migration, or by "await store.createTable()"`)
   return Object.assign(new Error(message), { name }, code && { code })
+}
+
+/** What a claim is told, explained: a server without room is there, and refuses. */
+export function claimFailure(error: unknown): Error {
+  const cause = explain(error)
+  const { code } = cause as DatabaseError
+  if (code !== DISK_FULL && code !== OUT_OF_MEMORY) return cause
+  return new StoreFull(`PostgreSQL is full, and takes no further claim (${cause.message})`, { cause })
 }

@@ -1,3 +1,4 @@
+import { setImmediate as immediate } from 'node:timers/promises'
 import type { TransactionClient } from '../../types/index.js'
 import { TransactionBroken } from '../errors.js'
 
@@ -59,8 +60,12 @@ type Callback = (error: Error) => void
 /** A client that a handler can do everything with but end its transaction. */
 export class Guard {
   readonly client: TransactionClient
-  /** Is the transaction over? Then the client belongs to somebody else. */
-  over = false
+  /** Is the transaction over, and why? Then the client belongs to somebody else. */
+  over: string | null = null
+  /** Was something asked that came too late? What is done then is not all that its handler wanted. */
+  wasLate = false
+  /** How many queries the handler has asked for. */
+  asked = 0
   #pending = 0
   /** Settles with the handler's last query; those before it have settled then. */
   #last: Promise<unknown> = Promise.resolve()
@@ -91,7 +96,16 @@ export class Guard {
     return this.#last
   }
 
+  /** Resolves when no query is under way, nor has another followed from what was answered. */
+  async dry(): Promise<void> {
+    do {
+      await this.#last
+      await immediate()
+    } while (this.busy)
+  }
+
   #query(client: TransactionClient, args: unknown[]): unknown {
+    this.asked++
     const refusal = this.#refusal(args[0])
     if (refusal !== null) return refuse(refusal, args)
     const result: unknown = client.query(...(args as [string]))
@@ -106,7 +120,10 @@ export class Guard {
   }
 
   #refusal(query: unknown): Error | null {
-    if (this.over) return new TransactionBroken('The transaction is over: its handler has replied')
+    if (this.over !== null) {
+      this.wasLate = true
+      return new TransactionBroken(this.over)
+    }
     const text = typeof query === 'string' ? query : (query as { text?: unknown } | null)?.text
     const control = typeof text === 'string' ? transactionControl(text) : null
     if (control === null) return null
@@ -124,7 +141,12 @@ function refuse(error: Error, args: unknown[]): unknown {
   else if (typeof query?.submit === 'function' && typeof query.handleError === 'function') {
     process.nextTick(() => (query as unknown as { handleError: Callback }).handleError(error))
     return query
-  } else return Promise.reject(error)
+  } else {
+    const refused = Promise.reject(error)
+    // Who has forgotten to wait must not lose the process by that. Who listens hears of it all the same.
+    refused.catch(() => {})
+    return refused
+  }
 }
 
 function refuseToLetGo(): never {

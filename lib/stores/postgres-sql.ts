@@ -226,14 +226,20 @@ DELETE FROM ${table} AS old USING doomed WHERE old.key = doomed.key RETURNING tr
     return there
   }
 
-  /** Begins a transaction that claims a key. The values are literals: several statements in one trip take no parameters. */
-  begin(values: ClaimValues, idleMs: number): string {
+  /**
+   * Begins a transaction that claims a key. The values are literals: several statements in one trip take no parameters.
+   * @param savepoint What the transaction goes back to when the handler has broken it, and yet has an answer to give.
+   * @param idleMs For how long the server waits for a silent process, and the handler for the locks of others, unless
+   * the application has set a limit of its own for that.
+   */
+  begin(values: ClaimValues, savepoint: string, idleMs: number): string {
     return `
 BEGIN;
 SET LOCAL idle_in_transaction_session_timeout = ${idleMs};
 ${this.#claim('pg_try_advisory_xact_lock', values)};
-SAVEPOINT ${SAVEPOINT};
-SELECT relnamespace::regnamespace::text AS schema FROM pg_class WHERE oid = ${this.#literal}::regclass`
+SAVEPOINT ${savepoint};
+SELECT relnamespace::regnamespace::text AS schema FROM pg_class WHERE oid = ${this.#literal}::regclass;
+SELECT set_config('lock_timeout', '${idleMs}', true) WHERE current_setting('lock_timeout') = '0'`
   }
 
   #claim(tryLock: string, { key, token, fingerprint, leaseMs, retainMs, takeover }: ClaimValues): string {
@@ -315,5 +321,16 @@ SELECT NULL FROM ${this.#table} WHERE ${mine} AND ${is} AND NOT EXISTS (SELECT F
   }
 }
 
-/** What a transaction goes back to when the handler has broken it, and yet has an answer to give. */
-export const SAVEPOINT = 'fastify_idempotency'
+/**
+ * Tells the server that the process is alive, and whether a connection like this one waits for what this one has locked: of
+ * the same role and application on the same host. Of them the server tells everything; `wait_event_type` goes first, because
+ * who blocks whom is not asked for nothing. In a transaction the server tells what it has told before, unless it is told to
+ * look anew.
+ */
+export const KEEP_ALIVE = `
+SELECT pg_stat_clear_snapshot();
+SELECT FROM pg_stat_activity AS other JOIN pg_stat_activity AS own ON own.pid = pg_backend_pid()
+WHERE CASE WHEN other.wait_event_type = 'Lock' AND other.datid = own.datid AND other.usesysid = own.usesysid
+  AND other.application_name = own.application_name AND other.client_addr IS NOT DISTINCT FROM own.client_addr
+  THEN own.pid = ANY (pg_blocking_pids(other.pid)) ELSE false END
+LIMIT 1`

@@ -1,3 +1,4 @@
+import { randomBytes } from 'node:crypto'
 import type {
   ClaimTransaction,
   StoredRecord,
@@ -8,14 +9,29 @@ import type {
 } from '../../types/index.js'
 import { LONGEST_DELAY } from '../deadlines.js'
 import { TransactionBroken } from '../errors.js'
-import { within } from '../within.js'
-import { type DatabaseError, explain, isAnswer, isContention, isRefusal } from './postgres-errors.js'
+import { noLongerThan, within } from '../within.js'
+import { claimFailure, type DatabaseError, explain, isAnswer, isContention, isRefusal } from './postgres-errors.js'
 import { Guard } from './postgres-guard.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './postgres-rows.js'
-import { type PostgresSql, SAVEPOINT } from './postgres-sql.js'
+import { KEEP_ALIVE, type PostgresSql } from './postgres-sql.js'
 
 /** How often a key is asked for that others take and give back meanwhile. */
 const MOST_TRIES = 20
+
+/**
+ * A handler that has locked a row, and then asks for it by another connection of its pool, waits for itself: no server
+ * can see that. After so many signs of life in a row, a third of a lease apart, at which its transaction stood still and
+ * somebody like it waited for that, it is ended. That is a lease, as for a process that is gone; and a handler that holds a
+ * lock for longer than that without asking for anything is ended as well when another one waits for it.
+ */
+const MOST_BLOCKED = 4
+
+const REPLIED = 'The transaction is over: its handler has replied. Await every query before the reply'
+const UNAWAITED =
+  'The handler has replied before its queries have ended, and all is undone: await every query of a transaction'
+const BLOCKED =
+  'The transaction was ended: for a lease it has stood still, and another connection has waited for what it had locked. ' +
+  'Ask for everything by the client of the transaction, not by its pool'
 
 const IN_FAILED_TRANSACTION = '25P02'
 
@@ -33,8 +49,14 @@ export class PostgresTransaction implements ClaimTransaction {
   #wake = false
   readonly #guard: Guard
   readonly #lost = new AbortController()
+  /** Random, so that no handler gets there. */
+  readonly #savepoint = `s${randomBytes(12).toString('hex')}`
+  #undone = false
   #returned = false
   #pinging = false
+  /** At how many signs of life in a row somebody was blocked, and what the handler had asked for by then. */
+  #blocked = 0
+  #asked = 0
 
   /** Takes a client fresh from the pool, in the very moment: nobody else hears when its connection is lost. */
   constructor(client: TransactionClient, sql: PostgresSql, key: string, { token, timeoutMs }: TransactionClaim) {
@@ -60,7 +82,7 @@ export class PostgresTransaction implements ClaimTransaction {
       return found
     } catch (error) {
       this.#return(error)
-      throw explain(error)
+      throw claimFailure(error)
     }
   }
 
@@ -73,11 +95,13 @@ export class PostgresTransaction implements ClaimTransaction {
   }
 
   async complete(record: StoredRecord, ttlMs: number | null, undo = false): Promise<TransactionOutcome> {
-    this.#guard.over = true
-    await this.#guard.idle
+    const wasBusy = await this.#closed()
+    if (wasBusy && !undo && isSuccess(record)) return this.#refuse(new TransactionBroken(UNAWAITED))
     try {
       const refusal = await this.#write(record, ttlMs, undo)
       if (refusal !== null) return this.#refuse(refusal)
+      // What came too late is not in it. Where nothing is, nothing is missing.
+      if (this.#guard.wasLate && !this.#undone) return this.#refuse(new TransactionBroken(UNAWAITED))
     } catch (error) {
       // Nothing was committed, that is sure: the command has not been sent.
       const isAlive = await this.rollback()
@@ -101,8 +125,7 @@ export class PostgresTransaction implements ClaimTransaction {
   }
 
   async rollback(): Promise<boolean> {
-    this.#guard.over = true
-    await this.#guard.idle
+    await this.#closed()
     try {
       await within(this.#timeoutMs, () => this.#client.query('ROLLBACK'))
     } catch (error) {
@@ -117,14 +140,25 @@ export class PostgresTransaction implements ClaimTransaction {
     // While a query is under way, nobody takes the connection for idle.
     if (this.#pinging || this.#returned || this.#guard.busy) return
     this.#pinging = true
-    const done = () => {
+    const { asked } = this.#guard
+    if (asked !== this.#asked) this.#blocked = 0
+    this.#asked = asked
+    const done = (isBlocking: boolean) => {
       this.#pinging = false
+      this.#blocked = isBlocking ? this.#blocked + 1 : 0
+      if (this.#blocked >= MOST_BLOCKED && this.#guard.asked === asked && this.#guard.over === null) {
+        this.#guard.over = BLOCKED
+        this.#onLost(new TransactionBroken(BLOCKED))
+      }
     }
-    this.#client.query('SELECT').then(done, done)
+    this.#client.query(KEEP_ALIVE).then(
+      (results) => done((results as unknown as Result[])[1]?.rows.length === 1),
+      () => done(false)
+    )
   }
 
   abandon(): void {
-    this.#guard.over = true
+    this.#guard.over ??= REPLIED
     this.#return(new Error('The transaction was abandoned'))
   }
 
@@ -139,6 +173,7 @@ export class PostgresTransaction implements ClaimTransaction {
         retainMs: `${claim.retainMs}::float8`,
         takeover: String(claim.takeover)
       },
+      this.#savepoint,
       Math.min(claim.leaseMs, LONGEST_DELAY)
     )
     let prefix = ''
@@ -173,15 +208,28 @@ export class PostgresTransaction implements ClaimTransaction {
         if ((error as DatabaseError).code !== IN_FAILED_TRANSACTION) throw error
       }
       // A statement of the handler has failed, and it has replied all the same. A refusal is true without its writes.
-      if (record.kind !== 'reply' || record.statusCode < 400) {
+      if (isSuccess(record)) {
         return new TransactionBroken(
           'The handler has replied as if all was well, but a statement of its transaction has failed, and all is undone: ' +
             'let the error through, or use SAVEPOINT'
         )
       }
     }
-    await this.#client.query(`ROLLBACK TO ${SAVEPOINT}`)
+    await this.#client.query(`ROLLBACK TO ${this.#savepoint}`)
+    this.#undone = true
     return write()
+  }
+
+  /**
+   * Resolves when the handler can ask for nothing more; with whether it still did. What follows from that is let through: all
+   * of it shares one fate, and a query that was refused would end the process of whoever has forgotten to wait for it.
+   */
+  async #closed(): Promise<boolean> {
+    const { busy } = this.#guard
+    if (busy) await noLongerThan(this.#timeoutMs, this.#guard.dry())
+    this.#guard.over ??= REPLIED
+    await this.#guard.idle
+    return busy
   }
 
   async #refuse(error: Error): Promise<TransactionOutcome> {
@@ -200,8 +248,9 @@ export class PostgresTransaction implements ClaimTransaction {
   }
 
   readonly #onLost = (error?: unknown) => {
-    this.#return(error ?? new Error('The connection of the transaction has ended'))
-    this.#lost.abort()
+    const reason = error ?? new Error('The connection of the transaction has ended')
+    this.#return(reason)
+    this.#lost.abort(reason)
   }
 
   /** Gives the client back to its pool, which closes its connection when there was an error. */
@@ -216,4 +265,9 @@ export class PostgresTransaction implements ClaimTransaction {
     this.#client.off('end', this.#onLost)
     this.#client.release()
   }
+}
+
+/** Does the record say that all was done? */
+function isSuccess(record: StoredRecord): boolean {
+  return record.kind !== 'reply' || record.statusCode < 400
 }

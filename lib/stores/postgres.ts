@@ -10,7 +10,7 @@ import type {
   TransactionClient
 } from '../../types/index.js'
 import { InvalidOption } from '../errors.js'
-import { explain, isContention } from './postgres-errors.js'
+import { claimFailure, explain, isContention } from './postgres-errors.js'
 import { PostgresNotifications } from './postgres-notifications.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './postgres-rows.js'
 import { PostgresSql, SWEEP_ROWS } from './postgres-sql.js'
@@ -102,7 +102,7 @@ export class PostgresStore implements IdempotencyStore {
     this.#sweeper?.start()
     const values = [toKey(key), toText(token), toText(fingerprint), limited(leaseMs), limited(retainMs), takeover]
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
-      const [row] = await this.#query(this.#sql.acquire, values)
+      const [row] = await this.#query(this.#sql.acquire, values, claimFailure)
       if (row !== undefined) return acquisitionOf(row, leaseMs)
       // Another was faster, so recently that this statement could not see it yet: the next one can.
     }
@@ -171,13 +171,13 @@ export class PostgresStore implements IdempotencyStore {
     return (await done()) || done()
   }
 
-  async #query(text: string, values?: unknown[]): Promise<FoundRow[]> {
+  async #query(text: string, values?: unknown[], failure = explain): Promise<FoundRow[]> {
     for (let tries = 1; ; tries++) {
       try {
         const { rows } = await this.#pool.query({ text, ...(values && { values }), types: AS_TEXT })
         return rows
       } catch (error) {
-        if (tries === MOST_TRIES || !isContention(error)) throw explain(error)
+        if (tries === MOST_TRIES || !isContention(error)) throw failure(error)
       }
     }
   }

@@ -3,7 +3,7 @@ import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../t
 import { InvalidOption, UnreadableAnswer } from '../errors.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { ClaimBatches, type Pipeline, type Result } from './redis-batches.js'
-import { discreet, isAborted, isWrongType } from './redis-errors.js'
+import { claimFailure, discreet, isAborted, isWrongType } from './redis-errors.js'
 import { warnOfEviction } from './redis-eviction.js'
 import { Renewals } from './redis-renewals.js'
 import { type Argument, runScript } from './redis-run.js'
@@ -101,59 +101,12 @@ export class RedisStore implements IdempotencyStore {
     this.#renewals = new Renewals(client, isCluster)
   }
 
-  // What is the caller's is read before anything is waited for: it may change meanwhile.
-  async acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
-    this.#eviction ??= warnOfEviction(this.#client)
-    const owner = ownerOf(CLAIM, token)
-    const expiry = String(retainMs + leaseMs)
-    if (this.#setNxGet) {
-      const [set, pttl] = await this.#setOrGet(
-        this.#prefix + key,
-        join(owner, `01:${retainMs}::${fingerprint}`),
-        expiry
-      )
-      const found = this.#understand(set, pttl, owner)
-      if (found !== null) return found
+  async acquire(key: string, claim: Claim): Promise<Acquisition> {
+    try {
+      return await this.#acquire(key, claim)
+    } catch (error) {
+      throw claimFailure(error)
     }
-    return this.#acquireCarefully(key, owner, String(retainMs), fingerprint, expiry, takeover)
-  }
-
-  #setOrGet(name: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]> {
-    if (this.#batches !== null) return this.#batches.ask(name, value, expiry)
-    return this.#pipeline((pipeline) => pipeline.setBuffer(name, value, 'PX', expiry, 'NX', 'GET').pttl(name))
-  }
-
-  /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
-  #understand(set: Result | undefined, pttl: Result | undefined, owner: Argument): Acquisition | null {
-    // The connection was lost between the answers of a pipeline: who asks again with the same token is recognised.
-    if (isAborted(set) || isAborted(pttl)) return null
-    if (set?.[0]) {
-      if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
-      this.#setNxGet = false
-      return null
-    }
-    const held = set?.[1]
-    if (held === null) return { state: 'acquired', attempt: 1 }
-    if (pttl?.[0]) throw discreet(pttl[0])
-    if (!Buffer.isBuffer(held)) return null
-    const left = Number(pttl?.[1])
-    const isElses = held[0] === CLAIM && !lapsed(held, left) && !startsWith(held, Buffer.from(owner))
-    return held[0] === RECORD || isElses ? decode(held, left, false) : null
-  }
-
-  async #acquireCarefully(
-    key: string,
-    owner: Argument,
-    retainMs: string,
-    fingerprint: string,
-    expiry: string,
-    takeover: boolean
-  ): Promise<Acquisition> {
-    const reply = await this.#run(ACQUIRE, key, owner, retainMs, fingerprint, expiry, takeover ? '1' : '0')
-    // Numbers may come as strings: ioredis has an option for that.
-    const [attempt, value, left, abandoned] = reply as [unknown, Buffer, unknown, unknown]
-    if (Number(attempt) > 0) return { state: 'acquired', attempt: Number(attempt) }
-    return decode(value, Number(left), Number(abandoned) === 1)
   }
 
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
@@ -207,6 +160,61 @@ export class RedisStore implements IdempotencyStore {
   /** Closes the connection that listens for changes; the next duplicate that waits opens another. */
   close(): Promise<void> {
     return this.#subscriptions.close()
+  }
+
+  // What is the caller's is read before anything is waited for: it may change meanwhile.
+  async #acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
+    this.#eviction ??= warnOfEviction(this.#client)
+    const owner = ownerOf(CLAIM, token)
+    const expiry = String(retainMs + leaseMs)
+    if (this.#setNxGet) {
+      const [set, pttl] = await this.#setOrGet(
+        this.#prefix + key,
+        join(owner, `01:${retainMs}::${fingerprint}`),
+        expiry
+      )
+      const found = this.#understand(set, pttl, owner)
+      if (found !== null) return found
+    }
+    return this.#acquireCarefully(key, owner, String(retainMs), fingerprint, expiry, takeover)
+  }
+
+  #setOrGet(name: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]> {
+    if (this.#batches !== null) return this.#batches.ask(name, value, expiry)
+    return this.#pipeline((pipeline) => pipeline.setBuffer(name, value, 'PX', expiry, 'NX', 'GET').pttl(name))
+  }
+
+  /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
+  #understand(set: Result | undefined, pttl: Result | undefined, owner: Argument): Acquisition | null {
+    // The connection was lost between the answers of a pipeline: who asks again with the same token is recognised.
+    if (isAborted(set) || isAborted(pttl)) return null
+    if (set?.[0]) {
+      if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
+      this.#setNxGet = false
+      return null
+    }
+    const held = set?.[1]
+    if (held === null) return { state: 'acquired', attempt: 1 }
+    if (pttl?.[0]) throw discreet(pttl[0])
+    if (!Buffer.isBuffer(held)) return null
+    const left = Number(pttl?.[1])
+    const isElses = held[0] === CLAIM && !lapsed(held, left) && !startsWith(held, Buffer.from(owner))
+    return held[0] === RECORD || isElses ? decode(held, left, false) : null
+  }
+
+  async #acquireCarefully(
+    key: string,
+    owner: Argument,
+    retainMs: string,
+    fingerprint: string,
+    expiry: string,
+    takeover: boolean
+  ): Promise<Acquisition> {
+    const reply = await this.#run(ACQUIRE, key, owner, retainMs, fingerprint, expiry, takeover ? '1' : '0')
+    // Numbers may come as strings: ioredis has an option for that.
+    const [attempt, value, left, abandoned] = reply as [unknown, Buffer, unknown, unknown]
+    if (Number(attempt) > 0) return { state: 'acquired', attempt: Number(attempt) }
+    return decode(value, Number(left), Number(abandoned) === 1)
   }
 
   async #completeOnReplicas(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {

@@ -172,7 +172,7 @@ t.test('a request that found a value of another type leaves nothing to be given 
     await until(() => releases === n, { message: 'the claim to be given up' })
   }
   // Whoever comes next has nobody before it, which would be asked for again and again.
-  await StoreInUse.of(store).disown('another', 'token', 60_000)
+  await StoreInUse.of(store).disown('another', 'token', 60_000, true)
   t.equal(releases, 4, 'each was asked for once')
 })
 

@@ -5,6 +5,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import t, { type Test } from 'tap'
 import type { IdempotencyOptions } from '../../index.js'
+import { read, start } from '../support/app.js'
 import {
   HOLD,
   KILL,
@@ -175,28 +176,25 @@ let requests = 0
 /** One request. Rejects when the connection fails. */
 async function send(worker: Worker, { key, mode, kill, kills = 0, ms = 0 }: Plan, hold?: Point): Promise<Answer> {
   requests++
-  const start = performance.now()
-  const response = await fetch(`${worker.url}/${mode}`, {
-    method: 'POST',
-    headers: {
-      'content-type': 'application/json',
-      'idempotency-key': key,
-      ...(kill && { [KILL]: kill, [KILLS]: String(kills) }),
-      ...(hold && { [HOLD]: hold })
-    },
-    body: JSON.stringify({ amount: 100, ms }),
-    signal: AbortSignal.timeout(LIMIT_MS)
+  const before = performance.now()
+  const sent = start(Number(new URL(worker.url).port), {
+    path: `/${mode}`,
+    key,
+    headers: { ...(kill && { [KILL]: kill, [KILLS]: String(kills) }), ...(hold && { [HOLD]: hold }) },
+    body: JSON.stringify({ amount: 100, ms })
   })
-  const body = Buffer.from(await response.arrayBuffer()).toString('latin1')
-  const headers = [...response.headers].filter(([name]) => !OWN_HEADERS.has(name))
+  const limit = setTimeout(sent.hangUp, LIMIT_MS)
+  const response = await sent.response.then(read).finally(() => clearTimeout(limit))
+  const body = response.body.toString('latin1')
+  const headers = Object.entries(response.headers).filter(([name]) => !OWN_HEADERS.has(name))
   const { code, ...transfer } = JSON.parse(body)
   return {
     status: response.status,
     code,
-    replayed: response.headers.get('idempotent-replayed') === 'true',
+    replayed: response.headers['idempotent-replayed'] === 'true',
     bytes: JSON.stringify([response.status, headers, body]),
     transfer,
-    tookMs: performance.now() - start
+    tookMs: performance.now() - before
   }
 }
 

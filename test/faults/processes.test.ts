@@ -4,6 +4,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import t, { type Test } from 'tap'
 import type { IdempotencyOptions } from '../../index.js'
+import { post } from '../support/app.js'
 import { until } from '../support/latch.js'
 import { launch, makeFolder, type ServerProcess } from '../support/process.js'
 import { startRedis } from '../support/redis.js'
@@ -33,16 +34,13 @@ class Worker {
   ) {}
 
   async send(key: string, job: Job): Promise<Answer> {
-    const response = await fetch(`${this.url}/jobs`, {
-      method: 'POST',
-      headers: { 'content-type': 'application/json', 'idempotency-key': key },
-      body: JSON.stringify(job)
-    })
+    const { port } = new URL(this.url)
+    const { status, headers, text } = await post(Number(port), { path: '/jobs', key, body: JSON.stringify(job) })
     return {
-      status: response.status,
-      replayed: response.headers.get('idempotent-replayed') === 'true',
-      retryAfter: response.headers.get('retry-after'),
-      body: (await response.json()) as Answer['body']
+      status,
+      replayed: headers['idempotent-replayed'] === 'true',
+      retryAfter: headers['retry-after'] ?? null,
+      body: JSON.parse(text) as Answer['body']
     }
   }
 }

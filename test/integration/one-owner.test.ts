@@ -1,5 +1,5 @@
 import t from 'tap'
-import { type IdempotencyOptions, MemoryStore } from '../../index.js'
+import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
 import { storageKey } from '../../lib/key.js'
 import { build, codeOf, inject, REPLAYED } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
@@ -9,6 +9,16 @@ import { latch, until } from '../support/latch.js'
 const keyed = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' }, payload: { a: 1 } }
 const config = (options: IdempotencyOptions = {}) => ({ config: { idempotency: options } })
 const KEY = storageKey(null, 'k')
+
+/** The store as another process sees it, which does not know what goes on in this one. */
+function elsewhere(store: MemoryStore): IdempotencyStore {
+  return {
+    acquire: (key, claim) => store.acquire(key, claim),
+    renew: (key, token, leaseMs) => store.renew(key, token, leaseMs),
+    complete: (key, token, record, ttlMs) => store.complete(key, token, record, ttlMs),
+    release: (key, token, unused) => store.release(key, token, unused)
+  }
+}
 
 t.test('an owner that lives in this process keeps its key, whatever the store says', async (t) => {
   for (const onConflict of ['reject', 'wait'] as const) {
@@ -43,7 +53,7 @@ t.test(
   'what other processes see of a claim that was lost and left to its owner is what the owner brought',
   async (t) => {
     const store = new MemoryStore()
-    const [here, there] = [await build(t, { store }), await build(t, { store })]
+    const [here, there] = [await build(t, { store }), await build(t, { store: elsewhere(store) })]
     const [entered, leave] = [latch(), latch()]
     for (const app of [here, there]) {
       app.post('/', config(), async () => {
@@ -98,7 +108,7 @@ t.test('attempt goes on counting after an interrupted attempt, until there is a 
 t.test('a paused owner whose successor has come and gone does not take its claim back', async (t) => {
   const store = new MemoryStore()
   const paused = await build(t, { store, lease: 60 })
-  const successor = await build(t, { store })
+  const successor = await build(t, { store: elsewhere(store) })
   const [entered, leave, answer] = [latch<AbortSignal>(), latch(), latch()]
   let asked = false
   const renew = store.renew.bind(store)

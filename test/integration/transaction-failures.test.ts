@@ -128,18 +128,6 @@ test('a key whose connection is lost is free elsewhere, even while its handler s
   t.same(await scene.ledger(), ['run 2'])
 })
 
-test('a connection that is lost before the handler starts: 503, and the handler does not run', async (t) => {
-  const preHandler = async (request: FastifyRequest) => {
-    if (request.headers.cut) await cut(request)
-  }
-  const scene = await open(t, { options: { hook: 'onRequest' }, route: { preHandler } })
-  const refused = await scene.send('k', { headers: { 'idempotency-key': 'k', cut: 'yes' } })
-  t.same(told(refused), UNAVAILABLE)
-  t.match(refused.headers['retry-after'], /^[1-9]\d*$/)
-  t.equal(scene.runs(), 0)
-  t.same(told(await scene.send()), RAN_1)
-})
-
 test('a connection that is lost during the commit is a 503, never a success, and the retry runs', async (t) => {
   const errors = listenTo(t, 'store-error')
   const scene = await open(t, { options: { storeTimeout: 60_000 } })
@@ -640,7 +628,7 @@ for (const [name, first] of Object.entries(pretending)) {
     const { send, ledger } = await open(t, { first, options: { maxReplySize: 50 } })
     const reply = await send()
     t.same([told(reply), reply.headers.location], [BROKEN, undefined])
-    t.match(reply.json().message, /let the error through, or use SAVEPOINT/)
+    t.match(reply.json().message, /let the error through, or use SAVEPOINT|await every query/)
     t.same(await ledger(), [])
     t.same(told(await send()), RAN_2)
     t.same(await ledger(), ['run 2'])
@@ -688,14 +676,93 @@ test('a handler that keeps the reply from being stored is an error that says why
   }
 })
 
-test('a statement that the handler did not wait for is part of the transaction as well', async (t) => {
-  const first: Work = (request, reply, run) => {
-    void scene.write(request, 'later')
-    return created(request, reply, run)
+const unawaited: Record<string, (write: (note: string) => Promise<unknown>, client: TransactionClient) => unknown> = {
+  'one statement': (write) => void write('a'),
+  'two statements': (write) => {
+    void write('a')
+    void write('b')
+  },
+  'one statement behind another': (write) => void write('a').then(() => write('b')),
+  'many statements one behind the other': async (write) => {
+    for (const note of 'abcdefgh') await write(note)
+  },
+  'one statement behind another, by callbacks': (write, client) => {
+    client.query('SELECT 1', () => void write('b'))
+  },
+  'a statement that fails': (_write, client) => void client.query('SELECT nothing'),
+  'a statement that ends the transaction, and another': (write, client) => {
+    void client.query('COMMIT')
+    void write('a')
+  }
+}
+
+for (const [name, forget] of Object.entries(unawaited)) {
+  test(`a reply whose handler has not waited for ${name} is refused, nothing is committed, and the process goes on`, async (t) => {
+    const first: Work = (request, reply, run) => {
+      forget((note) => scene.write(request, note), transactionOf(request))
+      return created(request, reply, run)
+    }
+    const scene = await open(t, { first })
+    const reply = await scene.send()
+    t.same([told(reply), reply.headers.location], [BROKEN, undefined])
+    t.match(reply.json().message, /await every query/)
+    t.same(await scene.ledger(), [])
+    t.same(told(await scene.send()), RAN_2)
+    t.same(await scene.ledger(), ['run 2'])
+  })
+
+  test(`a failure whose handler has not waited for ${name} is one, and the process goes on`, async (t) => {
+    const first: Work = (request) => {
+      forget((note) => scene.write(request, note), transactionOf(request))
+      throw new Error('failed')
+    }
+    const scene = await open(t, { first })
+    t.equal((await scene.send()).statusCode, 500)
+    t.same(await scene.ledger(), [])
+  })
+}
+
+test('a failure stays one although not all that was asked for at once has ended by then', async (t) => {
+  const first: Work = async (request, reply) => {
+    const client = transactionOf(request)
+    const all = [client.query('SELECT nothing'), client.query('SELECT pg_sleep(0.05)'), scene.write(request, 'b')]
+    await Promise.all(all).catch(() => {})
+    return reply.code(409).send({ failed: true })
   }
   const scene = await open(t, { first })
-  t.same(told(await scene.send()), RAN_1)
-  t.same(await scene.ledger(), ['later', 'run 1'])
+  t.equal((await scene.send()).statusCode, 409)
+  t.same(await scene.ledger(), [])
+})
+
+test('a handler that waits for itself, because it asks its pool for what its transaction holds, is ended after a lease', async (t) => {
+  const first: Work = async (request, reply, run) => {
+    await transactionOf(request).query(`UPDATE ledger_${scene.id} SET note = 'mine'`)
+    await scene.pool.query(`UPDATE ledger_${scene.id} SET note = 'not mine'`)
+    return created(request, reply, run)
+  }
+  const scene = await open(t, { first, options: { lease: 300 } })
+  await outside.query(`INSERT INTO ledger_${scene.id} VALUES ('old')`)
+  const reply = await scene.send()
+  t.same(told(reply), UNAVAILABLE)
+  t.same(await scene.ledger(), ['not mine'], 'what it did by its transaction is undone, and no more')
+  t.same(told(await scene.send()), RAN_2)
+})
+
+test('a handler that asks for what another connection holds for longer than a lease gets an error', async (t) => {
+  const first: Work = async (request, reply, run) => {
+    await transactionOf(request).query(`UPDATE ledger_${scene.id} SET note = 'mine'`)
+    return created(request, reply, run)
+  }
+  const scene = await open(t, { first, options: { lease: 300 } })
+  await outside.query(`INSERT INTO ledger_${scene.id} VALUES ('old')`)
+  const holder = await outside.connect()
+  await holder.query(`BEGIN; UPDATE ledger_${scene.id} SET note = 'held'`)
+  const reply = await scene.send()
+  t.equal(reply.statusCode, 500)
+  t.match(reply.json().message, /lock timeout/)
+  await holder.query('ROLLBACK')
+  holder.release()
+  t.same(await scene.ledger(), ['old'])
 })
 
 /* What a handler must not do with its client */

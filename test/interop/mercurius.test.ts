@@ -2,7 +2,7 @@ import Fastify, { type FastifyInstance } from 'fastify'
 import mercurius, { type MercuriusOptions } from 'mercurius'
 import t, { type Test } from 'tap'
 import idempotency, { type IdempotencyOptions } from '../../index.js'
-import { KeyReused } from '../../lib/errors.js'
+import { keyReused } from '../../lib/errors.js'
 import { isReplay, type Order, post, register } from './kit.js'
 
 const schema = `
@@ -58,7 +58,7 @@ t.test('a mutation runs once for its key', async (t) => {
   t.ok(isReplay(replay))
   t.equal(replay.body, first.body)
   const reused = await charge('a', 2)
-  t.same([reused.statusCode, messageOf(reused)], [422, new KeyReused().message], 'the variables are compared')
+  t.same([reused.statusCode, messageOf(reused)], [422, keyReused('payload').message], 'the variables are compared')
   t.same((await charge('b')).json(), { data: { charge: { id: 2, amount: 1 } } })
   t.equal(await count(), 2)
 })

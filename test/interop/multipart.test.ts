@@ -1,6 +1,7 @@
+import type { IncomingMessage } from 'node:http'
 import { buffer } from 'node:stream/consumers'
 import multipart, { type MultipartFile, type MultipartValue } from '@fastify/multipart'
-import Fastify from 'fastify'
+import Fastify, { type FastifyInstance, type FastifyRequest } from 'fastify'
 import t, { type Test } from 'tap'
 import idempotency, { type IdempotencyRouteOptions } from '../../index.js'
 import { listening } from '../support/latch.js'
@@ -159,4 +160,114 @@ for (const order of orders) {
       t.equal(runs(), 1)
     })
   })
+}
+
+const reply = async (response: Response) => ({
+  status: response.status,
+  replayed: response.headers.get('idempotent-replayed') === 'true',
+  text: await response.text()
+})
+
+const RUN = { status: 200, replayed: false }
+const REPLAY = { status: 200, replayed: true }
+
+for (const order of orders) {
+  t.test(
+    `registered ${order} @fastify/multipart, a JSON field that looks like a part of a form is a value`,
+    async (t) => {
+      for (const mode of [true, 'keyValues'] as const) {
+        for (const field of [undefined, 'payment']) {
+          const app = Fastify()
+          t.teardown(() => app.close())
+          await register(
+            order,
+            () => app.register(idempotency, { ...(field && { field }), header: field ? false : 'Idempotency-Key' }),
+            () => app.register(multipart, { attachFieldsToBody: mode as true })
+          )
+          app.post('/', { config: { idempotency: true } }, async () => 'done')
+          const url = await listening(app)
+          let n = 0
+          const send = async (key: string, value: unknown) => {
+            const boundary = `----boundary${n++}`
+            const type = 'Content-Type: application/json'
+            const part = `Content-Disposition: form-data; name="payment"\r\n${type}\r\n\r\n${JSON.stringify(value)}`
+            const headers = { 'content-type': `multipart/form-data; boundary=${boundary}`, 'idempotency-key': key }
+            const body = `--${boundary}\r\n${part}\r\n--${boundary}--\r\n`
+            return reply(await fetch(url, { method: 'POST', headers, body }))
+          }
+          const looks = (amount: number) => [
+            { type: 'field', value: 1, amount },
+            { type: 'field', fieldname: 'payment', mimetype: 'text/plain', value: 'key', amount },
+            { type: 'file', fieldname: 'payment', filename: 'a', toBuffer: 'b', file: { bytesRead: 0 }, amount }
+          ]
+          for (const [n, value] of looks(1).entries()) {
+            if (field !== undefined) {
+              t.match(await send('', value), { status: 422, text: 'FST_IDEMPOTENCY_KEY_INVALID' }, 'nor is it a key')
+              continue
+            }
+            t.match(await send(`k${n}`, value), RUN)
+            t.match(await send(`k${n}`, looks(2)[n]), { status: 422 })
+            t.match(await send(`k${n}`, value), REPLAY)
+          }
+        }
+      }
+    }
+  )
+
+  t.test(
+    `registered ${order} @fastify/multipart, a body that is made form data is compared by its content`,
+    async (t) => {
+      const makers: Record<string, (app: FastifyInstance) => unknown> = {
+        'by a hook, as in its documentation': async (app) => {
+          await register(
+            order,
+            () => app.register(idempotency),
+            () => app.register(multipart, { attachFieldsToBody: true })
+          )
+          app.addHook('preValidation', async (request) => {
+            request.body = await request.formData()
+          })
+        },
+        'by a parser': async (app) => {
+          await app.register(idempotency)
+          app.addContentTypeParser('multipart/form-data', async (request: FastifyRequest, payload: IncomingMessage) => {
+            const headers = { 'content-type': String(request.headers['content-type']) }
+            return new Response(await buffer(payload), { headers }).formData()
+          })
+        },
+        'by a parser, and then changed by a hook': async (app) => {
+          await makers['by a parser']?.(app)
+          let now = 0
+          app.addHook('preValidation', async (request) => {
+            ;(request.body as FormData).set('receivedAt', String(++now))
+          })
+        }
+      }
+      for (const [how, make] of Object.entries(makers)) {
+        const app = Fastify()
+        t.teardown(() => app.close())
+        await make(app)
+        app.post(
+          '/',
+          { config: { idempotency: true } },
+          async (request) => [...(request.body as FormData).keys()].length
+        )
+        const url = await listening(app)
+        const send = async (...fields: [string, string | Blob][]) => {
+          const body = new FormData()
+          for (const [name, value] of fields) body.append(name, value as string)
+          return reply(await fetch(url, { method: 'POST', headers: { 'idempotency-key': 'k' }, body }))
+        }
+        const one: [string, string | Blob][] = [
+          ['amount', '1'],
+          ['doc', file('content')]
+        ]
+        t.match(await send(...one), RUN, how)
+        t.match(await send(['amount', '2'], ['doc', file('content')]), { status: 422 }, `${how}: another amount`)
+        t.match(await send(['amount', '1'], ['doc', file('Content')]), { status: 422 }, `${how}: another file`)
+        t.match(await send(['amount', '1']), { status: 422 }, `${how}: no file`)
+        t.match(await send(...one.toReversed()), REPLAY, how)
+      }
+    }
+  )
 }

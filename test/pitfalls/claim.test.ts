@@ -424,7 +424,7 @@ for (const { name, fresh } of kinds(redis)) {
 
     t.test('a ttl of months is as good as any other', async (t) => {
       const warnings: string[] = []
-      const listener = (warning: Error) => warnings.push(warning.name)
+      const listener = ({ name }: Error) => name === 'TimeoutOverflowWarning' && warnings.push(name)
       process.on('warning', listener)
       t.teardown(() => process.off('warning', listener))
       const open = fresh()
@@ -570,7 +570,7 @@ t.test('the memory that replies take is bounded, and running claims are never ev
   for (let i = 0; i < 50; i++) t.equal((await post(app, { key: `key ${i}` })).statusCode, 200)
   t.equal((await post(app, { key: 'running', payload: { wait: true } })).statusCode, 409)
   const known = await Promise.all(times(50, (i) => app.idempotency.get(`key ${i}`)))
-  t.ok(known.filter(Boolean).length < 10)
+  t.ok(known.filter(Boolean).length <= 10)
   t.ok(known.at(-1), 'the youngest are still known')
   goOn.open()
   t.equal((await first).statusCode, 200)

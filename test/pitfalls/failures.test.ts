@@ -392,7 +392,7 @@ t.test('there is an end to how many may wait', async (t) => {
     look: async () => ({ state: 'running', fingerprint: '', leaseMs: 60_000 }) as const,
     disown() {}
   })
-  const waiters = times(20_000, waiter)
+  const waiters = times(10_000, waiter)
   const results = waiters.map((one) => room.wait(one))
   t.equal(await room.wait(waiter()), 'timeout', 'one more is answered as if it had waited long enough')
   for (const one of waiters) room.leave(one)

@@ -277,7 +277,7 @@ t.test('a record that was added to, where the store behind can be read, is refus
   const found = await inner.get(key)
   if (found?.state !== 'completed') return t.fail('no record')
   const { record } = found
-  for (const change of [{ headers: [['x-evil', '1']] }, { statusCode: 201 }, { text: true }, {}]) {
+  for (const change of [{ headers: [['x-evil', '1']] }, { statusCode: 201 }, { text: true }, { createdAt: 1 }, {}]) {
     await inner.delete(key)
     await finish(inner, key, { ...record, ...change } as StoredRecord)
     if (Object.keys(change).length > 0) await t.rejects(outer.acquire(key, claim()), { message: /damaged/ })
@@ -285,11 +285,33 @@ t.test('a record that was added to, where the store behind can be read, is refus
   }
 })
 
-t.test('a tombstone is one for the store behind as well, and says why', async (t) => {
+t.test('a tombstone and a reply look alike from outside, and of no time', async (t) => {
   const inner = new MemoryStore()
+  const store = new EncryptedStore(inner, { keys })
+  for (const record of [tombstone('hijacked'), tombstone('stream-failed'), reply()]) {
+    const key = newKey()
+    await finish(store, key, record)
+    const found = await inner.get(key)
+    if (found?.state !== 'completed' || found.record.kind !== 'reply') return t.fail('it is no reply')
+    const { fingerprint, body, ...outside } = found.record
+    t.strictSame(outside, { kind: 'reply', createdAt: 0, statusCode: 200, headers: [], text: false })
+    t.match(fingerprint, /^[\w-]{60,}$/)
+    t.notOk(`${body.toString('latin1')}${fingerprint}`.includes('hijacked'))
+    same(t, await store.acquire(key, claim()), record)
+  }
+})
+
+t.test('a tombstone that somebody else has put there is refused', async (t) => {
+  const inner = new MemoryStore()
+  const store = new EncryptedStore(inner, { keys })
   const key = newKey()
-  await finish(new EncryptedStore(inner, { keys }), key, tombstone('hijacked'))
-  t.match(await inner.get(key), { state: 'completed', record: { kind: 'tombstone', reason: 'hijacked' } })
+  await finish(store, key)
+  const found = await inner.get(key)
+  if (found?.state !== 'completed') return t.fail('no record')
+  const { fingerprint } = found.record
+  await inner.delete(key)
+  await finish(inner, key, { ...tombstone('hijacked'), fingerprint })
+  await t.rejects(store.acquire(key, claim()), { message: /damaged/ })
 })
 
 t.test('a reply that is too large for the store behind is a tombstone, which knows its request', async (t) => {

@@ -83,6 +83,7 @@ t.test('a Redis that is full and does not evict refuses new keys, and keeps what
       client.set(`filler:${size}:${n}`, 'x'.repeat(size)).then(() => true)
     for (let n = 0; await fill(n).catch(() => false); n++) {}
   }
-  await t.rejects(store.acquire(newKey(), claim()), { message: /OOM/ })
+  const full = { code: 'FST_IDEMPOTENCY_STORE_FULL', message: /^Redis is full/, cause: { message: /OOM/ } }
+  await t.rejects(store.acquire(newKey(), claim()), full)
   t.match(await store.get(key), { state: 'running' })
 })

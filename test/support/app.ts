@@ -20,6 +20,11 @@ export async function build(
   return app
 }
 
+/**
+ * The name of the service, whichever of its servers is asked: a part of what a request is for. It is what `inject` says.
+ */
+export const SERVICE = 'localhost:80'
+
 /** A reply as it came over the wire. */
 export interface Reply {
   status: number
@@ -50,8 +55,7 @@ export function start(port: number, { path = '/', method = 'POST', key, body, he
     method,
     agent: false,
     headers: {
-      // As `inject` has it, and all servers of one service: the host is a part of what a request is for.
-      host: 'localhost:80',
+      host: SERVICE,
       ...(key === undefined ? {} : { 'idempotency-key': key }),
       ...(body === undefined ? {} : { 'content-type': 'application/json', 'content-length': Buffer.byteLength(body) }),
       ...headers
@@ -68,7 +72,11 @@ export function start(port: number, { path = '/', method = 'POST', key, body, he
 
 /** A whole exchange. Rejects when the reply breaks off. */
 export async function post(port: number, options: Post = {}): Promise<Reply> {
-  const response = await start(port, options).response
+  return read(await start(port, options).response)
+}
+
+/** All of a reply. Rejects when it breaks off. */
+export async function read(response: http.IncomingMessage): Promise<Reply> {
   const chunks: Buffer[] = []
   for await (const chunk of response) chunks.push(chunk)
   const body = Buffer.concat(chunks)

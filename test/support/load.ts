@@ -1,5 +1,6 @@
 import http from 'node:http'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { SERVICE } from './app.js'
 import { type Exchange, now } from './http-history.js'
 import { until } from './latch.js'
 import { type Job, ROUTES, type Route } from './load-plan.js'
@@ -155,6 +156,7 @@ export class Load {
     hangUp: number | undefined
   ): Promise<Pick<Exchange, 'status' | 'code' | 'text' | 'replayed'> | null> {
     const headers = {
+      host: SERVICE,
       'content-type': 'application/json',
       'content-length': Buffer.byteLength(body),
       'idempotency-key': `"${key}"`

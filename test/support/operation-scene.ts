@@ -8,6 +8,7 @@ import { storageKey } from '../../lib/key.js'
 import { Operation, type Verdict } from '../../lib/operation.js'
 import type { Policy } from '../../lib/options.js'
 import type { Registration } from '../../lib/registration.js'
+import type { RequestSnapshot } from '../../lib/request-snapshot.js'
 import { StoreInUse } from '../../lib/store-in-use.js'
 import type { Acquisition, IdempotencyEvent, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
 import { reply } from './store-fixtures.js'
@@ -195,7 +196,7 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
         cast.registration ?? registration,
         cast.key ?? 'k',
         null,
-        cast.head ?? 'head'
+        { head: cast.head ?? 'head', credentials: null } as RequestSnapshot
       )
       const actor = { operation, events: [], errors: {}, logged, words, bindings }
       actors.set(request, actor)
@@ -220,10 +221,8 @@ export async function outcome(step: () => unknown): Promise<unknown> {
   }
 }
 
-/** The verdict on a claim, with the payload known only behind it. */
+/** The verdict on a request whose payload is known. */
 export async function verdictOf({ operation }: Actor, payload = 'payload'): Promise<Verdict | unknown> {
-  const claimed = await outcome(() => operation.claim())
-  if (claimed !== 'later') return claimed
   operation.learn(payload)
-  return outcome(() => operation.settle())
+  return outcome(() => operation.claim())
 }

@@ -7,6 +7,7 @@ import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest }
 import idempotency, { type IdempotencyStore } from '../../index.js'
 import { storageKey } from '../../lib/key.js'
 import { StoreInUse } from '../../lib/store-in-use.js'
+import { SERVICE } from './app.js'
 import { Random } from './random.js'
 
 /* Apps under load, clients that behave as clients do, and books that tell whether all promises were kept. */
@@ -443,6 +444,7 @@ export class Soak {
         method: 'POST',
         agent: this.#agent,
         headers: {
+          host: SERVICE,
           'content-type': 'application/json',
           'content-length': Buffer.byteLength(body),
           'idempotency-key': job.key

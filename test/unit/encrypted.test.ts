@@ -14,7 +14,7 @@ function opened(found: Acquisition): Promise<Acquisition> {
 }
 
 t.test('a claim that was stored by the first version can be read', async (t) => {
-  const fingerprint = 'AXg1rC_4wYhJLkkYA-5TA559JNauNL_b00a7tofQj2vZWFZXO3MUYqW9trIfn8IJ3zFqQI0kDrXtgTlY'
+  const fingerprint = 'AXg1rC8lpntjoXSN5zQAUM-eF46kckwKBItX3EjpaFkL4PwcNuAnMEqex-U1ZqEjvk8WEzYtiDzRpImKMOp4--6OPU4'
   for (const found of [
     { state: 'running', leaseMs: 5 },
     { state: 'abandoned', attempt: 2 }
@@ -26,13 +26,14 @@ t.test('a claim that was stored by the first version can be read', async (t) => 
 t.test('a reply that was stored by the first version can be read', async (t) => {
   const record: StoredRecord = {
     kind: 'reply',
-    fingerprint: 'AXg1rC-g41bdzOcZ2Gp33nWd5XCWf-R77QXDS8atpl5yHaBXh84e4K0IurBrtQtcY_ACNsuIo6aiP5do',
-    createdAt: 1_700_000_000_000,
+    fingerprint:
+      'AXg1rC-Ivz2yWwzD3d1UCzPVgypHdgyoSDiQnIdR3pNqFddPjtx8B_joEd6ThwIPuLDNdVdji0Qwm3k1Roid_j5XdGQw53Zkkr8VQQGo09NPyhF0',
+    createdAt: 0,
     statusCode: 200,
     headers: [],
     body: Buffer.from(
-      'AXg1rC/skNzvY4ZWx4zUue6O09VPTpXOzhwpHJeiDm4F62UYvbuV1M7dr1ADEiT0TMcrnj2CKCtimQTlSajFyNa4DgTK3AbgaW76kgWV0n6ibm9C' +
-        'RNHyzPqA2u/X8RxuG8jJmU/GFdnu0LarWXoCq+88pELnEy3dP54MNV+sPSMTUkcUUTJGTnZoi1lPG0TArgnKtWg=',
+      'AXg1rC8z23Y+Tyx9KZXYdPXmo3ZPEfMeptLZZf96U3ebQgrGza2+7GFMnPS9Y4nGwzcN4TqFAnOBQGxFZJ2Z3CWyqO+LUKC73crnzhkW' +
+        '2a2dahB0iIKzxdmtYeNZEkMm00ocSgMo8188YYtJCJrRjH45dWY+dZxs14cGbqAX9MwDiw9OvmQPetpBg7VmBSAuiSNaB9MJhxJwviW+Sw==',
       'base64'
     ),
     text: false

@@ -1,9 +1,9 @@
 import createError from '@fastify/error'
 import t from 'tap'
-import { InProgress, isRefusal, KeyReused, type Refusal, StoreUnavailable, withRetryAfter } from '../../lib/errors.js'
+import { InProgress, isRefusal, keyReused, type Refusal, StoreUnavailable, withRetryAfter } from '../../lib/errors.js'
 
 t.test('what answers a request every day carries no stack, and what somebody has to look at does', async (t) => {
-  t.notOk(new KeyReused().stack)
+  t.notOk(keyReused('payload').stack)
   t.match(new StoreUnavailable({ cause: undefined }).stack, /errors\.test/)
 })
 
@@ -19,7 +19,7 @@ t.test('Retry-After is in whole seconds, and one at least', async (t) => {
 
 t.test("the plugin's own errors are known by their code, and others' are not", async (t) => {
   const Other = createError('FST_ERR_VALIDATION', 'Other', 400)
-  t.equal(isRefusal(new KeyReused()), true)
+  t.equal(isRefusal(keyReused('payload')), true)
   for (const other of [new Other(), new Error('plain'), { code: 'FST_IDEMPOTENCY_SCOPE' }, 'FST_IDEMPOTENCY_', null]) {
     t.equal(isRefusal(other), false)
   }

@@ -10,10 +10,11 @@ import {
   type StoredRecord
 } from '../../index.js'
 import { TransactionBroken } from '../../lib/errors.js'
-import { kExchange, kRefusal, kSight } from '../../lib/exchange.js'
+import { kExchange, kRefusal } from '../../lib/exchange.js'
 import { Lifecycle } from '../../lib/lifecycle.js'
 import { type Policy, registrationOptions, routePolicy } from '../../lib/options.js'
 import { Registration } from '../../lib/registration.js'
+import { kSnapshot } from '../../lib/request-snapshot.js'
 import type { TransactionAcquisition, TransactionOutcome } from '../../types/index.js'
 import { build, codeOf, inject, REPLAYED } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
@@ -141,7 +142,7 @@ function route(options: IdempotencyOptions = {}) {
       log: { debug: () => {} },
       [kExchange]: null,
       [kRefusal]: null,
-      [kSight]: null
+      [kSnapshot]: null
     }) as unknown as FastifyRequest
   return { lifecycle, request }
 }
@@ -186,7 +187,7 @@ t.test('where all answers are at hand a request goes its whole way without being
   const go = (key?: string, body: unknown = 'body') => {
     const request = requestWith(key, body)
     const { reply, sent } = replyTo(request)
-    const before = (['claim', 'look', 'settle'] as const).map((name) =>
+    const before = (['look', 'finishLook', 'claim'] as const).map((name) =>
       atOnce((done) => lifecycle[name](request, reply, done))
     )
     const way = before.every((outcome) => outcome === 'next') ? [handler.call({} as never, request, reply)] : sent

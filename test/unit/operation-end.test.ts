@@ -235,27 +235,25 @@ onBoth(t, 'a reply that is not stored yet is replayed from memory, without askin
   await unstored(s)
   const asked = s.store.asked.length
   const b = s.actor()
-  t.equal(await b.operation.claim(), 'later')
+  t.equal(await b.operation.reserve(), 'later')
   t.equal(s.store.asked.length, asked)
-  b.operation.learn('payload')
-  t.equal(await b.operation.settle(), 'replay')
+  t.equal(await verdictOf(b), 'replay')
   t.equal(b.operation.reply, RECORD)
   t.equal(s.store.asked.length, asked)
   t.match(await verdictOf(s.actor(), 'another'), { code: 'FST_IDEMPOTENCY_KEY_REUSED' })
 })
 
-onBoth(t, 'what was remembered is asked for again when the payload is known', async (t, s) => {
+onBoth(t, 'what was remembered is asked for again when the request has been read', async (t, s) => {
   const a = await unstored(s)
   const b = s.actor()
-  t.equal(await b.operation.claim(), 'later')
+  t.equal(await b.operation.reserve(), 'later')
   s.store.answers.complete = [true]
   await s.time.pass(60)
   isOver(t, { ...s, registration: s.registrationOf() }, a)
   const asked = s.store.calls('acquire').length
   const another: StoredRecord = { ...RECORD, statusCode: 418 }
   s.store.answers.acquire = [completed(another)]
-  b.operation.learn('payload')
-  t.equal(await b.operation.settle(), 'replay')
+  t.equal(await verdictOf(b), 'replay')
   t.equal(b.operation.reply, another)
   t.strictSame(s.store.takeovers.slice(asked), [false])
 })
@@ -263,9 +261,8 @@ onBoth(t, 'what was remembered is asked for again when the payload is known', as
 onBoth(t, 'what the store has said is not asked for again', async (t, s) => {
   s.store.answers.acquire = [completed()]
   const b = s.actor()
-  t.equal(await b.operation.claim(), 'later')
-  b.operation.learn('payload')
-  t.equal(await b.operation.settle(), 'replay')
+  t.equal(await b.operation.reserve(), 'later')
+  t.equal(await verdictOf(b), 'replay')
   t.equal(s.store.asked.length, 1)
 })
 

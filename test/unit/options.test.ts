@@ -45,7 +45,9 @@ function refusal(build: () => unknown): Error & { code?: string } {
 /** The statuses that `shouldStore` calls final. */
 function finals(shouldStore: Policy['shouldStore']): number[] {
   const statuses = Array.from({ length: 500 }, (_, i) => 100 + i)
-  return statuses.filter((statusCode) => shouldStore({} as FastifyRequest, { statusCode } as FastifyReply))
+  return statuses.filter((statusCode) =>
+    shouldStore({} as FastifyRequest, { statusCode, hasHeader: () => false } as unknown as FastifyReply)
+  )
 }
 
 t.test('every option has the default that the contract promises', async (t) => {
@@ -53,8 +55,8 @@ t.test('every option has the default that the contract promises', async (t) => {
   t.ok(store instanceof MemoryStore, 'store')
   t.strictSame(
     finals(shouldStore),
-    Array.from({ length: 400 }, (_, i) => 100 + i).filter((status) => ![408, 425, 429].includes(status)),
-    'shouldStore: every status below 500 but 408, 425 and 429'
+    Array.from({ length: 400 }, (_, i) => 100 + i).filter((status) => ![401, 408, 423, 425, 429].includes(status)),
+    'shouldStore: every status below 500 but 401, 408, 423, 425 and 429'
   )
   t.strictSame(rest, {
     route: '/charges',
@@ -68,8 +70,11 @@ t.test('every option has the default that the contract promises', async (t) => {
     maxKeyLength: 255,
     required: false,
     scope: null,
+    scoped: false,
+    target: null,
+    constraints: '',
     fingerprint: true,
-    hook: 'onRequest',
+    hook: 'preHandler',
     waits: false,
     waitTimeout: 60_000,
     lease: 30_000,
@@ -114,6 +119,7 @@ const overrides: [keyof IdempotencyRouteOptions, unknown, unknown, keyof Policy,
   ['maxKeyLength', 10, 20, 'maxKeyLength', 20],
   ['required', true, false, 'required', false],
   ['scope', () => 'ours', text, 'scope', text],
+  ['target', () => 'ours', text, 'target', text],
   ['fingerprint', text, false, 'fingerprint', false],
   ['hook', 'preParsing', 'preHandler', 'hook', 'preHandler'],
   ['onConflict', 'wait', 'reject', 'waits', false],
@@ -173,14 +179,34 @@ t.test('a transaction needs a store that has them, and cannot do without its sto
   t.equal(policy({ transaction: false, store }).transaction, false)
 })
 
-t.test(
-  'a key is claimed in preHandler where a transaction holds the claim, unless the route says otherwise',
-  async (t) => {
-    const store = storeWith({ begin: yes })
-    t.equal(policy({ transaction: true, store }).hook, 'preHandler')
-    t.equal(policy({ transaction: true, store, hook: 'onRequest' }).hook, 'onRequest')
+t.test('a transaction claims in preHandler, and nowhere else: bodies are not read on a connection', async (t) => {
+  const store = storeWith({ begin: yes })
+  t.equal(policy({ transaction: true, store }).hook, 'preHandler')
+  t.equal(policy({ transaction: true, store, hook: 'preHandler' }).hook, 'preHandler')
+  for (const hook of ['onRequest', 'preParsing', 'preValidation']) {
+    const { code, message } = refusal(() => policy({ transaction: true, store, hook }))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    t.match(message, `option "transaction" of POST /charges takes no hook '${hook}'`)
   }
-)
+})
+
+t.test('a scope of false says that callers are one, and no scope that their credentials are compared', async (t) => {
+  for (const [options, scoped] of [
+    [{}, false],
+    [{ scope: false }, true],
+    [{ scope: text }, true]
+  ] as const) {
+    t.equal(policy(options).scoped, scoped)
+    t.equal(policy({}, options).scoped, scoped)
+  }
+  t.equal(policy({ scope: false }).scope, null)
+})
+
+t.test('a reply that says when to come back is not final', async (t) => {
+  const hinting = (has: boolean) => ({ statusCode: 200, hasHeader: () => has }) as unknown as FastifyReply
+  t.equal(isFinal({} as FastifyRequest, hinting(true)), false)
+  t.equal(isFinal({} as FastifyRequest, hinting(false)), true)
+})
 
 const NUMBERS: [unknown, string][] = [
   [0, '0 (number)'],
@@ -261,7 +287,8 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
   ],
   maxKeyLength: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
   required: ['true or false', BOOLEANS],
-  scope: ['a function', FUNCTIONS],
+  scope: ['a function, or false', FUNCTIONS],
+  target: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => '/', '(function)']]],
   fingerprint: [
     'true, false or a function',
     [
@@ -406,7 +433,7 @@ t.test('what is in a value stays out of the message', async (t) => {
     ['redis://user:secret@localhost']
   ]
   for (const value of values) {
-    for (const name of ['store', 'methods', 'documentationUrl', 'hook', 'maxKeyLength']) {
+    for (const name of ['store', 'methods', 'keyFormat', 'hook', 'maxKeyLength']) {
       const { message } = refusal(() => registered({ [name]: value }))
       t.notMatch(message, /sec.?ret/, message)
     }
@@ -429,7 +456,7 @@ t.test('what is taken for a store is told what to write', async (t) => {
   const nodeRedis = { sendCommand() {}, multi() {}, isOpen: true }
   const decorated = { pool: new Pool(), query() {}, connect() {}, transact() {} }
   const values: [unknown, RegExp][] = [
-    [redis, /got \[Redis\] \(object\): .*write new RedisStore\(client\)$/],
+    [redis, /got \[\w+\] \(object\): .*write new RedisStore\(client\)$/],
     [nodeRedis, /node-redis; write new RedisStore\(new Redis\(…\)\) with ioredis$/],
     [new Pool(), /a pool of pg; write new PostgresStore\(\{ pool \}\)$/],
     [new PgClient(), /a client of pg; write new PostgresStore\(\{ pool \}\) with a pool$/],

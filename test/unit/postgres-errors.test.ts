@@ -1,5 +1,5 @@
 import t from 'tap'
-import { explain, isAnswer, isContention, isRefusal } from '../../lib/stores/postgres-errors.js'
+import { claimFailure, explain, isAnswer, isContention, isRefusal } from '../../lib/stores/postgres-errors.js'
 
 const answer = (code?: string) => Object.assign(new Error('x'), { severity: 'ERROR', ...(code && { code }) })
 
@@ -42,4 +42,14 @@ t.test('a table that is not there is told with what makes it', async (t) => {
     explain(error).message,
     'relation "keys" does not exist: create it by a migration, or by "await store.createTable()"'
   )
+})
+
+t.test('a server that has no room is full for a claim, and any other error is explained', async (t) => {
+  for (const code of ['53100', '53200']) {
+    const failure = claimFailure(Object.assign(answer(code), { detail: 'secret' }))
+    t.match(failure, { name: 'StoreFull', code: 'FST_IDEMPOTENCY_STORE_FULL', cause: { message: 'x', code } })
+    t.notOk('detail' in (failure.cause as object))
+  }
+  for (const code of ['53000', '53300', '57P01', undefined])
+    t.equal(claimFailure(answer(code)).name, 'Error', `${code}`)
 })

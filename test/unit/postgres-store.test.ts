@@ -202,6 +202,22 @@ t.test('any other error is the answer, without what it carries', async (t) => {
   t.equal(pool.queries.length, 1)
 })
 
+t.test('a server without room takes no claim, and says so by a code; other steps have its error', async (t) => {
+  const { pool, store } = open()
+  const full = () => Object.assign(new Error('could not extend file'), { code: '53100', severity: 'ERROR' })
+  pool.answers.push(full())
+  await t.rejects(store.acquire('k', claim()), { code: 'FST_IDEMPOTENCY_STORE_FULL', cause: { code: '53100' } })
+  pool.answers.push(full())
+  await t.rejects(store.complete('k', 't', reply(), 5), { code: '53100' })
+  pool.client = Object.assign(new EventEmitter(), {
+    escapeLiteral: (text: string) => `'${text}'`,
+    query: () => Promise.reject(full()),
+    release: () => {}
+  })
+  const begun = store.begin('k', { ...claim(), wake: false, timeoutMs: 100 })
+  await t.rejects(begun, { code: 'FST_IDEMPOTENCY_STORE_FULL', cause: { code: '53100' } })
+})
+
 t.test('no is said twice', async (t) => {
   const { pool, store } = open()
   pool.answers.push([], [{}])

@@ -1,7 +1,7 @@
 import { EventEmitter } from 'node:events'
 import t from 'tap'
 import { AS_TEXT } from '../../lib/stores/postgres-rows.js'
-import { PostgresSql } from '../../lib/stores/postgres-sql.js'
+import { KEEP_ALIVE, PostgresSql } from '../../lib/stores/postgres-sql.js'
 import { PostgresTransaction } from '../../lib/stores/postgres-transaction.js'
 import type { TransactionClaim, TransactionClient } from '../../types/index.js'
 import { claim, reply, tombstone } from '../support/store-fixtures.js'
@@ -58,8 +58,12 @@ function nameOf(text: string): string {
   if (text === there.completeInTransaction) return 'write'
   if (text === sql.completeInTransaction) return 'write in the wrong schema'
   if (text === there.wake) return 'wake'
-  return text
+  if (text === KEEP_ALIVE) return 'ping'
+  return text.replace(/^(ROLLBACK TO) s[0-9a-f]{24}$/, '$1 the claim')
 }
+
+/** The answer to a ping: whether somebody is blocked. */
+const pinged = (isBlocking: boolean) => [{ rows: [{}] }, { rows: isBlocking ? [{}] : [] }]
 
 const CLAIM: TransactionClaim = {
   ...claim({ token: 't', fingerprint: 'f', leaseMs: 5_000, retainMs: 60_000 }),
@@ -93,7 +97,11 @@ t.test('a transaction begins and claims its key in one trip', async (t) => {
     retainMs: '60000::float8',
     takeover: 'true'
   }
-  t.strictSame(client.queries[0], [{ text: sql.begin(values, 5_000), types: AS_TEXT }])
+  const begin = client.queries[0]?.[0] as { text: string }
+  const [, savepoint = ''] = /SAVEPOINT (s[0-9a-f]{24});/.exec(begin.text) ?? []
+  t.strictSame(begin, { text: sql.begin(values, savepoint, 5_000), types: AS_TEXT })
+  const other = (await open()).client.queries[0]?.[0] as { text: string }
+  t.notOk(other.text.includes(savepoint), 'what it goes back to has a name that nobody knows')
   t.strictSame(client.released, [])
 })
 
@@ -190,7 +198,7 @@ t.test('those who cannot be told look by themselves: the connection is given up'
 t.test("a handler's failure is undone up to the claim, and its record is written", async (t) => {
   const { client, transaction } = await open()
   t.match(await transaction.complete(reply({ statusCode: 404 }), 7, true), { state: 'committed' })
-  t.strictSame(client.asked, ['claim', 'ROLLBACK TO fastify_idempotency', 'write', 'COMMIT'])
+  t.strictSame(client.asked, ['claim', 'ROLLBACK TO the claim', 'write', 'COMMIT'])
 })
 
 t.test('a refusal behind a statement that has failed is true without its writes; a success is not', async (t) => {
@@ -199,7 +207,7 @@ t.test('a refusal behind a statement that has failed is true without its writes;
   }
   const { client, transaction } = await open({}, broken)
   t.match(await transaction.complete(reply({ statusCode: 400 }), 7), { state: 'committed' })
-  t.strictSame(client.asked, ['claim', 'write', 'ROLLBACK TO fastify_idempotency', 'write', 'COMMIT'])
+  t.strictSame(client.asked, ['claim', 'write', 'ROLLBACK TO the claim', 'write', 'COMMIT'])
   for (const record of [reply({ statusCode: 399 }), tombstone('hijacked')]) {
     const { client, transaction } = await open({}, broken)
     const outcome = await transaction.complete(record, 7)
@@ -315,7 +323,7 @@ t.test('a rollback that is not answered in time ends the connection', async (t) 
   t.equal(isGivenUp(client), true)
 })
 
-t.test('the end waits for what the handler still asks, and lets it ask no more', async (t) => {
+t.test('the end waits for what the handler still asks, and what follows, and then lets it ask no more', async (t) => {
   for (const end of ['complete', 'rollback'] as const) {
     let answer = () => {}
     const { client, transaction } = await open({}, ({ answers }) => {
@@ -326,16 +334,35 @@ t.test('the end waits for what the handler still asks, and lets it ask no more',
           })
       ]
     })
-    const asked = transaction.client.query('UPDATE x')
-    const ended = end === 'complete' ? transaction.complete(reply(), 7) : transaction.rollback()
+    const asked = transaction.client.query('UPDATE x').then(() => transaction.client.query('UPDATE y'))
+    const failure = reply({ statusCode: 409 })
+    const ended = end === 'complete' ? transaction.complete(failure, 7) : transaction.rollback()
     await settle()
     t.strictSame(client.asked, ['claim', 'UPDATE x'])
-    await t.rejects(transaction.client.query('UPDATE y'), { code: 'FST_IDEMPOTENCY_TRANSACTION' })
     answer()
     await asked
     await ended
-    t.equal(client.asked.at(-1), end === 'complete' ? 'COMMIT' : 'ROLLBACK')
+    const last = end === 'complete' ? ['write', 'COMMIT'] : ['ROLLBACK']
+    t.strictSame(client.asked, ['claim', 'UPDATE x', 'UPDATE y', ...last])
+    await t.rejects(transaction.client.query('UPDATE z'), { code: 'FST_IDEMPOTENCY_TRANSACTION' })
   }
+})
+
+t.test('a handler that goes on asking is not waited for without an end', async (t) => {
+  const { client, transaction } = await open()
+  let rounds = 0
+  const goOn = async () => {
+    for (;;) {
+      await transaction.client.query('UPDATE x')
+      rounds++
+      await settle()
+    }
+  }
+  const gone = goOn().catch((error) => error)
+  t.match(await transaction.complete(reply(), 7), { state: 'refused' })
+  t.match(await gone, { code: 'FST_IDEMPOTENCY_TRANSACTION' })
+  t.ok(rounds > 1)
+  t.strictSame(client.released, [[]])
 })
 
 t.test('a lost connection is told once, and the client goes back broken', async (t) => {
@@ -372,11 +399,11 @@ t.test('an abandoned transaction gives its client back broken, and lets nobody a
 t.test('a transaction is kept alive by one query at a time, and not beside those of its handler', async (t) => {
   const pings: { done: () => void; fail: (error: Error) => void }[] = []
   const { client, transaction } = await open({}, ({ answers }) => {
-    answers.SELECT = [() => new Promise<void>((done, fail) => pings.push({ done, fail }))]
+    answers.ping = [() => new Promise((done, fail) => pings.push({ done: () => done(pinged(false)), fail }))]
   })
   transaction.keepAlive()
   transaction.keepAlive()
-  t.strictSame(client.asked, ['claim', 'SELECT'])
+  t.strictSame(client.asked, ['claim', 'ping'])
   pings[0]?.done()
   await settle()
   transaction.keepAlive()
@@ -390,4 +417,69 @@ t.test('a transaction is kept alive by one query at a time, and not beside those
   await settle()
   transaction.keepAlive()
   t.equal(client.asked.length, 5)
+})
+
+t.test(
+  'a transaction that stands still while somebody waits for it is ended at the fourth sign of life in a row',
+  async (t) => {
+    const { client, transaction } = await open()
+    const ping = async (answer: () => unknown) => {
+      client.answers.ping = [answer]
+      transaction.keepAlive()
+      await settle()
+    }
+    const blocking = () => pinged(true)
+    for (const other of [() => pinged(false), () => Promise.reject(new Error('no'))]) {
+      for (let n = 0; n < 3; n++) await ping(blocking)
+      await ping(other)
+    }
+    for (let n = 0; n < 3; n++) await ping(blocking)
+    await transaction.client.query('UPDATE x')
+    for (let n = 0; n < 3; n++) await ping(blocking)
+    t.equal(transaction.lost.aborted, false, 'not when it was free, or asked for something, meanwhile')
+    await ping(blocking)
+    t.equal(transaction.lost.aborted, true)
+    const error = { code: 'FST_IDEMPOTENCY_TRANSACTION', message: /^The transaction was ended: .* not by its pool$/ }
+    t.match(transaction.lost.reason, error)
+    t.equal(isGivenUp(client), true)
+    await t.rejects(transaction.client.query('SELECT 1'), error, 'and its handler hears why')
+    await transaction.rollback()
+    t.equal(client.released.length, 1)
+  }
+)
+
+t.test('a reply that comes before the end of its queries is refused, unless it is a failure', async (t) => {
+  const refused = { state: 'refused', error: { code: 'FST_IDEMPOTENCY_TRANSACTION', message: /await every query/ } }
+  for (const [record, undo, outcome] of [
+    [reply({ statusCode: 201 }), false, refused],
+    [tombstone('hijacked'), false, refused],
+    [reply({ statusCode: 409 }), false, { state: 'committed' }],
+    [reply({ statusCode: 201 }), true, { state: 'committed' }]
+  ] as const) {
+    const { client, transaction } = await open()
+    void transaction.client.query('INSERT a')
+    void transaction.client.query('INSERT b')
+    t.match(await transaction.complete(record, 7, undo), outcome)
+    if (outcome === refused) t.strictSame(client.asked, ['claim', 'INSERT a', 'INSERT b', 'ROLLBACK'])
+    await settle()
+    t.strictSame(client.released, [[]])
+  }
+})
+
+t.test('a query that is asked for while the reply is being stored keeps it from being committed', async (t) => {
+  for (const [undo, outcome] of [
+    [false, { state: 'refused', error: { code: 'FST_IDEMPOTENCY_TRANSACTION', message: /await every query/ } }],
+    [true, { state: 'committed' }]
+  ] as const) {
+    const { client, transaction } = await open()
+    client.answers.write = [
+      () => {
+        // As in the callback of one that was asked for in time.
+        void transaction.client.query('INSERT b')
+        return { command: 'SELECT', rows: [], rowCount: 1 }
+      }
+    ]
+    t.match(await transaction.complete(reply({ statusCode: 201 }), 7, undo), outcome)
+    t.strictSame(client.asked.at(-1), undo ? 'COMMIT' : 'ROLLBACK', 'where all is undone, nothing is missing')
+  }
 })

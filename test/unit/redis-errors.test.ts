@@ -1,5 +1,5 @@
 import t from 'tap'
-import { discreet, isAborted, isWrongType } from '../../lib/stores/redis-errors.js'
+import { claimFailure, discreet, isAborted, isWrongType } from '../../lib/stores/redis-errors.js'
 
 t.test('an error is passed on without the command that it carries', async (t) => {
   const error = Object.assign(new TypeError('READONLY'), { command: { name: 'set', args: ['key', 'secret'] } })
@@ -26,3 +26,20 @@ t.test('a command of a pipeline that was given up with its connection is known b
   t.equal(isAborted([null, 'OK']), false)
   t.equal(isAborted(undefined), false)
 })
+
+t.test(
+  'a server that has no room is full for a claim, be it by the error of a script, and any other error is itself',
+  async (t) => {
+    for (const message of [
+      "OOM command not allowed when used memory > 'maxmemory'.",
+      "ERR Error running script: @user_script:1: -OOM command not allowed when used memory > 'maxmemory'."
+    ]) {
+      const cause = new Error(message)
+      const failure = claimFailure(cause) as Error
+      t.match(failure, { name: 'StoreFull', code: 'FST_IDEMPOTENCY_STORE_FULL' })
+      t.equal(failure.cause, cause)
+    }
+    const other = new Error('LOADING')
+    t.equal(claimFailure(other), other)
+  }
+)

@@ -389,7 +389,7 @@ t.test('whoever listens by a callback, or by an object that takes the answer, he
       })
       returned = true
     })
-  for (const over of [false, true]) {
+  for (const over of [null, 'The transaction is over']) {
     guard.over = over
     t.match(await refusal((heard) => client.query('COMMIT', heard)), REFUSED)
     t.match(await refusal((heard) => client.query('COMMIT', [], heard)), REFUSED)
@@ -481,7 +481,7 @@ t.test('whoever listens on the guarded client listens on the client', async (t) 
 
 t.test('the client cannot be let go: release, end and connect throw', async (t) => {
   const { fake, client, guard } = guarded()
-  for (const over of [false, true]) {
+  for (const over of [null, 'The transaction is over']) {
     guard.over = over
     for (const name of ['release', 'end', 'connect'] as const) {
       t.throws(() => client[name](), { ...REFUSED, message: /goes back to its pool/ })
@@ -496,10 +496,28 @@ t.test('when the transaction is over, every query is refused, whatever it is', a
   const { fake, client, guard } = guarded()
   const { query } = client
   client.query('SELECT 1')
-  guard.over = true
+  guard.over = 'The transaction is over'
+  t.equal(guard.wasLate, false)
   for (const args of [['SELECT 1'], ['COMMIT'], [{ text: 'SELECT 1' }], ['SAVEPOINT a'], []]) {
     await t.rejects(client.query(...args) as Promise<unknown>, { ...REFUSED, message: /^The transaction is over/ })
     await t.rejects(query(...args) as Promise<unknown>, { ...REFUSED, message: /^The transaction is over/ })
   }
   t.strictSame(fake.queries, [['SELECT 1']])
+  t.equal(guard.wasLate, true)
+})
+
+t.test('a refusal that nobody listens to does not end the process', async (t) => {
+  const { client, guard } = guarded()
+  const unheard: unknown[] = []
+  const hear = (error: unknown) => void unheard.push(error)
+  process.on('unhandledRejection', hear)
+  t.teardown(() => process.off('unhandledRejection', hear))
+  void client.query('COMMIT')
+  t.equal(guard.wasLate, false, 'that is no query that came too late')
+  guard.over = 'over'
+  void client.query('SELECT 1')
+  await new Promise(setImmediate)
+  await new Promise(setImmediate)
+  t.strictSame(unheard, [])
+  t.equal(guard.asked, 2)
 })

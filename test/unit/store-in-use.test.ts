@@ -59,22 +59,22 @@ t.test('a store that need not be closed is let go all the same', async (t) => {
   await t.resolves(inUse.leave())
 })
 
-t.test('a claim that nobody needs is given back once, and who asked for it is told', async (t) => {
-  const released: string[][] = []
+t.test('a claim that nobody needs is given back once, used or unused, and who asked for it is told', async (t) => {
+  const released: unknown[][] = []
   const inUse = StoreInUse.of(
     storeWith({
-      async release(key, token) {
-        released.push([key, token])
+      async release(...args) {
+        released.push(args)
         return true
       }
     })
   )
-  await inUse.disown('a', '1', TIMEOUT)
-  await Promise.all([inUse.disown('b', '2', TIMEOUT), inUse.disown('c', '3', TIMEOUT)])
+  await inUse.disown('a', '1', TIMEOUT, true)
+  await Promise.all([inUse.disown('b', '2', TIMEOUT, false), inUse.disown('c', '3', TIMEOUT, true)])
   t.strictSame(released, [
-    ['a', '1'],
-    ['b', '2'],
-    ['c', '3']
+    ['a', '1', true],
+    ['b', '2', false],
+    ['c', '3', true]
   ])
 })
 
@@ -91,7 +91,7 @@ t.test('claims are given back side by side, but not all at once', async (t) => {
       }
     })
   )
-  await Promise.all(Array.from({ length: 200 }, (_, n) => inUse.disown(`key ${n}`, 'token', TIMEOUT)))
+  await Promise.all(Array.from({ length: 200 }, (_, n) => inUse.disown(`key ${n}`, 'token', TIMEOUT, true)))
   t.equal(most, 16)
 })
 
@@ -108,10 +108,10 @@ t.test('a claim that cannot be given back is tried again after growing pauses, a
       }
     })
   )
-  await inUse.disown('a', 'token', TIMEOUT)
+  await inUse.disown('a', 'token', TIMEOUT, true)
   t.strictSame(pauses, [50, 100, 200, 400, 800, 1_000, 1_000])
   failures = 1
-  await inUse.disown('b', 'token', TIMEOUT)
+  await inUse.disown('b', 'token', TIMEOUT, true)
   t.equal(pauses.at(-1), 50, 'once the store is back, the pauses are short again')
   t.strictSame(asked, [...Array(8).fill('a'), 'b', 'b'])
 })
@@ -127,7 +127,7 @@ t.test('a success makes the pauses short again for the claims behind it', async 
       }
     })
   )
-  await Promise.all([inUse.disown('a', 'token', TIMEOUT), inUse.disown('b', 'token', TIMEOUT)])
+  await Promise.all([inUse.disown('a', 'token', TIMEOUT, true), inUse.disown('b', 'token', TIMEOUT, true)])
   t.strictSame(pauses, [50, 100, 50])
 })
 
@@ -145,7 +145,7 @@ t.test('of those who give back side by side one goes on asking a store that fail
     })
   )
   inUse.enter()
-  const given = Array.from({ length: 200 }, (_, n) => inUse.disown(`key ${n}`, 'token', TIMEOUT))
+  const given = Array.from({ length: 200 }, (_, n) => inUse.disown(`key ${n}`, 'token', TIMEOUT, true))
   await time.pass(0)
   for (const pause of [50, 100, 200]) {
     const before = asked
@@ -167,8 +167,8 @@ t.test('a claim that cannot be given back does not hold up the others', async (t
       }
     })
   )
-  const first = inUse.disown('broken', 'token', TIMEOUT)
-  await inUse.disown('sound', 'token', TIMEOUT)
+  const first = inUse.disown('broken', 'token', TIMEOUT, true)
+  await inUse.disown('sound', 'token', TIMEOUT, true)
   broken = false
   await first
 })
@@ -181,7 +181,7 @@ t.test('a store that gives no answer in time is asked again', async (t) => {
       release: () => (++asked === 1 ? new Promise<never>(() => {}) : Promise.resolve(true))
     })
   )
-  await inUse.disown('a', 'token', 10)
+  await inUse.disown('a', 'token', 10, true)
   t.equal(asked, 2)
 })
 
@@ -197,7 +197,7 @@ t.test('when the last one has left nothing more is given back, and who waits for
     })
   )
   inUse.enter()
-  const given = Promise.all([inUse.disown('a', 'token', TIMEOUT), inUse.disown('b', 'token', TIMEOUT)])
+  const given = Promise.all([inUse.disown('a', 'token', TIMEOUT, true), inUse.disown('b', 'token', TIMEOUT, true)])
   await until(() => asked >= 3)
   await inUse.leave()
   t.strictSame(await given, [false, false])
@@ -219,7 +219,7 @@ t.test('a claim whose giving back fails after the last one has left is not tried
     })
   )
   inUse.enter()
-  const given = inUse.disown('a', 'token', TIMEOUT)
+  const given = inUse.disown('a', 'token', TIMEOUT, true)
   await inUse.leave()
   await given
   answer.fail(new Error('away'))
@@ -244,10 +244,10 @@ t.test('of more than ten thousand claims that nobody needs the oldest are left t
     told++
     return is
   }
-  const given = Array.from({ length: 10_000 }, (_, n) => tell(inUse.disown(`${n}`, 'token', TIMEOUT)))
+  const given = Array.from({ length: 10_000 }, (_, n) => tell(inUse.disown(`${n}`, 'token', TIMEOUT, true)))
   await new Promise((resolve) => setImmediate(resolve))
   t.equal(told, 0)
-  for (let n = 10_000; n < 10_003; n++) given.push(tell(inUse.disown(`${n}`, 'token', TIMEOUT)))
+  for (let n = 10_000; n < 10_003; n++) given.push(tell(inUse.disown(`${n}`, 'token', TIMEOUT, true)))
   await Promise.all(given.slice(0, 3))
   t.equal(told, 3, 'who waits for those is told')
   answer.open(true)

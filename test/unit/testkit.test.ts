@@ -263,7 +263,9 @@ const caught: Record<string, string[]> = {
   'remembers a repeated claim for no longer than before': [
     'whoever acquires again is remembered for the retainMs of then'
   ],
-  'keeps the fingerprint of a claim that is repeated': ['whoever acquires again is compared by the fingerprint of then'],
+  'keeps the fingerprint of a claim that is repeated': [
+    'whoever acquires again is compared by the fingerprint of then'
+  ],
   'remembers what there is no need to remember': [
     'a claim that nothing is lost with is free when its lease has lapsed',
     MORE

@@ -1,0 +1,3 @@
+module.exports = async (app) => {
+  await app.register(require('fastify-idempotency'))
+}

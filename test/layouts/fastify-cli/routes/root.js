@@ -1,0 +1,5 @@
+let runs = 0
+
+module.exports = async (app) => {
+  app.post('/orders', { config: { idempotency: true } }, async () => ({ run: ++runs }))
+}

@@ -1,0 +1,1 @@
+module.exports = { testEnvironment: 'node', testSequencer: './in-order.js', cache: false }
