@@ -82,9 +82,7 @@ async function recipe(t: Test) {
   const { state, AppModule } = charges()
   const accountOf = async (credentials: unknown) => {
     const account = String(credentials)
-    if (!account.startsWith('of ') || state.revoked.has(account)) {
-      throw Object.assign(new Error('Who are you?'), { statusCode: 401 })
-    }
+    if (!account.startsWith('of ') || state.revoked.has(account)) throw new UnauthorizedException()
     return account
   }
   const { app } = (await snippet('nest', { AppModule, accountOf })) as unknown as { app: NestFastifyApplication }
