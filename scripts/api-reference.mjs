@@ -80,7 +80,11 @@ const SECTIONS = [
     ]
   },
   { title: 'A fingerprint of your own', from: MAIN, names: ['payloadFingerprint'] },
-  { title: 'Events', from: MAIN, names: ['idempotencyEvents', 'IdempotencyEventName', 'IdempotencyEvent'] },
+  {
+    title: 'Events',
+    from: MAIN,
+    names: ['idempotencyEvents', 'IdempotencyEventName', 'IdempotencyEvent', 'Difference']
+  },
   { title: 'OpenAPI', from: MAIN, names: ['openapiTransform', 'OpenapiTransform', 'RouteDocumentation'] },
   {
     title: 'The client',
