@@ -199,13 +199,16 @@ t.test('support: what became of a request, in words', async (t) => {
   const running = post('runs')
   await entered.promise
   const claim = { token: 'dead', fingerprint: '', leaseMs: 1, retainMs: 60_000, takeover: true }
-  await store.acquire(storageKey('alice', 'dies'), claim)
+  for (const key of ['dies', 'ends']) await store.acquire(storageKey('alice', key), claim)
   await new Promise((resolve) => setTimeout(resolve, 5))
+  await store.acquire(storageKey('alice', 'ends'), { ...claim, token: 'heir' })
+  await store.release(storageKey('alice', 'ends'), 'heir')
   t.match(await lookUp('done', 'alice'), /^answered with 201 at \d{4}-/)
   t.match(await lookUp('"done"', 'alice'), /^answered with 201/, 'quotes and all')
   t.match(await lookUp('large', 'alice'), /^carried out by \d{4}-.*: too-large$/)
   t.match(await lookUp('runs', 'alice'), /^running/)
   t.match(await lookUp('dies', 'alice'), /^attempt 1 died/)
+  t.match(await lookUp('ends', 'alice'), /^attempt 2 gave it back/)
   t.match(await lookUp('done', 'bob'), /^not known/)
   leave.open()
   await running
