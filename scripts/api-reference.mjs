@@ -320,7 +320,7 @@ function entry(name) {
 
 /** The methods that a class has because it is a store are described there. @param {Member} member */
 function isShown({ code, doc }) {
-  return !code.startsWith('#') && (doc !== '' || code.startsWith('constructor') || /^readonly \w+: /.test(code))
+  return !/^[#[]/.test(code) && (doc !== '' || code.startsWith('constructor') || /^readonly \w+: /.test(code))
 }
 
 /** @type {(name: string, member: Member) => Member} */
