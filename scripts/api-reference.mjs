@@ -80,7 +80,11 @@ const SECTIONS = [
     ]
   },
   { title: 'A fingerprint of your own', from: MAIN, names: ['payloadFingerprint'] },
-  { title: 'Events', from: MAIN, names: ['idempotencyEvents', 'IdempotencyEventName', 'IdempotencyEvent'] },
+  {
+    title: 'Events',
+    from: MAIN,
+    names: ['idempotencyEvents', 'IdempotencyEventName', 'IdempotencyEvent', 'Difference']
+  },
   { title: 'OpenAPI', from: MAIN, names: ['openapiTransform', 'OpenapiTransform', 'RouteDocumentation'] },
   {
     title: 'The client',
@@ -316,7 +320,7 @@ function entry(name) {
 
 /** The methods that a class has because it is a store are described there. @param {Member} member */
 function isShown({ code, doc }) {
-  return !code.startsWith('#') && (doc !== '' || code.startsWith('constructor') || /^readonly \w+: /.test(code))
+  return !/^[#[]/.test(code) && (doc !== '' || code.startsWith('constructor') || /^readonly \w+: /.test(code))
 }
 
 /** @type {(name: string, member: Member) => Member} */

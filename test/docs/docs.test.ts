@@ -20,6 +20,7 @@ import type { Given } from './given.js'
 type Tap = { teardown(fn: () => unknown): void }
 
 const docs = new URL('../../../docs/', import.meta.url)
+const lib = new URL('../lib/', docs)
 const page = (name: string) => readFileSync(new URL(name, docs), 'utf8')
 const tried = new Set<string>()
 
@@ -198,13 +199,16 @@ t.test('support: what became of a request, in words', async (t) => {
   const running = post('runs')
   await entered.promise
   const claim = { token: 'dead', fingerprint: '', leaseMs: 1, retainMs: 60_000, takeover: true }
-  await store.acquire(storageKey('alice', 'dies'), claim)
+  for (const key of ['dies', 'ends']) await store.acquire(storageKey('alice', key), claim)
   await new Promise((resolve) => setTimeout(resolve, 5))
+  await store.acquire(storageKey('alice', 'ends'), { ...claim, token: 'heir' })
+  await store.release(storageKey('alice', 'ends'), 'heir')
   t.match(await lookUp('done', 'alice'), /^answered with 201 at \d{4}-/)
   t.match(await lookUp('"done"', 'alice'), /^answered with 201/, 'quotes and all')
   t.match(await lookUp('large', 'alice'), /^carried out by \d{4}-.*: too-large$/)
   t.match(await lookUp('runs', 'alice'), /^running/)
   t.match(await lookUp('dies', 'alice'), /^attempt 1 died/)
+  t.match(await lookUp('ends', 'alice'), /^attempt 2 gave it back/)
   t.match(await lookUp('done', 'bob'), /^not known/)
   leave.open()
   await running
@@ -253,14 +257,22 @@ t.test('errors.md has every code, each with its status, and no other', async (t)
   type ErrorClass = new (...args: string[]) => { code?: string; statusCode?: number }
   const documented = [...page('errors.md').matchAll(/^### (FST_\w+)\n\nStatus (\d{3})\b/gm)]
   const classes = Object.values(errors).filter((value) => /^[A-Z]|FastifyError/.test(value.name))
-  const known = classes
-    .map((value) => new (value as unknown as ErrorClass)())
-    .filter(({ code }) => code?.startsWith('FST_'))
+  const made = classes.map((value) => new (value as unknown as ErrorClass)())
+  const known = [...made, errors.keyReused('payload')]
+    // What says that a store is full is the cause of another one, and has no status.
+    .filter(({ code, statusCode }) => code?.startsWith('FST_') && statusCode !== undefined)
     .map(({ code, statusCode }) => `${code} ${statusCode}`)
   t.ok(known.length > 10)
   t.same(documented.map(([, code, status]) => `${code} ${status}`).sort(), known.sort())
-  const codes = new Set(page('errors.md').match(/FST_IDEMPOTENCY_\w+/g))
-  t.equal(codes.size, known.length)
+  const [about = '', warnings = ''] = page('errors.md').split('\n## Warnings\n')
+  t.equal(new Set(about.match(/FST_IDEMPOTENCY_\w+/g)).size, known.length + 1)
+  const sources = readdirSync(lib, { recursive: true, encoding: 'utf8' }).filter((file) => file.endsWith('.ts'))
+  const texts = sources.map((file) => readFileSync(new URL(file, lib), 'utf8'))
+  const warned = texts.flatMap((text) =>
+    [...text.matchAll(/(?:\bwarn\(|\bcode:)\s*'(FST_\w+)'/g)].map(([, code]) => code)
+  )
+  const listed = [...warnings.matchAll(/^\| `(FST_\w+)` \|/gm)].map(([, code]) => code)
+  t.same(listed.sort(), [...new Set(warned)].sort())
 })
 
 t.test('each error says what the client is to do, and what the operator', async (t) => {

@@ -393,6 +393,21 @@ t.test('a plugin that is imported and never registered stops the boot where rout
   t.match(error?.message, /^POST \/root, POST \/child are to be idempotent/)
 })
 
+t.test('another copy of the package looks after its own routes', async (t) => {
+  const app = Fastify()
+  const theirs = Symbol.for('fastify-idempotency.registration') as unknown as 'theirs'
+  const error = await bootOf(app, (app) => {
+    app.decorate(theirs, { version: 'another' })
+    app.post('/', asking, handler)
+  })
+  t.equal(error, null)
+  const both = await bootOf(Fastify(), async (app) => {
+    app.decorate(theirs, { version: 'another' })
+    await app.register(idempotency)
+  })
+  t.equal(both?.code, 'FST_IDEMPOTENCY_ALREADY_REGISTERED')
+})
+
 t.test('a server that cannot get ready does not listen, and answers no inject', async (t) => {
   const app = () => {
     const app = Fastify()
