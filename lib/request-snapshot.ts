@@ -31,6 +31,8 @@ export class RequestSnapshot {
   head = ''
   /** The hash of the payload; empty while it is not known. */
   payload: string | Promise<string> = ''
+  /** What hooks had put in the place of the body before it was parsed. */
+  before: unknown
   #isWatching = false
   #isRead = false
 
@@ -58,9 +60,10 @@ export class RequestSnapshot {
     const { body, headers } = this.request
     // A body that has not been sent is not parsed, whatever hooks put in its place.
     const isSent = hasBody(this.request) || headers['content-type'] !== undefined
-    if ((body !== undefined && body !== null) || !isSent) {
+    if (!isSent) {
       this.#readBody()
     } else {
+      this.before = body
       this.#isWatching = true
       Object.defineProperty(this.request, 'body', WATCHED_BODY)
     }
@@ -75,7 +78,7 @@ export class RequestSnapshot {
 
   /** Nothing more is to come before the validation. Resolves when all of it has been read. */
   finish(): void | Promise<void> {
-    this.#stopWatching(undefined)
+    this.#stopWatching(this.before)
     if (!this.#isRead) this.#readBody()
     // A key that getKey will find needs one all the same.
     if (this.head === '' && (this.key !== undefined || this.policy.getKey !== null)) this.readHead()
@@ -132,7 +135,7 @@ const WATCHED_BODY: PropertyDescriptor & ThisType<FastifyRequest> = {
   configurable: true,
   enumerable: true,
   get() {
-    return undefined
+    return this[kSnapshot]?.before
   },
   set(body: unknown) {
     this[kSnapshot]?.parsed(body)

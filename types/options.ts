@@ -14,7 +14,10 @@ export interface IdempotencyRouteOptions {
    * @default new MemoryStore()
    */
   store?: IdempotencyStore
-  /** Lets a request through unprotected when it returns `true`. Asked before anything else. */
+  /**
+   * Lets a request through unprotected when it returns `true`. Asked before anything else: in onRequest, where there is no
+   * body yet. What depends on the body is for `getKey`.
+   */
   skip?: (request: FastifyRequest) => boolean | Promise<boolean>
   /**
    * The request header that carries the key; `false` for none.

@@ -95,13 +95,29 @@ t.test('what hooks have made of the body is what the handler gets', async (t) =>
   t.strictSame(seen.body, { a: 1, b: 2 })
 })
 
-t.test('a body that a hook puts there before the parser does not stand for what the client sends', async (t) => {
-  for (const name of ['onRequest', 'preParsing'] as const) {
+t.test('what a hook puts in the place of a body before that is parsed does not stand for it', async (t) => {
+  const found: unknown[] = []
+  const hooks = {
+    onRequest: (request: FastifyRequest) => {
+      request.body = { of: 'the hook' }
+    },
+    preParsing: (request: FastifyRequest) => found.push(request.body)
+  }
+  const { send, seen } = await serve(t, { hooks })
+  t.equal(await send({ body: '{"a":1}' }), 'run 1')
+  t.strictSame([found, seen.body], [[{ of: 'the hook' }], { a: 1 }])
+  t.equal(await send({ body: '{"a":1}' }), 'replay of run 1')
+  t.equal(await send({ body: '{"a":2}' }), REUSED)
+})
+
+t.test('where no body is sent hooks may put there what they like', async (t) => {
+  for (const name of ['preParsing', 'preValidation'] as const) {
     const hook = (request: FastifyRequest) => {
-      request.body = { of: 'the hook', at: ++now }
+      request.body = { at: ++now }
     }
     const { send } = await serve(t, { hooks: { [name]: hook } })
-    t.equal(await send({ key: 'sent', body: '{"a":1}' }), 'run 1')
+    t.equal(await send({}), 'run 1')
+    t.equal(await send({}), 'replay of run 1')
   }
 })
 
