@@ -35,7 +35,9 @@ export class Fleet {
     const name = `worker ${++this.#count}`
     const given: WorkerSetup = { ...setup, name, runs: this.#file(name) }
     const log = join(this.#folder, `${name}.log`)
-    const process = await launch(globalThis.process.execPath, [script, JSON.stringify(given)], { log })
+    // What a worker complains of is looked at; that its leases are short is meant.
+    const args = ['--disable-warning=FST_IDEMPOTENCY_DURATION', script, JSON.stringify(given)]
+    const process = await launch(globalThis.process.execPath, args, { log })
     const listening = () => {
       if (!process.running) throw new Error(`${name} ended at its start:\n${process.output()}`)
       return /^http:\S+/m.exec(process.output())?.[0]
