@@ -164,6 +164,7 @@ t.test('a client that leaves while an abandoned key is taken over leaves it as i
     retainMs: 60_000,
     takeover: false
   })
+  await until(async () => (await app.idempotency.get('k'))?.state === 'abandoned')
   const acquire = store.acquire.bind(store)
   store.acquire = async (key, claim) => {
     const found = await acquire(key, claim)
