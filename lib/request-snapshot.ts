@@ -4,6 +4,7 @@ import { KeyUnreadable } from './errors.js'
 import { hasBody, headOf, payloadOfBody } from './fingerprint.js'
 import { isInUnparsedBody, keyInBody, parseKey } from './key.js'
 import type { Policy } from './options.js'
+import { warn } from './warnings.js'
 
 /** Where a request keeps what was read of it before others could change it; `null` when there was no key to be seen. */
 export const kSnapshot = Symbol('fastify-idempotency.snapshot')
@@ -85,8 +86,22 @@ export class RequestSnapshot {
     if (this.payload instanceof Promise) {
       return this.payload.then((payload) => {
         this.payload = payload
+        this.#warnUnlessKnown()
       })
     }
+    this.#warnUnlessKnown()
+  }
+
+  /** Who compares payloads is told where there is none to be compared, as in a gateway that passes bodies on unread. */
+  #warnUnlessKnown(): void {
+    const { fingerprint, getKey, route } = this.policy
+    if (this.payload !== '' || fingerprint !== true) return
+    if (this.key instanceof Error || (this.key === undefined && getKey === null)) return
+    warn(
+      'FST_IDEMPOTENCY_PAYLOAD',
+      `the payloads of ${route} are not compared, because its bodies are not parsed: the same key with another body gets ` +
+        'the first reply. Parse them, compare what a function "fingerprint" makes of a request, or say so by fingerprint: false'
+    )
   }
 
   #stopWatching(body: unknown): void {

@@ -1,9 +1,11 @@
+import proxy from '@fastify/http-proxy'
 import type { FastifyInstance, FastifyRequest, InjectOptions } from 'fastify'
 import t, { type Test } from 'tap'
 import idempotency from '../../index.js'
 import { codeOf, REPLAYED } from '../support/app.js'
 import { latch } from '../support/latch.js'
 import { startRedis } from '../support/redis.js'
+import { warningsOf } from '../support/warnings.js'
 import { accountOf, bare, handled, RECIPES, snippet, tried } from './snippet.js'
 
 /* The recipes of the README: nobody gets in without credentials, and nobody gets another's reply. */
@@ -315,6 +317,22 @@ t.test('gateway: bodies are compared by value, or by their digests', async (t) =
   t.equal(isReplay(await upload('sha-256=:a:')), true)
   t.equal(codeOf(await upload('sha-256=:b:')), 'FST_IDEMPOTENCY_KEY_REUSED')
   t.equal(runs, 2)
+})
+
+t.test('a gateway that passes bodies on unread is told that they are not compared', async (t) => {
+  const upstream = await bare(t)
+  upstream.post('/', async () => ({}))
+  const server = await upstream.listen({ host: '127.0.0.1', port: 0 })
+  const app = await bare(t, true)
+  const config = { idempotency: true }
+  await app.register(proxy, { upstream: server, prefix: '/unread', config })
+  await app.register(proxy, { upstream: server, prefix: '/silenced', config: { idempotency: { fingerprint: false } } })
+  await snippet('gateway', { app, server })
+  const send = (url: string) => sender(app, url, { amount: 1 })({ 'idempotency-key': url })
+  const told = await warningsOf('FST_IDEMPOTENCY_PAYLOAD', async () => {
+    for (const url of ['/unread', '/unread', '/silenced', '/payments']) t.equal((await send(url)).statusCode, 200)
+  })
+  t.match(told, [/payloads of \/unread are not compared/])
 })
 
 t.test('uploads: a duplicate has its 409 before its body is read', async (t) => {
