@@ -13,6 +13,7 @@ import type {
 } from '../../types/index.js'
 import { InvalidOption } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
+import { onlyKnown } from './known.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { Keyring, secretOf } from './sealing.js'
 
@@ -54,7 +55,7 @@ export class EncryptedStore implements IdempotencyStore {
   constructor(store: IdempotencyStore, options: EncryptedStoreOptions) {
     if (!isStore(store)) throw new InvalidOption(`EncryptedStore takes ${A_STORE}, got ${describe(store)}`)
     const { keys, ...unknown } = options ?? {}
-    for (const name of Object.keys(unknown)) throw new InvalidOption(`EncryptedStore has no option "${name}"`)
+    onlyKnown('EncryptedStore', unknown, ['keys'])
     this.#store = store
     this.#records = new Records(new Keyring(secretsOf(keys)))
     const { changed, get, delete: forget, begin, close } = store

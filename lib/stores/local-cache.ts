@@ -10,6 +10,7 @@ import { atHand } from '../at-hand.js'
 import { InvalidOption } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
 import { bound, Kept, sizeOf } from './kept.js'
+import { onlyKnown } from './known.js'
 import { Shelf } from './shelf.js'
 
 /** Bounds of a `LocalCache`. */
@@ -81,7 +82,7 @@ export class LocalCache implements IdempotencyStore {
   constructor(store: IdempotencyStore, options: LocalCacheOptions = {}) {
     if (!isStore(store)) throw new InvalidOption(`LocalCache takes ${A_STORE}, got ${typeof store}`)
     const { maxEntries = 10_000, maxBytes = 33_554_432, maxAge = 10_000, ...unknown } = options
-    for (const name of Object.keys(unknown)) throw new InvalidOption(`LocalCache has no option "${name}"`)
+    onlyKnown('LocalCache', unknown, ['maxEntries', 'maxBytes', 'maxAge'])
     this.#store = store
     this.#maxEntries = bound('LocalCache', 'maxEntries', maxEntries)
     this.#maxBytes = bound('LocalCache', 'maxBytes', maxBytes)
