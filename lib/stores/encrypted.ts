@@ -15,6 +15,7 @@ import { InvalidOption, UnreadableAnswer } from '../errors.js'
 import { A_STORE, isStore } from '../options.js'
 import { describeStore } from '../values.js'
 import { isInFrontOf } from './inner.js'
+import { onlyKnown } from './known.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { Keyring, secretOf } from './sealing.js'
 
@@ -56,7 +57,7 @@ export class EncryptedStore implements IdempotencyStore {
   constructor(store: IdempotencyStore, options: EncryptedStoreOptions) {
     if (!isStore(store)) throw new InvalidOption(`EncryptedStore takes ${A_STORE}, got ${describeStore(store)}`)
     const { keys, ...unknown } = options ?? {}
-    for (const name of Object.keys(unknown)) throw new InvalidOption(`EncryptedStore has no option "${name}"`)
+    onlyKnown('EncryptedStore', unknown, ['keys'])
     this.#store = store
     isInFrontOf(this, store)
     this.#records = new Records(new Keyring(secretsOf(keys)))

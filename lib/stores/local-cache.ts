@@ -12,6 +12,7 @@ import { A_STORE, isStore } from '../options.js'
 import { describeStore } from '../values.js'
 import { isInFrontOf } from './inner.js'
 import { bound, Kept, sizeOf } from './kept.js'
+import { onlyKnown } from './known.js'
 import { Shelf } from './shelf.js'
 
 /** Bounds of a `LocalCache`. */
@@ -83,7 +84,7 @@ export class LocalCache implements IdempotencyStore {
   constructor(store: IdempotencyStore, options: LocalCacheOptions = {}) {
     if (!isStore(store)) throw new InvalidOption(`LocalCache takes ${A_STORE}, got ${describeStore(store)}`)
     const { maxEntries = 10_000, maxBytes = 33_554_432, maxAge = 10_000, ...unknown } = options
-    for (const name of Object.keys(unknown)) throw new InvalidOption(`LocalCache has no option "${name}"`)
+    onlyKnown('LocalCache', unknown, ['maxEntries', 'maxBytes', 'maxAge'])
     this.#store = store
     isInFrontOf(this, store)
     this.#maxEntries = bound('LocalCache', 'maxEntries', maxEntries)

@@ -1,7 +1,8 @@
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
 import { atHand } from '../at-hand.js'
-import { InvalidOption, StoreFull } from '../errors.js'
+import { StoreFull } from '../errors.js'
 import { bound, Kept, sizeOf } from './kept.js'
+import { onlyKnown } from './known.js'
 import { RELEASE_MEMORY_MS } from './released.js'
 import { Item, Shelf } from './shelf.js'
 
@@ -86,11 +87,10 @@ export class MemoryStore implements IdempotencyStore {
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(options: MemoryStoreOptions = {}) {
-    for (const name of Object.keys(options)) {
-      if (name !== 'maxEntries' && name !== 'maxBytes') throw new InvalidOption(`MemoryStore has no option "${name}"`)
-    }
-    this.#maxEntries = bound('MemoryStore', 'maxEntries', options.maxEntries ?? 100_000)
-    this.#maxBytes = bound('MemoryStore', 'maxBytes', options.maxBytes ?? 67_108_864)
+    const { maxEntries = 100_000, maxBytes = 67_108_864, ...unknown } = options
+    onlyKnown('MemoryStore', unknown, ['maxEntries', 'maxBytes'])
+    this.#maxEntries = bound('MemoryStore', 'maxEntries', maxEntries)
+    this.#maxBytes = bound('MemoryStore', 'maxBytes', maxBytes)
   }
 
   // Promises are for the outside only: nothing is awaited, so each method is one atomic step, and its answer at hand.

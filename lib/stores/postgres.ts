@@ -10,6 +10,7 @@ import type {
   TransactionClient
 } from '../../types/index.js'
 import { InvalidOption } from '../errors.js'
+import { onlyKnown } from './known.js'
 import { claimFailure, explain, isContention } from './postgres-errors.js'
 import { PostgresNotifications } from './postgres-notifications.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './postgres-rows.js'
@@ -67,7 +68,20 @@ export class PostgresStore implements IdempotencyStore {
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(options: PostgresStoreOptions) {
     const { pool, table = 'idempotency_keys', sweepInterval = 60_000, ...unknown } = options ?? {}
-    for (const name of Object.keys(unknown)) throw new InvalidOption(`PostgresStore has no option "${name}"`)
+    const wanted = 'new PostgresStore({ pool: new Pool({ connectionString }) }), with Pool of "pg"'
+    // Never what is in a text, which may be a password.
+    if (typeof options === 'string') throw new InvalidOption(`PostgresStore takes a pool, not a URL: ${wanted}`)
+    if (typeof pool === 'string') {
+      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg, not a URL: ${wanted}`)
+    }
+    if (pool !== undefined || !('connectionString' in unknown)) {
+      onlyKnown('PostgresStore', unknown, ['pool', 'table', 'sweepInterval'])
+    } else {
+      throw new InvalidOption(`PostgresStore has no option "connectionString", it takes a pool: ${wanted}`)
+    }
+    if (typeof pool === 'object' && pool !== null && 'connectionParameters' in pool) {
+      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg, not a single client: ${wanted}`)
+    }
     const given = pool as Partial<PostgresPool> | undefined | null
     if (![given?.query, given?.connect, given?.on].every((method) => typeof method === 'function')) {
       const what = 'a pool of pg, such as app.pg.pool of @fastify/postgres'

@@ -1,6 +1,7 @@
 import { isAscii } from 'node:buffer'
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
 import { InvalidOption, UnreadableAnswer } from '../errors.js'
+import { onlyKnown } from './known.js'
 import { decodeRecord, encodeRecord } from './record.js'
 import { ClaimBatches, type Pipeline, type Result } from './redis-batches.js'
 import { claimFailure, discreet, isAborted, isWrongType } from './redis-errors.js'
@@ -72,10 +73,16 @@ export class RedisStore implements IdempotencyStore {
     const methods = ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate'] as const
     const given = client as Partial<Record<(typeof methods)[number], unknown>> | undefined | null
     if (!methods.every((method) => typeof given?.[method] === 'function')) {
-      throw new InvalidOption('RedisStore takes an ioredis client, such as app.redis of @fastify/redis')
+      // Not what is in it, which may be a password.
+      const isNodeRedis = typeof (given as { sendCommand?: unknown } | undefined)?.sendCommand === 'function'
+      const got = isNodeRedis ? 'one that looks like a client of node-redis' : `a value of type ${typeof client}`
+      throw new InvalidOption(
+        'RedisStore takes an ioredis client, such as app.redis of @fastify/redis: new RedisStore(new Redis(url)), with ' +
+          `Redis of "ioredis"; got ${got}`
+      )
     }
     const { keyPrefix = 'idempotency:', replicas = 0, replicaTimeout = 1_000, ...unknown } = options
-    for (const name of Object.keys(unknown)) throw new InvalidOption(`RedisStore has no option "${name}"`)
+    onlyKnown('RedisStore', unknown, ['keyPrefix', 'replicas', 'replicaTimeout'])
     if (typeof keyPrefix !== 'string') {
       throw new InvalidOption(`RedisStore option "keyPrefix" takes a string, got ${typeof keyPrefix}`)
     }

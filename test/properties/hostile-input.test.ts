@@ -3,6 +3,7 @@ import fc from 'fast-check'
 import type { FastifyInstance, FastifyRequest } from 'fastify'
 import t, { type Test } from 'tap'
 import { MemoryStore } from '../../index.js'
+import { UnreadableAnswer } from '../../lib/errors.js'
 import { type KeyRules, keyInBody, keyInHeader, keyInQuery, parseKey, storageKey } from '../../lib/key.js'
 import { StoreInUse } from '../../lib/store-in-use.js'
 import { decodeRecord, encodeRecord, readLength, writeLength } from '../../lib/stores/record.js'
@@ -266,7 +267,7 @@ function judge(bytes: Buffer, offset = 0): 'error' | 'record' {
   try {
     found = decodeRecord(bytes, offset)
   } catch (error) {
-    if (Object.getPrototypeOf(error) !== Error.prototype) throw error
+    if (!(error instanceof UnreadableAnswer)) throw error
     return 'error'
   }
   const { fingerprint, createdAt } = found

@@ -94,7 +94,7 @@ t.test('an option that is not known is refused', async (t) => {
   for (const name of ['max', 'ttl', 'maxentries', 'constructor']) {
     t.throws(() => new MemoryStore({ [name]: 1 } as MemoryStoreOptions), {
       code: 'FST_IDEMPOTENCY_INVALID_OPTION',
-      message: `MemoryStore has no option "${name}"`
+      message: `MemoryStore has no option "${name}"; it has maxEntries, maxBytes`
     })
   }
 })

@@ -318,3 +318,21 @@ t.test('a pool that has no client says why', async (t) => {
   t.match(error, { message: 'timeout exceeded' })
   t.notOk('detail' in error)
 })
+
+t.test('what is no pool is refused with what to do, and no password is told', (t) => {
+  const url = 'postgres://user:secret@host/db'
+  for (const [given, what] of [
+    [url, /takes a pool, not a URL: new PostgresStore\(\{ pool/],
+    [{ pool: url }, /"pool" takes a pool of pg, not a URL/],
+    [{ connectionString: url }, /no option "connectionString", it takes a pool/],
+    [
+      { pool: Object.assign(new EventEmitter(), { connectionParameters: { password: 'secret' } }) },
+      /not a single client/
+    ]
+  ] as const) {
+    const error = t.throws(() => new PostgresStore(given as never), { code: 'FST_IDEMPOTENCY_INVALID_OPTION' })
+    t.match((error as Error).message, what)
+    t.notMatch((error as Error).message, /secret/)
+  }
+  t.end()
+})
