@@ -91,6 +91,10 @@ export class PostgresStore implements IdempotencyStore {
     if ((pool as { options?: { binary?: unknown } }).options?.binary) {
       throw new InvalidOption('PostgresStore option "pool" takes a pool without binary: true')
     }
+    if (isNative(pool)) {
+      // Its statements cannot be several in one trip, and its notifications have another form.
+      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg itself, not of pg.native: ${wanted}`)
+    }
     const [, schema, name] = (typeof table === 'string' && TABLE.exec(table)) || []
     if (name === undefined) {
       const what = 'a name of letters, digits and underscores, at most 52, perhaps after a schema and a dot'
@@ -195,6 +199,12 @@ export class PostgresStore implements IdempotencyStore {
       }
     }
   }
+}
+
+/** The queries of pg-native hear nothing of the protocol. */
+function isNative(pool: unknown): boolean {
+  const { Client } = pool as { Client?: { Query?: { prototype: object } } }
+  return Client?.Query !== undefined && !('handleReadyForQuery' in Client.Query.prototype)
 }
 
 const survivors = new WeakSet<PostgresPool>()

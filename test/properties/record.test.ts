@@ -1,6 +1,7 @@
 import { isDeepStrictEqual } from 'node:util'
 import fc from 'fast-check'
 import t from 'tap'
+import { UnreadableAnswer } from '../../lib/errors.js'
 import { decodeRecord, encodeRecord, writeLength } from '../../lib/stores/record.js'
 import type { StoredRecord } from '../../types/index.js'
 
@@ -37,7 +38,7 @@ function decoded(bytes: Buffer, offset: number): StoredRecord | null {
   try {
     return decodeRecord(bytes, offset)
   } catch (error) {
-    if (Object.getPrototypeOf(error) !== Error.prototype) throw error
+    if (!(error instanceof UnreadableAnswer)) throw error
     return null
   }
 }

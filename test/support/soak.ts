@@ -239,7 +239,7 @@ export class Soak {
     this.#apps.push(app)
     const { transaction = false } = this.#options
     // Nothing here depends on how fast the machine is: no limit is ever reached.
-    const limits = { lease: 120_000, storeTimeout: 60_000, waitTimeout: 60_000 }
+    const limits = { lease: 120_000, storeTimeout: 40_000, waitTimeout: 60_000 }
     await app.register(idempotency, { store, transaction, required: true, ...limits })
     const route = (url: string, options: object = {}) =>
       app.post(url, { config: { idempotency: { ...options } } }, this.#handle)
@@ -273,7 +273,7 @@ export class Soak {
     reply.code(201).header('x-run', String(run))
     const text = JSON.stringify({ key: job.key, variant: job.variant, run, pad: 'x'.repeat(job.size) })
     if (job.kind === 'stream' || job.kind === 'broken') {
-      return reply.type('application/json').send(Readable.from(this.#chunks(job, text), { objectMode: false }))
+      return reply.type('application/json').send(Readable.from(this.#chunks(job, text, run), { objectMode: false }))
     }
     // What follows happens at once.
     this.#end(job, failure === undefined)
@@ -286,14 +286,17 @@ export class Soak {
     return reply.type('application/json').send(text)
   }
 
-  async *#chunks(job: Job, text: string): AsyncGenerator<Buffer> {
+  async *#chunks(job: Job, text: string, run: number): AsyncGenerator<Buffer> {
     let done = false
+    // In a transaction nothing has been sent when the stream breaks off: it is undone, and the next run goes through.
+    const isUndone = job.kind === 'broken' && this.#options.transaction === true && run === 1
+    const breaks = job.kind === 'broken' && (isUndone || !this.#options.transaction)
     try {
       const step = Math.ceil(text.length / 4)
       for (let at = 0; at < text.length; at += step) {
-        if (job.kind === 'broken' && at >= 2 * step) {
+        if (breaks && at >= 2 * step) {
           done = true
-          throw new Error('broken off, as planned')
+          throw Object.assign(new Error('broken off, as planned'), { code: FAILED })
         }
         yield Buffer.from(text.slice(at, at + step))
         if (job.ms > 0) await sleep(job.ms / 4)
@@ -301,7 +304,7 @@ export class Soak {
       done = true
     } finally {
       if (!done) this.#violation(`the stream of ${job.key} was not read to its end`)
-      this.#end(job, true)
+      this.#end(job, !isUndone)
     }
   }
 
@@ -349,7 +352,9 @@ export class Soak {
     this.#accounts.set(key, account)
     const job = jobOf(key, kind, random)
     const contested = !kind.startsWith('flaky') && random.chance(0.2)
-    const allowed = [...ALLOWED[kind], ...(contested ? [REUSED] : [])]
+    const isUndone = kind === 'broken' && this.#options.transaction
+    const answers = isUndone ? [OK, BUSY, `500 ${FAILED}`] : ALLOWED[kind]
+    const allowed = [...answers, ...(contested ? [REUSED] : [])]
     const other: Job = { ...job, variant: 'b' }
     const send = async (job: Job, hangUp?: HangUp) => {
       const outcome = await this.#post(random, job, hangUp)

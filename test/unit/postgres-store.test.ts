@@ -1,4 +1,5 @@
 import { EventEmitter } from 'node:events'
+import { createRequire } from 'node:module'
 import { setTimeout as sleep } from 'node:timers/promises'
 import t from 'tap'
 import { PostgresStore, type PostgresStoreOptions } from '../../index.js'
@@ -319,6 +320,11 @@ t.test('a pool that has no client says why', async (t) => {
   t.notOk('detail' in error)
 })
 
+/** A pool as pg.native has it, whose own binding need not be there. */
+const nativePool = Object.assign(new Pool(), {
+  Client: { Query: createRequire(import.meta.url)('pg/lib/native/query') }
+})
+
 t.test('what is no pool is refused with what to do, and no password is told', (t) => {
   const url = 'postgres://user:secret@host/db'
   for (const [given, what] of [
@@ -328,7 +334,8 @@ t.test('what is no pool is refused with what to do, and no password is told', (t
     [
       { pool: Object.assign(new EventEmitter(), { connectionParameters: { password: 'secret' } }) },
       /not a single client/
-    ]
+    ],
+    [{ pool: nativePool }, /a pool of pg itself, not of pg.native/]
   ] as const) {
     const error = t.throws(() => new PostgresStore(given as never), { code: 'FST_IDEMPOTENCY_INVALID_OPTION' })
     t.match((error as Error).message, what)

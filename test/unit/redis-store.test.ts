@@ -87,6 +87,13 @@ const acquiring = (set: unknown, left: unknown = 1_200, scripted?: Setup['script
 
 t.test('a client is what has the methods of ioredis that are used', async (t) => {
   const refused = { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message: /takes an ioredis client, such as app\.redis/ }
+  const nodeRedis = { sendCommand() {}, options: { url: 'redis://:secret@host' } }
+  for (const given of ['redis://:secret@host', { url: 'redis://:secret@host' }, nodeRedis]) {
+    const error = t.throws(() => new RedisStore(given as never), refused) as Error
+    t.match(error.message, /new RedisStore\(new Redis\(url\)\)/)
+    t.notMatch(error.message, /secret/)
+    t.equal(error.message.includes('node-redis'), given === nodeRedis)
+  }
   for (const client of [undefined, null, {}, 'redis://']) t.throws(() => new RedisStore(client as never), refused)
   for (const missing of ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate']) {
     const { client } = open()
