@@ -93,7 +93,6 @@ export class StoreTimeout extends Error {
 
 /** What a store has under a key cannot be read, or its answer makes no sense. Somebody has the key, for all one knows. */
 export class UnreadableAnswer extends Error {
-  override name = 'UnreadableAnswer'
   /** Is it known that the key is free, or this caller's? */
   readonly isFree: boolean
   constructor(message = 'The idempotency store gave no valid answer', isFree = false) {
