@@ -3,29 +3,49 @@ import type { FastifyRequest } from 'fastify'
 
 const AUTHORIZATION = ['authorization', 'proxy-authorization']
 const API_KEYS = ['x-api-key', 'api-key', 'x-auth-token', 'x-access-token']
+const COOKIES = ['cookie']
+const NAMES: ReadonlySet<string> = new Set([...AUTHORIZATION, ...API_KEYS, ...COOKIES])
+
+/** By lower-case name, the values in the order in which they came. */
+type SentHeaders = Readonly<Record<string, readonly string[]>>
 
 /**
  * What a request says of who sent it, for routes without a `scope`: `Authorization` and `Proxy-Authorization`, else the
  * headers of API keys, else the client's certificate, else all its cookies. `null` where it says nothing.
  */
 export function credentialsOf(request: FastifyRequest): string | null {
-  const { headers } = request
+  const sent = credentialsIn(request.raw?.rawHeaders ?? [])
   return (
-    inHeaders(headers, AUTHORIZATION) ??
-    inHeaders(headers, API_KEYS) ??
+    inHeaders(sent, AUTHORIZATION) ??
+    inHeaders(sent, API_KEYS) ??
     inCertificate(request.raw?.socket) ??
-    inHeaders(headers, ['cookie'])
+    inHeaders(sent, COOKIES)
   )
 }
 
+/**
+ * As the client sent them: hooks take credentials off a request once they are verified, to keep them out of logs, or put
+ * those of a gateway in their place, which are the same for all.
+ */
+function credentialsIn(rawHeaders: readonly string[]): SentHeaders {
+  const sent: Record<string, string[]> = {}
+  for (let at = 0; at < rawHeaders.length; at += 2) {
+    const name = (rawHeaders[at] as string).toLowerCase()
+    if (!NAMES.has(name)) continue
+    sent[name] ??= []
+    sent[name].push(rawHeaders[at + 1] as string)
+  }
+  return sent
+}
+
 /** Framed with their names. A header without a value, as pages send that have no token yet, tells nobody from another. */
-function inHeaders(headers: FastifyRequest['headers'], names: readonly string[]): string | null {
+function inHeaders(sent: SentHeaders, names: readonly string[]): string | null {
   let found: unknown[] | null = null
   for (const name of names) {
-    const value = headers[name]
-    if (value === undefined || value.length === 0) continue
+    const values = sent[name]?.filter((value) => value !== '') ?? []
+    if (values.length === 0) continue
     found ??= []
-    found.push(name, value)
+    found.push(name, values)
   }
   return found && JSON.stringify(found)
 }

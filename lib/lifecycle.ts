@@ -234,7 +234,9 @@ export class Lifecycle {
 
   #claim(request: FastifyRequest, reply: FastifyReply): Maybe<FastifyReply | undefined> {
     const { getKey } = this.#policy
-    const seen = request[kSnapshot]?.key
+    const snapshot = request[kSnapshot]
+    snapshot?.finishLate()
+    const seen = snapshot?.key
     if (seen instanceof Error) throw seen
     const exchange = exchangeOf(request)
     if (exchange !== null) return this.#settle(exchange)

@@ -364,7 +364,8 @@ export class Operation implements Subject, Waiter, Renewable {
     // To run unprotected is one thing, to run beside another that is known to run is quite another, and so it is to run
     // once more what may have run. A store that is full is there.
     const { cause } = error
-    const isTaken = this.#taken || (cause instanceof UnreadableAnswer && !cause.isFree)
+    const isTaken =
+      this.#taken || this.#store.live.has(this.storageKey) || (cause instanceof UnreadableAnswer && !cause.isFree)
     if (!this.policy.bypasses || isTaken || isFull(cause)) throw this.#unavailable(cause)
     this.phase = 'unprotected'
     this.#tell('bypassed', error.cause)
@@ -405,7 +406,14 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   async #takeOver(): Promise<Verdict> {
-    return this.#decide(await this.#acquire(true), true)
+    const found = await this.#acquire(true)
+    // Asked again and again, it would say so for ever.
+    if (found.state === 'abandoned') {
+      const cause = new UnreadableAnswer('The idempotency store does not give what nobody has')
+      this.#report(cause)
+      throw new StoreFailure('The key could not be asked for', { cause })
+    }
+    return this.#decide(found, true)
   }
 
   #postpone(found: Acquisition | null): Verdict {

@@ -210,12 +210,26 @@ export function routePolicy(route: RouteDeclaration, registration: RegistrationO
   const own = isPlainObject(config) ? checked(config, ROUTE_RULES, where) : {}
   warnOfDurations(own, registration.routeDefaults, where)
   const options: IdempotencyRouteOptions = { ...registration.routeDefaults, ...own }
+  if (options.target === undefined) checkConstraints(route.constraints, where)
   return Object.freeze({
     route: route.url,
     constraints: constraintsOf(route.constraints),
     methods: covered.length === methods.length ? null : new Set(covered),
     ...complete(options, registration.routeDefaults.store, where)
   })
+}
+
+/**
+ * A constraint of the application's own is compared as the route has it. Of one that matches by a pattern nobody can see
+ * what it has matched, a tenant for instance. Versions and hosts are known otherwise.
+ */
+function checkConstraints(constraints: object = {}, where: string): void {
+  for (const [name, value] of Object.entries(constraints)) {
+    if (name === 'version' || name === 'host' || typeof value !== 'object' || value === null) continue
+    throw new InvalidOption(
+      `option "target"${where} is needed: its constraint "${name}" is a pattern, and requests that match it may be for different things`
+    )
+  }
 }
 
 /** Does the plugin cover such a route, or refuse it at least? */

@@ -36,6 +36,8 @@ export class RequestSnapshot {
   before: unknown
   #isWatching = false
   #isRead = false
+  /** A body was sent, and nobody has read it yet. */
+  #isUnread = false
 
   constructor(request: FastifyRequest, policy: Policy, key: string | undefined) {
     this.request = request
@@ -80,7 +82,11 @@ export class RequestSnapshot {
   /** Nothing more is to come before the validation. Resolves when all of it has been read. */
   finish(): void | Promise<void> {
     this.#stopWatching(this.before)
-    if (!this.#isRead) this.#readBody()
+    if (!this.#isRead) {
+      const { body } = this.request
+      this.#isUnread = (body === undefined || body === null) && hasBody(this.request)
+      if (!this.#isUnread) this.#readBody()
+    }
     // A key that getKey will find needs one all the same.
     if (this.head === '' && (this.key !== undefined || this.policy.getKey !== null)) this.readHead()
     if (this.payload instanceof Promise) {
@@ -89,6 +95,15 @@ export class RequestSnapshot {
         this.#warnUnlessKnown()
       })
     }
+    if (!this.#isUnread) this.#warnUnlessKnown()
+  }
+
+  /** The last moment before the claim: a preHandler hook may have read the body, as those do that take uploads. */
+  finishLate(): void {
+    if (!this.#isUnread) return
+    this.#isUnread = false
+    this.#readBody()
+    if (this.head === '' && this.key !== undefined) this.readHead()
     this.#warnUnlessKnown()
   }
 

@@ -5,9 +5,9 @@ import type { AddressInfo } from 'node:net'
 import type { TLSSocket } from 'node:tls'
 import cookie from '@fastify/cookie'
 import session from '@fastify/session'
-import type { FastifyInstance } from 'fastify'
+import Fastify, { type FastifyInstance, type FastifyRequest } from 'fastify'
 import t from 'tap'
-import { MemoryStore } from '../../index.js'
+import idempotency, { MemoryStore } from '../../index.js'
 import { build, codeOf, listen, post, REPLAYED } from '../support/app.js'
 import { certificates } from '../support/certificates.js'
 
@@ -205,4 +205,38 @@ t.test('a certificate tells callers of HTTP/2 as well', async (t) => {
   t.same(await send('alice'), [200, undefined])
   t.same(await send('bob'), [422, undefined])
   t.same(await send('alice'), [200, 'true'])
+})
+
+t.test('credentials that a hook takes off a request, or replaces, are still those of its caller', async (t) => {
+  const hooks: Record<string, (headers: Record<string, unknown>) => void> = {
+    'taken off': (headers) => {
+      delete headers.authorization
+    },
+    replaced: (headers) => {
+      headers.authorization = 'Bearer of the gateway'
+    }
+  }
+  for (const [how, change] of Object.entries(hooks)) {
+    for (const isFirst of [true, false]) {
+      const app = Fastify()
+      t.teardown(() => app.close())
+      const hook = async (request: FastifyRequest) => change(request.headers)
+      if (isFirst) app.addHook('onRequest', hook)
+      await app.register(idempotency)
+      if (!isFirst) app.addHook('onRequest', hook)
+      const derived: unknown[] = []
+      app.post('/', { config: { idempotency: true } }, async (request) => {
+        derived.push(request.idempotency?.deriveKey('charge'))
+        return { run: derived.length }
+      })
+      const send = (user: string, key = 'k') =>
+        app.inject({ method: 'POST', url: '/', headers: { authorization: `Bearer ${user}`, 'idempotency-key': key } })
+      const first = await send('alice')
+      t.equal((await send('bob')).statusCode, 422, how)
+      t.equal((await send('alice')).body, first.body)
+      await app.idempotency.delete('k')
+      await send('bob')
+      t.equal(new Set(derived).size, 2)
+    }
+  }
 })

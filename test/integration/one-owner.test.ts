@@ -149,3 +149,35 @@ t.test('what a handler gets may be taken out of its object', async (t) => {
   t.equal((await app.inject(keyed)).headers[REPLAYED], undefined)
   t.equal(derived[0], derived[1])
 })
+
+t.test("with 'bypass' nothing runs beside a request that this process has begun meanwhile", async (t) => {
+  const store = new MemoryStore()
+  const acquire = store.acquire.bind(store)
+  let calls = 0
+  store.acquire = (...args) => (++calls === 1 ? new Promise(() => {}) : acquire(...args))
+  const app = await build(t, { store, onStoreError: 'bypass', storeTimeout: 100 })
+  const [entered, leave] = [latch(), latch()]
+  let runs = 0
+  app.post('/', config(), async () => {
+    runs++
+    entered.open()
+    await leave.promise
+    return 'done'
+  })
+  const unanswered = inject(app, keyed)
+  await until(() => calls === 1)
+  const running = inject(app, keyed)
+  await entered.promise
+  t.equal(codeOf(await unanswered), 'FST_IDEMPOTENCY_STORE_UNAVAILABLE')
+  leave.open()
+  await running
+  t.equal(runs, 1)
+})
+
+t.test('a store that never gives what nobody has is not asked for ever', async (t) => {
+  const store = new MemoryStore()
+  store.acquire = async () => ({ state: 'abandoned', fingerprint: '', attempt: 1 })
+  const app = await build(t, { store })
+  app.post('/', config(), async () => 'done')
+  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_STORE_UNAVAILABLE')
+})

@@ -3,9 +3,9 @@ import http from 'node:http'
 import http2 from 'node:http2'
 import type { AddressInfo } from 'node:net'
 import { setImmediate as turn } from 'node:timers/promises'
-import type { FastifyInstance, FastifyRequest, FastifyServerOptions } from 'fastify'
+import Fastify, { type FastifyInstance, type FastifyRequest, type FastifyServerOptions } from 'fastify'
 import t, { type Test } from 'tap'
-import { type IdempotencyOptions, payloadFingerprint } from '../../index.js'
+import idempotency, { type IdempotencyOptions, payloadFingerprint } from '../../index.js'
 import { build, codeOf, listen, type Post, post, REPLAYED } from '../support/app.js'
 
 /* What a request is for, and what it brings, over real sockets: the same request gets the same reply, and no other does. */
@@ -403,4 +403,68 @@ t.test('a key of 32 megabytes in a body is refused', async (t) => {
     const reply = await post(port, { body: JSON.stringify({ key }) })
     t.same([reply.status, codeOf(reply)], [422, 'FST_IDEMPOTENCY_KEY_INVALID'])
   }
+})
+
+t.test(
+  'a body that a preHandler hook reads, as those for uploads do, is compared, and its fields are looked at',
+  async (t) => {
+    for (const options of [{}, { field: 'key' }]) {
+      const app = Fastify()
+      t.teardown(() => app.close())
+      await app.register(idempotency, options)
+      app.addContentTypeParser('multipart/form-data', (_request, _payload, done) => done(null))
+      let runs = 0
+      const preHandler = async (request: FastifyRequest) => {
+        let text = ''
+        for await (const chunk of request.raw) text += chunk
+        request.body = JSON.parse(text)
+      }
+      app.post('/', { config: { idempotency: true }, preHandler }, async () => ({ run: ++runs }))
+      const send = (amount: number) =>
+        app.inject({
+          method: 'POST',
+          url: '/',
+          headers: {
+            'content-type': 'multipart/form-data; boundary=x',
+            ...(options.field === undefined && { 'idempotency-key': 'k' })
+          },
+          payload: JSON.stringify({ key: 'k', amount })
+        })
+      t.same((await send(10)).json(), { run: 1 })
+      t.equal((await send(9_999)).statusCode, 422)
+      t.equal((await send(10)).headers['idempotent-replayed'], 'true')
+    }
+  }
+)
+
+t.test('a constraint that is a pattern needs a target: what it has matched cannot be seen', async (t) => {
+  const tenants = {
+    name: 'tenant',
+    mustMatchWhenDerived: true,
+    storage: () => {
+      const routes: [RegExp, unknown][] = []
+      return {
+        get: (value: string) => routes.find(([pattern]) => pattern.test(value))?.[1] ?? null,
+        set: (pattern: RegExp, store: unknown) => void routes.push([pattern, store])
+      }
+    },
+    deriveConstraint: (request: { headers: Record<string, unknown> }) => String(request.headers['x-tenant']),
+    validate() {}
+  }
+  const serve = async (target?: (request: FastifyRequest) => string) => {
+    const app = Fastify({ routerOptions: { constraints: { tenant: tenants as never } } })
+    t.teardown(() => app.close())
+    await app.register(idempotency, target === undefined ? {} : { target })
+    app.post('/', { constraints: { tenant: /^eu-/ }, config: { idempotency: true } }, async (request) => ({
+      tenant: request.headers['x-tenant']
+    }))
+    await app.ready()
+    return app
+  }
+  await t.rejects(serve(), { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message: /"target" of POST \/ is needed/ })
+  const app = await serve((request) => `${request.headers['x-tenant']} ${request.url}`)
+  const send = (tenant: string) =>
+    app.inject({ method: 'POST', url: '/', headers: { 'x-tenant': tenant, 'idempotency-key': 'k' } })
+  t.equal((await send('eu-alice')).statusCode, 200)
+  t.equal((await send('eu-bob')).statusCode, 422)
 })

@@ -3,7 +3,11 @@ import t from 'tap'
 import { credentialsOf } from '../../lib/credentials.js'
 
 const of = (headers: Record<string, string | string[]>, socket: object = {}) =>
-  credentialsOf({ headers, raw: { socket } } as unknown as FastifyRequest)
+  credentialsOf({ headers, raw: { socket, rawHeaders: raw(headers) } } as unknown as FastifyRequest)
+
+/** Names and values in turn, as they came. */
+const raw = (headers: Record<string, string | string[]>) =>
+  Object.entries(headers).flatMap(([name, values]) => [values].flat().flatMap((value) => [name, value]))
 
 const certified = (fingerprint256: string | undefined) => ({
   encrypted: true,

@@ -482,7 +482,10 @@ for (const [what, answer] of Object.entries({
   onBoth(t, `a store that answers ${what} has failed`, async (t, s) => {
     s.store.answers.acquire = [answer]
     const a = s.actor()
-    t.match(await outcome(() => a.operation.claim()), { ...UNAVAILABLE, cause: UnreadableAnswer })
+    t.match(await outcome(() => a.operation.claim()), {
+      ...UNAVAILABLE,
+      cause: { message: 'The idempotency store gave no valid answer' }
+    })
     t.strictSame(a.events, ['store-error'])
     const isClaim = (answer as Partial<Acquisition> | undefined | null)?.state === 'acquired'
     t.equal(s.store.calls('release').length, isClaim ? 1 : 0)
@@ -818,5 +821,8 @@ t.test('a request that was let through unprotected does not start as a claim', a
 t.test('an answer at hand is not waited for, and one that is none is a failure', async (t) => {
   const s = scene(t, { shows: false })
   s.store.answers.acquire = [() => atHand(undefined)]
-  t.match(await outcome(() => s.actor().operation.claim()), { ...UNAVAILABLE, cause: UnreadableAnswer })
+  t.match(await outcome(() => s.actor().operation.claim()), {
+    ...UNAVAILABLE,
+    cause: { message: 'The idempotency store gave no valid answer' }
+  })
 })
