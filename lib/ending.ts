@@ -1,3 +1,4 @@
+import { setImmediate as turn } from 'node:timers/promises'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { StoredRecord, TombstoneReason } from '../types/index.js'
 import { isThenable, type Maybe } from './at-hand.js'
@@ -25,10 +26,24 @@ export function finish(exchange: Exchange, payload: Payload, record: StoredRecor
   const { operation } = exchange
   exchange.sending = 'storing'
   const ended =
-    record === null ? operation.release() : operation.complete(record, exchange.failed && !exchange.workDone)
+    record === null || operation.discarded
+      ? giveBack(exchange)
+      : operation.complete(record, exchange.failed && !exchange.workDone)
   if (ended instanceof Promise) return finishLater(exchange, payload, ended)
   exchange.sending = 'passed'
   return payload
+}
+
+/** A key is not given back while its handler is at work, though it has replied: a retry would run beside it. */
+function giveBack(exchange: Exchange): Promise<void> {
+  return exchange.handler === 'started' ? giveBackAtEnd(exchange) : exchange.operation.release()
+}
+
+async function giveBackAtEnd(exchange: Exchange): Promise<void> {
+  // Whoever has nothing more to do after its reply has returned by then.
+  await turn()
+  if (exchange.handler === 'started' && !exchange.isReturned) exchange.givesBackLate = true
+  else await exchange.operation.release()
 }
 
 /** @param ended May resolve with another payload. */
@@ -80,7 +95,7 @@ export function sendStream(
   const recordOf = (body: Buffer | TombstoneReason) =>
     typeof body === 'string' ? tombstone(fingerprint, body) : replyRecord(fingerprint, statusCode, headers, body)
   const end = async (body: Buffer | TombstoneReason) =>
-    final ? operation.complete(recordOf(body), failed) : operation.release()
+    final ? operation.complete(recordOf(body), failed) : giveBack(exchange)
   const options: CaptureOptions = {
     limit: policy.maxReplySize,
     expected: Number.isNaN(length) ? undefined : length,

@@ -41,6 +41,10 @@ export class Exchange {
   /** The handler's reply was final, but what comes behind it failed: the error's reply is that of work that is done. */
   workDone = false
   clientGone = false
+  /** Has an async handler returned its reply? Whoever does has ended. */
+  isReturned = false
+  /** The reply was not final and has gone, but the handler is still at work: the key is given back when it ends. */
+  givesBackLate = false
   /** Was somebody told who waited for the reply, as an async handler does that returns it, that it is over? */
   toldOver = false
   stream: CapturedStream | null = null

@@ -49,6 +49,7 @@ export function protect(handler: Handler, refuse: Refuse): RouteHandlerMethod {
 /** In the place of a reply's own `then`, while a handler runs: it resolves when the response is over. */
 function awaitReply(this: FastifyReply, fulfilled: () => void, rejected: (error: Error) => void): void {
   const exchange = exchangeOf(this.request)
+  if (exchange !== null) exchange.isReturned = true
   const told = () => {
     if (exchange !== null) exchange.toldOver = true
     fulfilled()
@@ -66,6 +67,7 @@ function sendFirst(this: FastifyReply, payload?: unknown): FastifyReply {
 /** The handler has returned, or its promise has: what Fastify is to see of it. */
 function afterReturn(exchange: Exchange, value: unknown): unknown {
   const { operation, reply, timeout } = exchange
+  giveBackLate(exchange)
   if (timeout !== null) return timeout.over.then(() => afterReturnLate(exchange, value))
   if (exchange.sending !== 'no') {
     exchange.handler = 'settled'
@@ -85,6 +87,13 @@ function afterReturn(exchange: Exchange, value: unknown): unknown {
     else return reply.send()
   }
   return value
+}
+
+/** The handler had replied, and has ended now. */
+function giveBackLate(exchange: Exchange): void {
+  if (!exchange.givesBackLate) return
+  exchange.givesBackLate = false
+  void exchange.operation.release()
 }
 
 /** The same after the handler's time was up. */
@@ -107,6 +116,7 @@ function afterReturnLate(exchange: Exchange, value: unknown): unknown {
 
 function afterThrow(exchange: Exchange, error: unknown): unknown {
   const { reply, timeout } = exchange
+  giveBackLate(exchange)
   exchange.handler = 'failed'
   if (timeout !== null) {
     return timeout.over.then(() => {

@@ -1125,3 +1125,42 @@ t.test('a value that is returned after the reply was sent is not sent, and is wa
   }
   t.match(lines[0], /handler returned a value after its reply was sent/)
 })
+
+t.test('a key is not given back while its handler is still at work, though it has replied', async (t) => {
+  const ways: Record<string, (reply: FastifyReply, request: FastifyRequest) => void> = {
+    'by what is not final': (reply) => void reply.code(503).send('later'),
+    'by an error': (reply) => void reply.send(new Error('later')),
+    'by what it has called discard() for': (reply, request) => {
+      request.idempotency?.discard()
+      reply.send('done')
+    },
+    'by a stream that is not final': (reply) => void reply.code(503).send(Readable.from(['later']))
+  }
+  for (const [how, answer] of Object.entries(ways)) {
+    for (const end of ['returns', 'throws'] as const) {
+      t.test(`${how}, and then ${end}`, async (t) => {
+        const app = await build(t)
+        const [leave, ended] = [latch(), latch()]
+        let [running, most, runs] = [0, 0, 0]
+        app.post('/', config(), async (request, reply) => {
+          most = Math.max(most, ++running)
+          if (++runs > 1) {
+            running--
+            return 'again'
+          }
+          answer(reply, request)
+          await leave.promise
+          running--
+          ended.open()
+          if (end === 'throws') throw new Error('late')
+        })
+        t.ok((await app.inject(keyed)).statusCode >= 200, 'its client need not wait')
+        t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+        leave.open()
+        await ended.promise
+        await until(async () => (await app.inject(keyed)).body === 'again')
+        t.equal(most, 1)
+      })
+    }
+  }
+})
