@@ -1,5 +1,6 @@
 import { isDeepStrictEqual } from 'node:util'
 import type { FastifyInstance, RouteOptions } from 'fastify'
+import { policyOf } from './covered-routes.js'
 import {
   type DeclaredRoute,
   declaration,
@@ -10,8 +11,8 @@ import {
   withoutSlash
 } from './early-routes.js'
 import { NotCovered, RouteTooEarly } from './errors.js'
-import { concerns, describeRoute } from './options.js'
-import { Registration, registrationOf } from './registration.js'
+import { concerns, describeRoute, type Policy, routePolicy } from './options.js'
+import { globalsOf, Registration, registrationOf } from './registration.js'
 import { warn } from './warnings.js'
 
 /** The registration that saw a route when it was declared, covered or not. */
@@ -49,23 +50,26 @@ export function sees(registration: Registration, instance: FastifyInstance, rout
 function checkWhenReady(instance: FastifyInstance): void {
   instance.addHook('onReady', (done) => {
     const server = serverOf(instance)
-    const routes = declaredRoutes(server)
-    if (routes === null) warnOfUnseen(server)
+    const declared = declaredRoutes(server)
+    if (declared === null) warnOfUnseen(server)
     else {
+      const { registrations, seen } = known.get(server) ?? { registrations: [], seen: [] }
+      const routes = declared.map((route) => asSeen(route, seen))
       warnOfNames(routes)
-      checkCoverage(routes, known.get(server))
+      checkCoverage(routes, registrations)
     }
     done()
   })
 }
 
-/** @throws FST_IDEMPOTENCY_ROUTE_TOO_EARLY, FST_IDEMPOTENCY_NOT_COVERED */
-function checkCoverage(routes: readonly DeclaredRoute[], server: Known = { registrations: [], seen: [] }): void {
+/** @throws FST_IDEMPOTENCY_ROUTE_TOO_EARLY, FST_IDEMPOTENCY_NOT_COVERED, FST_IDEMPOTENCY_INVALID_OPTION */
+function checkCoverage(routes: readonly DeclaredRoute[], registrations: readonly Registration[]): void {
   const early = new Set<string>()
   const outside = new Set<string>()
   const underAnother = new Set<string>()
+  const changed = new Set<string>()
   // A plugin file without fastify-plugin: a registration that should cover every route, alone in its context.
-  const alone = server.registrations.filter(
+  const alone = registrations.filter(
     (registration) => !routes.some(({ instance }) => registrationOf(instance) === registration)
   )
   for (const route of routes) {
@@ -74,8 +78,14 @@ function checkCoverage(routes: readonly DeclaredRoute[], server: Known = { regis
       const asks = asksByItself(route) || alone.some(({ options }) => concerns(route, options))
       if (asks && !isHeadTwin(route, routes)) outside.add(describeRoute(route))
     } else if (inForce instanceof Registration) {
-      const owner = ownerOf(route, server)
-      if (owner === inForce) continue
+      const owner = ownerOf(route)
+      if (owner === inForce) {
+        // An outer registration that has come after an inner one, which would have inherited from it.
+        const globals = { ...inForce.options, ...globalsOf(route.instance) }
+        if (concerns(route, globals) && !concerns(route, inForce.options)) early.add(describeRoute(route))
+        else if (isChanged(route, routes, inForce)) changed.add(describeRoute(route))
+        continue
+      }
       const asks = concerns(route, inForce.options) || (owner !== undefined && concerns(route, owner.options))
       if (!asks || isHeadTwin(route, routes)) continue
       if (owner === undefined) early.add(describeRoute(route))
@@ -101,6 +111,13 @@ function checkCoverage(routes: readonly DeclaredRoute[], server: Known = { regis
         'under the options of an outer one: await app.register(idempotency, …) before the routes of that context'
     )
   }
+  if (changed.size > 0) {
+    problems.push(
+      `${are(changed)} to be idempotent, but config.idempotency was set after the registration of fastify-idempotency had ` +
+        'seen it, and would not count: set it where the route is declared, or add the onRoute hook that sets it before ' +
+        'the registration'
+    )
+  }
   if (problems.length > 0) throw new (early.size > 0 ? RouteTooEarly : NotCovered)(problems.join('. '))
 }
 
@@ -124,32 +141,53 @@ function isHeadTwin({ method, url, instance, config }: DeclaredRoute, routes: re
   )
 }
 
-function ownerOf(route: DeclaredRoute, { seen }: Known): Registration | undefined {
-  if (route.options !== null) return owners.get(route.options)
+/** A route as a registration has seen it, where only the router knows it by itself: its config may change to the end. */
+function asSeen(route: DeclaredRoute, seen: readonly DeclaredRoute[]): DeclaredRoute {
+  if (route.options !== null) return route
   // No two routes have the same URL, methods and constraints.
   const same = seen.find(
     ({ url, path, method, constraints }) =>
       (url === route.url || path === route.path) &&
       isDeepStrictEqual([method, constraints], [route.method, route.constraints])
   )
-  return same?.options ? owners.get(same.options) : undefined
+  return same ?? route
+}
+
+function ownerOf({ options }: DeclaredRoute): Registration | undefined {
+  return options === null ? undefined : owners.get(options)
+}
+
+/**
+ * Does a route ask for what it does not get? Hooks that run after the registration's may change its config, and so may
+ * anybody who has the object.
+ */
+function isChanged(route: DeclaredRoute, routes: readonly DeclaredRoute[], { options }: Registration): boolean {
+  if (route.options === null || !concerns(route, options) || isHeadTwin(route, routes)) return false
+  return !isDeepStrictEqual(essence(routePolicy(route, options)), essence(policyOf(route.options)))
+}
+
+/** A policy without what other hooks may well change: where the route is. */
+function essence(policy: Policy | null | undefined): object | null {
+  return policy ? { ...policy, route: '', constraints: '' } : null
 }
 
 const RESEMBLES = /i[mn]?d[ei][mn]?p[oa]t/i
 
-/** A config that looks as if it should be ours protects nothing. */
+/** A config, or an option beside it, that looks as if it should be ours protects nothing. */
 function warnOfNames(routes: readonly DeclaredRoute[]): void {
   const mistaken = new Map<string, Set<string>>()
   for (const route of routes) {
-    if (route.config === undefined || Object.hasOwn(route.config, 'idempotency')) continue
-    const name = Object.keys(route.config).find((name) => RESEMBLES.test(name))
+    if (route.config !== undefined && Object.hasOwn(route.config, 'idempotency')) continue
+    const inConfig = Object.keys(route.config ?? {}).map((name) => [name, `config.${name}`] as const)
+    const beside = Object.keys(route.options ?? {}).map((name) => [name, `"${name}" beside config`] as const)
+    const [, name] = [...inConfig, ...beside].find(([name]) => RESEMBLES.test(name)) ?? []
     if (name === undefined || isHeadTwin(route, routes)) continue
     mistaken.set(name, (mistaken.get(name) ?? new Set()).add(describeRoute(route)))
   }
   for (const [name, urls] of mistaken) {
     warn(
       'FST_IDEMPOTENCY_CONFIG_NAME',
-      `config.${name} of ${[...urls].join(', ')} is not known to fastify-idempotency, and protects nothing: ` +
+      `${name} of ${[...urls].join(', ')} is not known to fastify-idempotency, and protects nothing: ` +
         'the name is config.idempotency'
     )
   }

@@ -59,10 +59,16 @@ export interface Policy extends KeyRules {
   readonly documentationUrl: string | null
 }
 
-/** The options of one registration, checked. */
-export interface RegistrationOptions {
+/** What a registration covers of the routes that say nothing. */
+export interface Globals {
   readonly global: boolean
   readonly methods: ReadonlySet<string>
+}
+
+/** The options of one registration, checked. */
+export interface RegistrationOptions extends Globals {
+  /** What the registration says itself; the rest it inherits. */
+  readonly own: Partial<Globals>
   readonly routeDefaults: Readonly<IdempotencyRouteOptions> & { readonly store: IdempotencyStore }
 }
 
@@ -90,6 +96,8 @@ const oneOf = (...values: string[]): Rule => ({
   takes: values.map((value) => `'${value}'`).join(' or '),
   accepts: (value) => values.includes(value as string)
 })
+
+const isListOfUnsafeMethods = listOf((value) => typeof value === 'string' && isUnsafeMethod(value.toUpperCase()))
 
 const BOOLEAN: Rule = { takes: 'true or false', accepts: (value) => typeof value === 'boolean' }
 const DURATION: Rule = { takes: 'a positive integer of milliseconds', accepts: isPositiveInteger }
@@ -143,8 +151,8 @@ export const REGISTRATION_RULES: Record<keyof IdempotencyOptions, Rule> = {
   ...ROUTE_RULES,
   global: BOOLEAN,
   methods: {
-    takes: `an array of methods that change something (not ${[...SAFE_METHODS].join(', ')})`,
-    accepts: listOf((value) => typeof value === 'string' && isUnsafeMethod(value.toUpperCase()))
+    takes: `an array of one or more methods that change something (not ${[...SAFE_METHODS].join(', ')})`,
+    accepts: (value) => isListOfUnsafeMethods(value) && (value as unknown[]).length > 0
   }
 }
 
@@ -165,19 +173,50 @@ const FOREIGN_OPTIONS: ReadonlySet<string> = new Set([
   ...['serializerOpts', 'serverFactory', 'trustProxy', 'useSemicolonDelimiter']
 ])
 
+/** Where a registration takes place. */
+interface Place {
+  /** The methods that the server has routes for; without it, any will do. */
+  readonly supportedMethods?: readonly string[]
+  /** The nearest registration above. */
+  readonly outer?: Globals | undefined
+}
+
 /**
  * Checks and copies the options of `app.register`.
  * @throws FST_IDEMPOTENCY_INVALID_OPTION
  */
-export function registrationOptions(options: IdempotencyOptions): RegistrationOptions {
+export function registrationOptions(
+  options: IdempotencyOptions,
+  { supportedMethods, outer }: Place = {}
+): RegistrationOptions {
   const own = Object.fromEntries(Object.entries(options).filter(([name]) => !FOREIGN_OPTIONS.has(name)))
-  const { global = false, methods = ['POST', 'PATCH'], ...route } = checked<IdempotencyOptions>(own, REGISTRATION_RULES)
+  const { global, methods, ...route } = checked<IdempotencyOptions>(own, REGISTRATION_RULES)
   warnOfDurations(route, {}, '')
+  const globals = {
+    ...(global !== undefined && { global }),
+    ...(methods !== undefined && { methods: new Set(methods.map((method) => method.toUpperCase())) })
+  }
+  if (supportedMethods !== undefined) checkMethods(globals.methods, supportedMethods, methods)
   return Object.freeze({
-    global,
-    methods: new Set(methods.map((method) => method.toUpperCase())),
+    ...inherited(globals, outer),
+    own: globals,
     routeDefaults: Object.freeze({ ...route, store: route.store ?? new MemoryStore() })
   })
+}
+
+/** What a registration says of `global` and `methods`, else the nearest one above, else the defaults. */
+export function inherited(own: Partial<Globals>, outer: Globals | undefined): Globals {
+  return { global: false, methods: new Set(['POST', 'PATCH']), ...outer, ...own }
+}
+
+/** A method that no route can have is misspelt, or comes before its `addHttpMethod`: it would cover nothing. */
+function checkMethods(methods: ReadonlySet<string> = new Set(), supported: readonly string[], got: unknown): void {
+  if ([...methods].every((method) => supported.includes(method))) return
+  const known = supported.filter((method) => !SAFE_METHODS.has(method)).sort()
+  throw new InvalidOption(
+    `option "methods" takes methods that this server has: ${known.join(', ')} (and those of addHttpMethod, ` +
+      `when it is called before), got ${describe(got)}`
+  )
 }
 
 /** What `onRoute` tells of a route. */

@@ -9,17 +9,18 @@ import { type FieldedRoute, warnOfForms } from './forms.js'
 import { InstanceApi } from './instance-api.js'
 import { Lifecycle } from './lifecycle.js'
 import { describeRoute, type Policy, registrationOptions, routePolicy } from './options.js'
-import { kRegistration, Registration, registrationOf } from './registration.js'
+import { globalsOf, kRegistration, Registration, registrationOf } from './registration.js'
 import { kSnapshot } from './request-snapshot.js'
 
-/** The configs of covered routes, and their URLs: the HEAD twin that Fastify adds to a route has the same ones. */
-const coveredUrls = new WeakMap<object, Set<string>>()
+/** The configs of routes, and their URLs: the HEAD twin that Fastify adds to a route has the same ones. */
+const seenUrls = new WeakMap<object, Set<string>>()
 
 // Async, because what a plugin with a callback throws, Fastify does not catch.
 export async function plugin(fastify: FastifyInstance, options: IdempotencyOptions): Promise<void> {
-  // In a child of this instance a second registration is its own master.
+  // In a child of this instance a second registration is its own master, and inherits what `global` covers.
   if (Object.hasOwn(fastify, kRegistration)) throw new AlreadyRegistered()
-  const registration = new Registration(registrationOptions(options))
+  const { supportedMethods } = fastify
+  const registration = new Registration(registrationOptions(options, { supportedMethods, outer: globalsOf(fastify) }))
   const later = postponer()
   const fielded: FieldedRoute[] = []
 
@@ -32,12 +33,12 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
     if (registrationOf(this) !== registration) return
     sees(registration, this, route)
     if (isHeadTwin(route)) return
+    rememberUrl(route)
     const policy = routePolicy(route, registration.options)
     if (policy === null) return
     registration.cover(policy)
     cover(route, policy)
     if (policy.field !== null && policy.getKey === null) fielded.push({ instance: this, route: describeRoute(route) })
-    rememberUrl(route)
     const lifecycle = new Lifecycle(policy, registration)
     route.handler = lifecycle.wrap(route.handler as never)
     later(this, () => place(route, policy, lifecycle))
@@ -102,12 +103,12 @@ function list<Hook>(hooks: Hook | Hook[] | undefined): Hook[] {
 
 function rememberUrl({ config, url }: RouteOptions): void {
   if (config === undefined) return
-  const urls = coveredUrls.get(config) ?? new Set()
-  coveredUrls.set(config, urls.add(withoutSlash(url)))
+  const urls = seenUrls.get(config) ?? new Set()
+  seenUrls.set(config, urls.add(withoutSlash(url)))
 }
 
 function isHeadTwin({ method, config, url }: RouteOptions): boolean {
-  return method === 'HEAD' && config !== undefined && coveredUrls.get(config)?.has(withoutSlash(url)) === true
+  return method === 'HEAD' && config !== undefined && seenUrls.get(config)?.has(withoutSlash(url)) === true
 }
 
 function decorateRequest(fastify: FastifyInstance): void {

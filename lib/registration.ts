@@ -2,7 +2,7 @@ import type { FastifyInstance } from 'fastify'
 import type { Unfinished } from './capture.js'
 import { LONGEST_DELAY } from './deadlines.js'
 import type { Operation } from './operation.js'
-import type { Policy, RegistrationOptions } from './options.js'
+import { type Globals, inherited, type Policy, type RegistrationOptions } from './options.js'
 import { warnOfSiblings } from './siblings.js'
 import { StoreInUse } from './store-in-use.js'
 import { noLongerThan } from './within.js'
@@ -16,6 +16,15 @@ export const kRegistration = Symbol.for('fastify-idempotency.registration') as u
 /** The registration in force on an instance. One of another copy of this package is no `Registration`. */
 export function registrationOf(instance: FastifyInstance): unknown {
   return (instance as { [kRegistration]?: unknown })[kRegistration]
+}
+
+/** The `global` and `methods` in force on an instance: those of its registration, with what it inherits. */
+export function globalsOf(instance: FastifyInstance): Globals | undefined {
+  const registration = registrationOf(instance)
+  if (!(registration instanceof Registration)) return undefined
+  let at = instance
+  while (!Object.hasOwn(at, kRegistration)) at = Object.getPrototypeOf(at)
+  return inherited(registration.options.own, globalsOf(Object.getPrototypeOf(at)))
 }
 
 /** One `app.register(idempotency)`: what it covers, and what is going on in it. */

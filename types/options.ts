@@ -155,12 +155,13 @@ export interface IdempotencyRouteOptions {
 /** Options of `app.register(idempotency, options)`. */
 export interface IdempotencyOptions extends IdempotencyRouteOptions {
   /**
-   * Cover every route whose method is in `methods`, unless its `config.idempotency` is `false`.
+   * Cover every route whose method is in `methods`, unless its `config.idempotency` is `false`. A registration below
+   * another one inherits `global` and `methods` of it, unless it sets them itself.
    * @default false
    */
   global?: boolean
   /**
-   * The methods that `global` covers. Safe methods are never covered.
+   * The methods that `global` covers, one or more that the server has. Safe methods are never covered.
    * @default ['POST', 'PATCH']
    */
   methods?: readonly string[]

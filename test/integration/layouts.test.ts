@@ -347,6 +347,113 @@ for (const [order, server] of Object.entries({ 'imported first': () => Fastify()
       )
     })
 
+    t.test('a config that is set when the registration has seen the route stops the boot', async (t) => {
+      const says = /set after the registration .* had seen it.*add the onRoute hook that sets it before/s
+      const replace = (route: { config?: object }, value: unknown) => {
+        route.config = { ...route.config, idempotency: value }
+      }
+      const mutate = (route: { config?: { idempotency?: unknown } }, value: unknown) => {
+        if (route.config !== undefined) route.config.idempotency = value
+      }
+      for (const set of [replace, mutate] as ((route: object, value: unknown) => void)[]) {
+        for (const value of [true, { required: true }]) {
+          const declare: Declare = async (app) => {
+            await app.register(idempotency)
+            app.addHook('onRoute', (route) => {
+              if (/late/.test(route.url) && route.method !== 'HEAD') set(route, value)
+            })
+            app.post('/late', { config: {} }, handler)
+            app.post('/out/late', { config: { idempotency: false } }, handler)
+            app.route({ method: ['GET', 'PUT'], url: '/both/late', config: {}, handler })
+            app.register(async (child) => void child.post('/', { config: {} }, handler), { prefix: '/nested/late' })
+            app.post('/plain', { config: {} }, handler)
+          }
+          const named = ['POST /late', 'POST /out/late', 'GET|PUT /both/late', 'POST /nested/late']
+          await fails(t, declare, NOT_COVERED, named, says)
+        }
+      }
+      const afterwards = async (app: FastifyInstance) => {
+        await app.register(idempotency)
+        const config: { idempotency?: boolean } = {}
+        app.post('/late', { config }, handler)
+        config.idempotency = true
+      }
+      await fails(t, afterwards, NOT_COVERED, ['POST /late'], says)
+    })
+
+    t.test('so does one that is set then to something else, and one that global covers then', async (t) => {
+      const hooked =
+        (options: IdempotencyOptions, hook: (route: { config?: object; method: string | string[] }) => void): Declare =>
+        async (app) => {
+          await app.register(idempotency, options)
+          app.addHook('onRoute', hook)
+          app.post('/a', asking, handler)
+          app.put('/b', handler)
+        }
+      const stricter = hooked({}, (route) => {
+        if (route.method === 'POST') route.config = { idempotency: { required: true } }
+      })
+      await fails(t, stricter, NOT_COVERED, ['POST /a'])
+      const methods = hooked({ global: true }, (route) => {
+        if (route.method === 'PUT') route.method = ['PUT', 'PATCH']
+      })
+      await fails(t, methods, NOT_COVERED, ['PUT|PATCH /b'])
+      const invalid = hooked({}, (route) => {
+        if (route.method === 'PUT') route.config = { idempotency: { requird: true } }
+      })
+      await fails(t, invalid, 'FST_IDEMPOTENCY_INVALID_OPTION', ['PUT /b'])
+      const same = hooked({ keyFormat: /x/, excludeHeaders: ['a'] }, (route) => {
+        if (route.method === 'POST') route.config = { idempotency: { onConflict: 'reject' } }
+      })
+      t.equal(await boot(same), null, 'what makes no difference stops nothing')
+      const out = hooked({}, (route) => {
+        route.config = { idempotency: false }
+      })
+      t.equal(await boot(out), null, 'who is covered all the same has what is asked for')
+    })
+
+    t.test('a hook that sets a config before the registration is heard', async (t) => {
+      const app = server()
+      t.teardown(() => app.close())
+      app.addHook('onRoute', (route) => {
+        if (route.method === 'POST') route.config = { ...route.config, idempotency: { required: true } }
+      })
+      await app.register(idempotency)
+      app.post('/', handler)
+      t.equal((await app.inject({ method: 'POST', url: '/' })).json().code, 'FST_IDEMPOTENCY_KEY_MISSING')
+    })
+
+    t.test('methods that the server does not have stop the boot, and those of addHttpMethod do not', async (t) => {
+      const error = await boot(register({ global: true, methods: ['POTS'] }))
+      t.equal(error?.code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+      t.match(error?.message, /^option "methods" takes .*DELETE, PATCH, POST, PUT.*got \[ 'POTS' \]/)
+      const custom = async (app: FastifyInstance) => {
+        app.addHttpMethod('MKCOL')
+        await app.register(idempotency, { global: true, methods: ['mkcol'] })
+      }
+      t.equal(await boot(custom), null)
+    })
+
+    t.test('an option beside config that should be in it is told, with the right name and the routes', async (t) => {
+      for (const name of ['idempotency', 'idempotent', 'idempotencyKey']) {
+        const path = `/${order.replace(' ', '/')}/beside/${name}`
+        const beside = { [name]: true }
+        const told = await warningsOf('FST_IDEMPOTENCY_CONFIG_NAME', async () => {
+          const error = await boot(async (app) => {
+            await app.register(idempotency)
+            app.post(path, beside, handler)
+            app.put(path, { ...beside, config: {} }, handler)
+            app.get(path, beside, handler)
+            app.post('/right', { ...beside, ...asking }, handler)
+          })
+          t.equal(error, null)
+        })
+        t.equal(told.length, 1, name)
+        t.match(told[0], `"${name}" beside config of POST ${path}, PUT ${path}, GET ${path} is not known`)
+        t.match(told[0], 'the name is config.idempotency')
+      }
+    })
+
     t.test('two registrations on one instance: the error says what to do instead', async (t) => {
       const error = await boot((app) => {
         app.register(idempotency)

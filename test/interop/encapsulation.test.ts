@@ -100,12 +100,75 @@ t.test('of nested registrations the nearest one has a route, and it alone', asyn
   }
 })
 
-t.test('global in an outer scope does not cover the routes of an inner registration that is not', async (t) => {
+/** Which of these routes of an app, each declared without a config, replay. */
+async function covered(app: FastifyInstance, urls: string[]): Promise<string[]> {
+  const replayed: string[] = []
+  for (const route of urls) {
+    const [method, url] = route.split(' ') as ['POST', string]
+    const request = { method, url, headers: { 'idempotency-key': route } }
+    await app.inject(request)
+    if (isReplay(await app.inject(request))) replayed.push(route)
+  }
+  return replayed
+}
+
+t.test('an inner registration inherits global and methods of the nearest outer one', async (t) => {
+  const { app } = server(t)
+  await app.register(idempotency, { global: true, methods: ['PUT'], store: new MemoryStore() })
+  const all = (instance: FastifyInstance, url: string) =>
+    instance.route({ method: ['POST', 'PUT', 'DELETE'], url, handler: async () => 'done' })
+  const inner = new MemoryStore()
+  await app.register(async (child) => {
+    await child.register(idempotency, { store: inner })
+    t.equal(child.idempotency.store, inner, 'and no other option')
+    all(child, '/inner')
+    child.put('/out', { config: { idempotency: false } }, async () => 'done')
+    await child.register(async (grandchild) => {
+      await grandchild.register(idempotency, { methods: ['DELETE'] })
+      all(grandchild, '/methods')
+    })
+    await child.register(async (grandchild) => {
+      await grandchild.register(idempotency, { global: false })
+      all(grandchild, '/not')
+      await grandchild.register(async (innermost) => {
+        await innermost.register(idempotency)
+        all(innermost, '/nor')
+      })
+      await grandchild.register(async (innermost) => {
+        await innermost.register(idempotency, { global: true })
+        all(innermost, '/again')
+      })
+    })
+  })
+  const urls = ['/inner', '/methods', '/not', '/nor', '/again'].flatMap((url) => [
+    `POST ${url}`,
+    `PUT ${url}`,
+    `DELETE ${url}`
+  ])
+  t.strictSame(await covered(app, [...urls, 'PUT /out']), ['PUT /inner', 'DELETE /methods', 'PUT /again'])
+})
+
+t.test('an inner registration that has come before the outer one inherits nothing in silence', async (t) => {
+  for (const own of [{}, { global: false }, { methods: ['PUT'] }]) {
+    const { app } = server(t)
+    app.register(async (child) => {
+      await child.register(idempotency, own)
+      child.post('/inner', async () => 'done')
+      child.get('/safe', async () => 'done')
+    })
+    app.register(idempotency, { global: true })
+    const boot = async () => void (await app.ready())
+    if ('global' in own || 'methods' in own) await t.resolves(boot)
+    else await t.rejects(boot, { code: 'FST_IDEMPOTENCY_ROUTE_TOO_EARLY', message: /^POST \/inner was declared/ })
+  }
+})
+
+t.test('global in an outer scope does not cover the routes of an inner registration that says no', async (t) => {
   const { app } = server(t)
   await app.register(idempotency, { global: true })
   let runs = 0
   await app.register(async (child) => {
-    await child.register(idempotency)
+    await child.register(idempotency, { global: false })
     child.post('/inner', async (request) => ({ run: ++runs, known: request.idempotency !== null }))
   })
   app.post('/outer', async () => ({ run: ++runs }))

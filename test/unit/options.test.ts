@@ -1,3 +1,4 @@
+import { inspect } from 'node:util'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { Redis } from 'ioredis'
 import t from 'tap'
@@ -405,14 +406,43 @@ t.test('wrong methods are refused, safe ones among them, whatever their case', a
     [[''], "[ '' ] (array)"],
     [['PO ST'], "[ 'PO ST' ] (array)"],
     [[1], '[ 1 ] (array)'],
+    [[], '[] (array)'],
     [null, 'null']
   ]
-  const takes = 'an array of methods that change something (not GET, HEAD, OPTIONS, TRACE, QUERY)'
+  const takes = 'an array of one or more methods that change something (not GET, HEAD, OPTIONS, TRACE, QUERY)'
   for (const [value, got] of values) {
     const { code, message } = refusal(() => registered({ methods: value }))
     t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
     t.equal(message, `option "methods" takes ${takes}, got ${got}`)
   }
+})
+
+t.test('methods that the server does not have are refused, with what it has', async (t) => {
+  const supportedMethods = ['GET', 'HEAD', 'PUT', 'POST', 'MKCOL']
+  const on = (methods?: string[]) => registrationOptions({ ...(methods && { methods }) }, { supportedMethods })
+  for (const methods of [['ALL'], ['POTS'], ['POST', 'DELETE']]) {
+    const { code, message } = refusal(() => on(methods))
+    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const takes =
+      'methods that this server has: MKCOL, POST, PUT (and those of addHttpMethod, when it is called before)'
+    t.equal(message, `option "methods" takes ${takes}, got ${inspect(methods)} (array)`)
+  }
+  t.strictSame([...on(['put', 'MKCOL']).methods], ['PUT', 'MKCOL'])
+  t.strictSame([...on().methods], ['POST', 'PATCH'], 'the default fits every server')
+})
+
+t.test('global and methods are those of the registration, else of the one above, else the defaults', async (t) => {
+  const under = (options: IdempotencyOptions, outer?: IdempotencyOptions) => {
+    const { global, methods } = registrationOptions(options, { outer: outer && registered(outer) })
+    return [global, ...methods]
+  }
+  t.strictSame(under({}), [false, 'POST', 'PATCH'])
+  t.strictSame(under({}, {}), [false, 'POST', 'PATCH'])
+  t.strictSame(under({}, { global: true, methods: ['put'] }), [true, 'PUT'])
+  t.strictSame(under({ global: false }, { global: true, methods: ['put'] }), [false, 'PUT'])
+  t.strictSame(under({ methods: ['delete'] }, { global: true, methods: ['put'] }), [true, 'DELETE'])
+  const nothing = { global: undefined, methods: undefined } as object
+  t.strictSame(under(nothing, { global: true, methods: ['put'] }), [true, 'PUT'])
 })
 
 t.test('methods may be in any case, and may be ones that Node does not know', async (t) => {
