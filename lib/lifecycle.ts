@@ -25,6 +25,7 @@ import type { Registration } from './registration.js'
 import { hasType, payloadOf, putOn, restore, takeOff } from './replay.js'
 import { RequestContext } from './request-context.js'
 import { kSnapshot, RequestSnapshot } from './request-snapshot.js'
+import { warn } from './warnings.js'
 
 const HANDLER_TIMEOUT = 'FST_ERR_HANDLER_TIMEOUT'
 
@@ -122,6 +123,8 @@ export class Lifecycle {
     if (exchange.handler === 'waiting') {
       // Of what runs unprotected, too, no reply may be held up: Fastify would take it for unsent, and send another.
       if (operation.phase === 'over' || operation.phase === 'unprotected') return done(null, payload)
+      // Between the claim and the handler there is nothing of ours, nor of Fastify's.
+      if (operation.phase === 'held' && !exchange.failed) this.#warnOfHandler()
       return operation.cancel().then(() => payload)
     }
     if (exchange.sending === 'storing') {
@@ -170,6 +173,15 @@ export class Lifecycle {
       }
     }
     done()
+  }
+
+  /** An onRoute hook that was added behind the plugin has put another handler in the place of the one that is watched. */
+  #warnOfHandler(): void {
+    warn(
+      'FST_IDEMPOTENCY_HANDLER',
+      `a request to ${this.#policy.route} was answered by a handler that another plugin has put in the place of its own, and runs ` +
+        'unprotected: add such onRoute hooks before fastify-idempotency is registered'
+    )
   }
 
   #covers(request: FastifyRequest): boolean {

@@ -551,3 +551,20 @@ t.test('where routes cannot be seen, a warning shows them all', async (t) => {
   t.equal(told.length, 1)
   t.match(told[0], /Import it before Fastify\(\).*\/unseen \(POST\)/s)
 })
+
+t.test('a handler that an onRoute hook behind the plugin puts in the place of another is warned of', async (t) => {
+  const app = Fastify()
+  t.teardown(() => app.close())
+  await app.register(idempotency)
+  app.addHook('onRoute', (route) => {
+    if (route.url === '/replaced') route.handler = async () => 'another'
+  })
+  for (const url of ['/replaced', '/kept']) app.post(url, asking, handler)
+  app.post('/refused', { ...asking, preHandler: async (_request, reply) => reply.code(401).send('no') }, handler)
+  for (const url of ['/replaced', '/kept', '/refused']) {
+    const told = await warningsOf('FST_IDEMPOTENCY_HANDLER', async () => {
+      for (let n = 0; n < 2; n++) await app.inject({ method: 'POST', url, headers: { 'idempotency-key': url } })
+    })
+    t.equal(told.length, url === '/replaced' ? 1 : 0, url)
+  }
+})
