@@ -40,6 +40,8 @@ export class Exchange {
   sent: 'nothing' | 'value' | 'error' = 'nothing'
   /** The handler's reply was final, but what comes behind it failed: the error's reply is that of work that is done. */
   workDone = false
+  /** Has a reply been refused for a header that cannot be sent? The next one goes without such headers. */
+  refusedHeader = false
   clientGone = false
   /** Was somebody told who waited for the reply, as an async handler does that returns it, that it is over? */
   toldOver = false
