@@ -746,6 +746,19 @@ t.test('a header that cannot be sent is an error of work that is done: its reply
   }
 })
 
+t.test('a header that cannot be sent is the same to a handler that replies from a callback', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', streamed(), (_request, reply) => {
+    runs++
+    setImmediate(() => reply.header('x-note', '日').send('x'))
+  })
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  const first = await app.inject(request)
+  const again = await app.inject(request)
+  t.same([first.statusCode, again.statusCode, again.body, runs], [500, 500, first.body, 1])
+})
+
 t.test('a stream that is not sent for the sake of a header is closed', async (t) => {
   const app = await build(t)
   const source = new PassThrough()
