@@ -1,3 +1,4 @@
+import { validateHeaderName, validateHeaderValue } from 'node:http'
 import { finished, PassThrough, Readable } from 'node:stream'
 import { ReadableStream, type ReadableStream as WebReadableStream } from 'node:stream/web'
 import type { FastifyReply } from 'fastify'
@@ -48,6 +49,22 @@ export function headersSince(
     stored.push([name, Array.isArray(value) ? value.map(String) : String(value)])
   }
   return stored
+}
+
+/** Takes off what HTTP cannot carry, as a name in a header that is not Latin-1. Returns why, for the first of them. */
+export function takeOffUnsendable(reply: FastifyReply): unknown {
+  const now = reply.getHeaders()
+  let first: unknown
+  for (const name in now) {
+    try {
+      validateHeaderName(name)
+      for (const value of [now[name as keyof Headers]].flat()) validateHeaderValue(name, value as string)
+    } catch (error) {
+      reply.removeHeader(name)
+      first ??= error
+    }
+  }
+  return first
 }
 
 function equal(a: Headers[keyof Headers], b: Headers[keyof Headers]): boolean {
@@ -129,6 +146,13 @@ function fromForeignWeb(stream: WebReadableStream): Readable {
   })
 }
 
+/** Of a reply that is not sent: its source is not left open. */
+export function dropStream(payload: Payload): void {
+  asStream(payload)
+    ?.on('error', () => {})
+    .destroy()
+}
+
 /** Nobody needs the rest. Streams that are not Node's know other words for it, the same ones as Fastify looks for. */
 function stopSource(source: object): void {
   const { destroy, close, abort } = source as Record<string, (() => void) | undefined>
@@ -139,7 +163,7 @@ function stopSource(source: object): void {
 export interface StreamFate {
   /** The stream came to its end; `body` is `null` when there is no copy. When it rejects, the end is not passed on. */
   ended(body: Buffer | null): Promise<void>
-  /** The stream broke off, perhaps before it gave anything; or nobody waits for its end any more. */
+  /** The stream broke off or ended short, perhaps before it gave anything; or nobody waits for its end any more. */
   failed(beforeFirstByte: boolean): Promise<void>
 }
 
@@ -359,6 +383,10 @@ export class CapturedStream extends Readable implements Unfinished {
 
   readonly #finished = (error?: Error | null) => {
     if (this.#isStopped) return
+    // Whoever passes on what another server sends may not be told that it broke off.
+    if (!error && Number.isFinite(this.#expected) && this.#length < this.#expected) {
+      error = new Error(`The reply stream gave ${this.#length} of the ${this.#expected} bytes of its content-length`)
+    }
     this.#isStopped = true
     this.#waitNoMore()
     this.#open.delete(this)

@@ -40,6 +40,8 @@ export class Exchange {
   sent: 'nothing' | 'value' | 'error' = 'nothing'
   /** The handler's reply was final, but what comes behind it failed: the error's reply is that of work that is done. */
   workDone = false
+  /** Has a reply been refused for a header that cannot be sent? The next one goes without such headers. */
+  refusedHeader = false
   clientGone = false
   /** Has an async handler returned its reply? Whoever does has ended. */
   isReturned = false

@@ -1,6 +1,16 @@
 import type { FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import type { Maybe } from './at-hand.js'
-import { headersSince, isBuffered, isResponse, type Payload, replyRecord, snapshot, tombstone } from './capture.js'
+import {
+  dropStream,
+  headersSince,
+  isBuffered,
+  isResponse,
+  type Payload,
+  replyRecord,
+  snapshot,
+  takeOffUnsendable,
+  tombstone
+} from './capture.js'
 import { stop, watchClient } from './client-watch.js'
 import { finish, isFinalReply, sendStream } from './ending.js'
 import { isRefusal, KeyMissing, ScopeFailed, TransactionBroken } from './errors.js'
@@ -392,6 +402,13 @@ export class Lifecycle {
       reply.code(payload.status)
       for (const [name, value] of payload.headers) reply.header(name, value)
       body = payload.body as Payload
+    }
+    const unsendable = takeOffUnsendable(reply)
+    if (unsendable !== undefined && !exchange.refusedHeader) {
+      // Node would say so when the reply is stored already, and no replay of it could ever be sent.
+      exchange.refusedHeader = true
+      dropStream(body)
+      return Promise.reject(unsendable)
     }
     const final = exchange.workDone || isFinalReply(this.#policy, request, reply)
     if (exchange.workDone) {

@@ -473,6 +473,29 @@ t.test('a late reply passes all hooks and serialisers, as one in time', async (t
   t.match(retry.headers, { location: '/1', 'x-early': '1', 'content-type': /^application\/json/ })
 })
 
+t.test(
+  'a late reply with a header that cannot be sent is that of work that is done: it never runs again',
+  async (t) => {
+    for (const when of ['before', 'after']) {
+      const app = await build(t)
+      const leave = latch()
+      let runs = 0
+      app.post('/', { ...config(), handlerTimeout: 20 }, async (_request, reply) => {
+        runs++
+        if (when === 'before') reply.header('x-note', '日')
+        await leave.promise
+        return reply.header('x-note', '日').send('late')
+      })
+      t.equal((await app.inject(keyed)).statusCode, 503)
+      t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+      leave.open()
+      await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+      for (let i = 0; i < 2; i++) t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+      t.equal(runs, 1)
+    }
+  }
+)
+
 t.test('an error handler that returns its reply does not end a handler that was timed out', async (t) => {
   const app = await build(t)
   app.setErrorHandler((error: FastifyError, _request, reply) =>

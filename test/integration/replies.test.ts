@@ -709,6 +709,130 @@ t.test("a Response's cookies reach its client once, and no other", async (t) => 
   t.equal((await post(port, { key: 'k' })).headers['set-cookie'], undefined)
 })
 
+/** Headers that Node does not send. */
+const UNSENDABLE: Record<string, [name: string, value: unknown]> = {
+  'text beyond Latin-1': ['content-disposition', 'attachment; filename="日本.pdf"'],
+  'a line break': ['x-note', 'a\r\nb: c'],
+  'one of several values': ['x-list', ['a', '日']],
+  'a symbol': ['x-symbol', Symbol('a')],
+  'a value that is undefined': ['x-list', [undefined]],
+  'a name with a blank': ['a b', 'x'],
+  'a header that is not stored': ['set-cookie', 'name=日']
+}
+const BODIES: Record<string, () => unknown> = {
+  'an object': () => ({ a: 1 }),
+  'a stream': () => Readable.from(['one', 'two']),
+  'a web stream': () => web('one'),
+  'a Response': () => new Response(web('one'), { status: 201 })
+}
+
+t.test('a header that cannot be sent is an error of work that is done: its reply is stored, and replays', async (t) => {
+  for (const [what, [name, value]] of Object.entries(UNSENDABLE)) {
+    for (const [kind, make] of Object.entries(BODIES)) {
+      const app = await build(t)
+      let runs = 0
+      app.post('/', streamed(), async (_request, reply) => {
+        runs++
+        return reply.header(name, value).send(make())
+      })
+      const port = await listen(app)
+      const first = await post(port, { key: 'k' })
+      t.same([first.status, JSON.parse(first.text).statusCode], [500, 500], `${what}, ${kind}`)
+      for (let i = 0; i < 2; i++) {
+        const again = await post(port, { key: 'k' })
+        t.same([again.status, again.text, again.headers[REPLAYED], runs], [500, first.text, 'true', 1])
+      }
+    }
+  }
+})
+
+t.test('a header that cannot be sent is the same to a handler that replies from a callback', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', streamed(), (_request, reply) => {
+    runs++
+    setImmediate(() => reply.header('x-note', '日').send('x'))
+  })
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  const first = await app.inject(request)
+  const again = await app.inject(request)
+  t.same([first.statusCode, again.statusCode, again.body, runs], [500, 500, first.body, 1])
+})
+
+t.test('a stream that is not sent for the sake of a header is closed', async (t) => {
+  const app = await build(t)
+  const source = new PassThrough()
+  app.post('/', streamed(), async (_request, reply) => reply.header('x-note', '日').send(source))
+  t.equal((await app.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': 'k' } })).statusCode, 500)
+  t.equal(source.destroyed, true)
+})
+
+t.test("an error's reply with a header that cannot be sent is an ordinary 500: the handler runs again", async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.setErrorHandler((_error, _request, reply) => reply.code(503).header('x-note', '日').send({ mine: true }))
+  app.post('/', streamed(), async () => {
+    if (++runs === 1) throw new Error('failed')
+    return { runs }
+  })
+  const port = await listen(app)
+  t.same((await post(port, { key: 'k' })).status, 503)
+  t.match(await post(port, { key: 'k' }), { status: 200, text: '{"runs":2}' })
+})
+
+t.test('a header that comes back on the reply of its error is left off', async (t) => {
+  for (const place of ['error handler', 'onSend']) {
+    const app = await build(t)
+    let runs = 0
+    const spoil = (reply: FastifyReply) => reply.headers({ 'x-note': '日', 'x-other': 'ok' })
+    if (place === 'onSend') app.addHook('onSend', async (_request, reply) => void spoil(reply))
+    else app.setErrorHandler((_error, _request, reply) => spoil(reply).code(500).send({ mine: true }))
+    app.post('/', streamed(), async (_request, reply) => {
+      runs++
+      return spoil(reply).send({ a: 1 })
+    })
+    const port = await listen(app)
+    const first = await post(port, { key: 'k' })
+    t.match(first, { status: 500, headers: { 'x-other': 'ok', 'x-note': undefined } }, place)
+    if (place === 'error handler') {
+      const again = await post(port, { key: 'k' })
+      t.same([again.status, again.text, again.headers[REPLAYED], runs], [500, first.text, 'true', 1])
+    }
+    t.match(await recordOf(app, 'k'), { kind: 'reply', statusCode: 500 }, place)
+  }
+})
+
+t.test('a stream that ends short of its content-length has broken off', async (t) => {
+  for (const make of [(source: Readable) => source, (source: Readable) => Readable.toWeb(source)]) {
+    const app = await build(t)
+    let runs = 0
+    app.post('/', streamed(), async (_request, reply) => {
+      runs++
+      return reply.header('content-length', 1000).send(make(Readable.from([Buffer.from('only the beginning')])))
+    })
+    const port = await listen(app)
+    await t.rejects(post(port, { key: 'k' }))
+    t.match(await recordOf(app, 'k'), { kind: 'tombstone', reason: 'stream-failed' })
+    t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+    t.equal(runs, 1)
+  }
+})
+
+t.test('a content-length of a reply that has no body promises nothing', async (t) => {
+  for (const statusCode of [204, 304]) {
+    const app = await build(t)
+    let runs = 0
+    app.post('/', streamed(), async (_request, reply) => {
+      runs++
+      return reply.code(statusCode).header('content-length', 1000).send(Readable.from([]))
+    })
+    const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+    t.equal((await app.inject(request)).statusCode, statusCode)
+    const again = await app.inject(request)
+    t.same([again.statusCode, again.headers[REPLAYED], runs], [statusCode, 'true', 1])
+  }
+})
+
 t.test('a tombstone says why there is no reply', async (t) => {
   const app = await build(t, { maxReplySize: 10 })
   app.post('/:what', { config: { idempotency: true } }, (request, reply) => {

@@ -286,6 +286,28 @@ test('no byte of a streamed reply leaves before the commit is done, and it repla
   }
 })
 
+test('a header that cannot be sent is an error of work that is done, which is committed with it', async (t) => {
+  for (const make of [() => ({ a: 1 }), () => Readable.from(['one'])]) {
+    const { send, ledger, runs } = await open(t, {
+      first: (_request, reply) => reply.code(201).header('x-note', '日').send(make())
+    })
+    const first = await send()
+    const again = await send()
+    t.same([first.statusCode, again.statusCode, again.payload], [500, 500, first.payload])
+    t.same([again.headers[REPLAYED], await ledger(), runs()], ['true', ['run 1'], 1])
+  }
+})
+
+test('a stream that ends short of its content-length is rolled back, as one that breaks off', async (t) => {
+  const { send, ledger, runs } = await open(t, {
+    first: (_request, reply) => reply.header('content-length', 1000).send(Readable.from([Buffer.from('one')]))
+  })
+  t.equal((await send()).statusCode, 500)
+  t.same(await ledger(), [])
+  t.same(told(await send()), RAN_2)
+  t.same([await ledger(), runs()], [['run 2'], 2])
+})
+
 test('clients that do not read their streamed replies hold no connection of the pool', async (t) => {
   const size = 1_000_000
   const endless = (type: string): Work => {

@@ -376,15 +376,22 @@ t.test('a single chunk that is the whole content-length is held back', async (t)
   t.strictSame(fate.calls, ['ended: abcd'])
 })
 
-t.test('a stream that ends short of its content-length is held back at its end', async (t) => {
-  const { fate, client } = read(Readable.from([Buffer.from('abc')]), { expected: 4 })
-  await until(() => fate.calls.length > 0)
-  await settle()
-  t.strictSame(client.chunks, ['abc'])
-  t.equal(client.ended, false)
-  fate.stored.open()
-  await until(() => client.ended)
-  t.strictSame(fate.calls, ['ended: abc'])
+t.test('a stream that ends short of its content-length has failed', async (t) => {
+  for (const [chunks, call] of [
+    [['abc'], 'failed after'],
+    [[], 'failed before']
+  ] as const) {
+    const { fate, client } = read(Readable.from(chunks.map((chunk) => Buffer.from(chunk))), { expected: 4 })
+    await until(() => fate.calls.length > 0)
+    await settle()
+    t.strictSame([client.chunks, client.ended, client.error], [chunks, false, null])
+    fate.stored.open()
+    await until(() => client.error !== null)
+    t.match(client.error, {
+      message: `The reply stream gave ${chunks.join('').length} of the 4 bytes of its content-length`
+    })
+    t.strictSame([fate.calls, client.ended], [[call], false])
+  }
 })
 
 t.test('a source that fails when its content-length was complete has been stored', async (t) => {
