@@ -451,7 +451,7 @@ const NO_NAMES: ReadonlySet<unknown> = new Set(['', 'undefined', 'null', '[objec
 
 function isClientError(error: unknown): boolean {
   const { statusCode } = (error ?? {}) as { statusCode?: unknown }
-  return typeof statusCode === 'number' && statusCode >= 400 && statusCode < 500
+  return Number.isInteger(statusCode) && Number(statusCode) >= 400 && Number(statusCode) < 500
 }
 
 function isNothing(payload: unknown): boolean {
