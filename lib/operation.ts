@@ -105,6 +105,8 @@ export class Operation implements Subject, Waiter, Renewable {
   /** When the store was last asked to begin the lease: it ends no sooner than a lease later. Monotonic milliseconds. */
   #leasedAt = 0
   #controller: AbortController | null = null
+  /** What other requests of this process are asking about the key meanwhile; one of them may leave its claim to this one. */
+  #rivals: Set<Promise<unknown>> | null = null
 
   constructor(
     request: FastifyRequest,
@@ -507,9 +509,20 @@ export class Operation implements Subject, Waiter, Renewable {
     if (permit === null) return this.#knownHere() ?? this.#goWithout(owner, health.error)
     const answer = attempt(() => this.#ask(takeover))
     const found = reveal(answer)
-    if (found instanceof Promise || !isAcquisition(found)) return this.#awaitAnswer(answer, owner, permit)
+    if (found instanceof Promise || !isAcquisition(found)) {
+      const asked = this.#awaitAnswer(answer, owner, permit)
+      if (owner !== undefined) owner.#meet(asked)
+      return asked
+    }
     health.answered()
     return this.#understand(found, owner)
+  }
+
+  #meet(rival: Promise<unknown>): void {
+    const rivals = this.#rivals ?? new Set()
+    this.#rivals = rivals.add(rival)
+    const forget = () => rivals.delete(rival)
+    rival.then(forget, forget)
   }
 
   /** What a store in this process knows of the key without asking another that is down. */
@@ -669,7 +682,7 @@ export class Operation implements Subject, Waiter, Renewable {
     const token = this.#token
     if (toBoolean(await stored)) return true
     // Under another name now, another request of this process has left the claim to this one.
-    const isOwner = token !== this.#token || (await this.#reclaim())
+    const isOwner = token !== this.#token || (await this.#reclaim(token))
     return isOwner && toBoolean(await store.complete(this.storageKey, this.#token, record, ttl))
   }
 
@@ -726,7 +739,7 @@ export class Operation implements Subject, Waiter, Renewable {
       const renewed = isRenewed || token !== this.#token
       this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
       // Once the claim is ending, the last step finds out by itself.
-      if (!renewed && this.#isHeld() && !(await this.#call(() => this.#reclaim())) && this.#isHeld()) {
+      if (!renewed && this.#isHeld() && !(await this.#call(() => this.#reclaim(token))) && this.#isHeld()) {
         this.#end()
         this.#lost()
       }
@@ -739,9 +752,17 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /**
    * A store that lost its data does not know the claim any more, although nobody else has taken it: then it is
-   * claimed anew, in one atomic step that fails if anybody else was faster.
+   * claimed anew, in one atomic step that fails if anybody else was faster. If that was another request of this process,
+   * it leaves its claim to this one.
+   * @param token Of the claim that the store does not know.
    */
-  async #reclaim(): Promise<boolean> {
+  async #reclaim(token: string): Promise<boolean> {
+    if (await this.#claimAnew()) return true
+    if (this.#rivals !== null) await Promise.allSettled(this.#rivals)
+    return token !== this.#token && this.#isWanted()
+  }
+
+  async #claimAnew(): Promise<boolean> {
     const { store } = this.policy
     if (store.get === undefined || (await store.get(this.storageKey)) !== null || !this.#isWanted()) return false
     const askedAt = performance.now()

@@ -181,3 +181,63 @@ t.test('a store that never gives what nobody has is not asked for ever', async (
   app.post('/', config(), async () => 'done')
   t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_STORE_UNAVAILABLE')
 })
+
+for (const [when, delays] of Object.entries({
+  'before its claim has come to the store': 'question',
+  'before the other knows that it has the key': 'answer'
+})) {
+  t.test(
+    `an owner that claims a lost key anew while another request of its process gets it keeps it, ${when}`,
+    async (t) => {
+      const store = new MemoryStore()
+      const app = await build(t, { store, lease: 90, onAbandoned: 'reject' })
+      const [entered, leave, goOn] = [latch<AbortSignal>(), latch(), latch()]
+      let runs = 0
+      app.post('/', config(), async (request) => {
+        runs++
+        entered.open(request.idempotency?.signal as AbortSignal)
+        await leave.promise
+        return 'done'
+      })
+      const [acquire, get, renew] = [store.acquire.bind(store), store.get.bind(store), store.renew.bind(store)]
+      let owner: string | undefined
+      let [isLost, isDelayed, looks] = [false, false, 0]
+      store.acquire = async (key, claim) => {
+        owner ??= claim.token
+        const isRival = claim.token !== owner
+        if (isLost && !isDelayed && isRival === (delays === 'answer')) {
+          isDelayed = true
+          if (delays === 'question') await goOn.promise
+          const found = await acquire(key, claim)
+          await goOn.promise
+          return found
+        }
+        return acquire(key, claim)
+      }
+      store.get = async (key) => {
+        looks++
+        return get(key)
+      }
+      store.renew = async (...args) => isLost && (await renew(...args))
+      const first = inject(app, keyed)
+      const signal = await entered.promise
+      isLost = true
+      await store.delete(KEY)
+      let duplicate: ReturnType<typeof inject>
+      if (delays === 'question') {
+        await until(() => isDelayed)
+        duplicate = inject(app, keyed)
+        t.equal(codeOf(await duplicate), 'FST_IDEMPOTENCY_IN_PROGRESS')
+      } else {
+        duplicate = inject(app, keyed)
+        await until(() => isDelayed && looks > 0)
+      }
+      goOn.open()
+      t.equal(codeOf(await duplicate), 'FST_IDEMPOTENCY_IN_PROGRESS')
+      leave.open()
+      t.equal((await first).body, 'done')
+      t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+      t.same([runs, signal.aborted], [1, false])
+    }
+  )
+}
