@@ -163,18 +163,21 @@ async function sendCommitted(
   }
 }
 
-/** The operation has run, but its reply has gone its own way: whoever got it cannot be told when a transaction fails. */
-export function buryHijacked(operation: Operation): void {
-  Promise.resolve(operation.complete(tombstone(operation.fingerprint, 'hijacked'))).catch(() => {})
+/**
+ * The operation has run, but its reply has gone its own way: whoever got it cannot be told when a transaction fails.
+ * @param failed The handler has thrown: in a transaction its writes are undone.
+ */
+export function buryHijacked(operation: Operation, failed = false): void {
+  Promise.resolve(operation.complete(tombstone(operation.fingerprint, 'hijacked'), failed)).catch(() => {})
 }
 
 /** Ends the claim by the status alone: final, and not kept; or not final. */
-export function endUnkept({ operation, reply }: Exchange, statusCode: number): void {
+export function endUnkept({ operation, reply }: Exchange, statusCode: number, failed: boolean): void {
   const { statusCode: before } = reply
   reply.raw.statusCode = statusCode
   const final = isFinalReply(operation.policy, operation.request, reply)
   reply.raw.statusCode = before
-  if (final) buryHijacked(operation)
+  if (final) buryHijacked(operation, failed)
   else void operation.release()
 }
 

@@ -169,7 +169,8 @@ function sendLate(this: FastifyReply, payload?: unknown): FastifyReply {
   if (timeout.isOver) {
     goOnNowhere(exchange, timeout)
     // Hijacked by what answered in the handler's place: Fastify drops what is sent.
-    if (this.sent) endUnkept(exchange, payload instanceof Error ? statusOf(payload, this.statusCode) : this.statusCode)
+    const isError = payload instanceof Error
+    if (this.sent) endUnkept(exchange, isError ? statusOf(payload, this.statusCode) : this.statusCode, isError)
     return this.send(payload)
   }
   timeout.over.then(() => void this.send(payload)).catch((error) => void this.send(error))
@@ -221,5 +222,5 @@ function endNowhere(exchange: Exchange): void {
   const { reply, failed, error, sending, workDone } = exchange
   if (sending !== 'no') return
   if (workDone) buryHijacked(exchange.operation)
-  else endUnkept(exchange, failed ? statusOf(error, reply.statusCode) : reply.statusCode)
+  else endUnkept(exchange, failed ? statusOf(error, reply.statusCode) : reply.statusCode, failed)
 }

@@ -128,6 +128,6 @@ function afterThrow(exchange: Exchange, error: unknown): unknown {
   if (exchange.sending === 'no' && !isLate) throw error
   reply.log.error({ err: error }, 'handler failed after its reply was sent')
   // The error's reply cannot be made any more: Fastify's error handlers have had their turn.
-  if (exchange.sending === 'no') endUnkept(exchange, statusOf(error, reply.statusCode))
+  if (exchange.sending === 'no') endUnkept(exchange, statusOf(error, reply.statusCode), true)
   return reply
 }

@@ -50,8 +50,8 @@ export interface IdempotencyRouteOptions {
    * does not check them: that is for hooks that come before. A request without a key never asks it. An error of it with a
    * 4xx `statusCode` is passed on; any other, or no name, is 500 FST_IDEMPOTENCY_SCOPE.
    *
-   * Without it the request's credentials are part of the fingerprint: `Authorization` and `Proxy-Authorization`, else an
-   * API key (`X-API-Key`, `Api-Key`, `X-Auth-Token`, `X-Access-Token`), else a client certificate, else all cookies.
+   * Without it the request's credentials are part of the fingerprint: `Authorization`, else an API key (`X-API-Key`,
+   * `Api-Key`, `X-Auth-Token`, `X-Access-Token`), else a client certificate, else all cookies; and `Proxy-Authorization`.
    * `false`: all callers are deliberately one, as in a public form, or for the webhooks of one sender.
    */
   scope?: ((request: FastifyRequest) => string | Promise<string>) | false

@@ -452,7 +452,13 @@ test('when the client leaves while its stream is read, it is read to its end and
 test('after handlerTimeout has answered 503 the transaction goes on, and ends as its handler does', async (t) => {
   const endings: [name: string, ending: Work, then: unknown[], effects: string[]][] = [
     ['a late reply is stored with its effects', created, REPLAYED_1, ['run 1']],
-    ['a late failure is rolled back', () => Promise.reject(new Error('late')), RAN_2, ['run 2']]
+    ['a late failure is rolled back', () => Promise.reject(new Error('late')), RAN_2, ['run 2']],
+    [
+      'a late failure that is final is remembered, without its effects',
+      () => Promise.reject(Object.assign(new Error('late'), { statusCode: 409 })),
+      NOT_REPLAYABLE,
+      []
+    ]
   ]
   for (const [name, ending, then, effects] of endings) {
     const { first, entered, leave } = held(ending)

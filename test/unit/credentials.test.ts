@@ -68,6 +68,32 @@ t.test('a header without a value stands for nobody, and does not hide who it is'
   t.equal(of({ cookie: '' }), null)
 })
 
+t.test('what stands where a token should be is no token', async (t) => {
+  for (const authorization of [
+    'Bearer',
+    'Bearer ',
+    'Bearer null',
+    'bearer undefined',
+    'Basic',
+    'null',
+    'undefined',
+    ' '
+  ]) {
+    t.equal(of({ authorization, cookie: 'session=alice' }), of({ cookie: 'session=alice' }), authorization)
+  }
+  for (const authorization of ['Bearer t', 'Basic YQ==', 't', 'nullable', 'Bearer nullable', 'bearertoken']) {
+    t.not(of({ authorization, cookie: 'session=alice' }), of({ cookie: 'session=alice' }), authorization)
+  }
+})
+
+t.test('what is for a proxy, where many may be one, hides nobody behind it', async (t) => {
+  const proxy = { 'proxy-authorization': 'Basic shared' }
+  for (const kind of ['authorization', 'x-api-key', 'cookie']) {
+    t.not(of({ ...proxy, [kind]: 'alice' }), of({ ...proxy, [kind]: 'bob' }))
+  }
+  t.not(of(proxy, certified('alice')), of(proxy, certified('bob')))
+})
+
 t.test('a plain socket has no certificate, whatever it can be asked for', async (t) => {
   t.equal(of({}, { encrypted: false, getPeerX509Certificate: () => t.fail('was asked') }), null)
   t.equal(of({}, { getPeerX509Certificate: () => t.fail('was asked') }), null)

@@ -337,7 +337,7 @@ t.test(
       })
       reply.raw.statusCode = reply.statusCode = 302
       if (status === 503) exchange.operation.release = async () => void calls.push(['release'])
-      endUnkept(exchange, status)
+      endUnkept(exchange, status, false)
       t.match(calls, [call])
       t.equal(reply.raw.statusCode, 302)
     }
