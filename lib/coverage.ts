@@ -11,7 +11,7 @@ import {
   withoutSlash
 } from './early-routes.js'
 import { NotCovered, RouteTooEarly } from './errors.js'
-import { concerns, describeRoute, type Policy, routePolicy } from './options.js'
+import { concerns, describeRoute, routePolicy } from './options.js'
 import { globalsOf, Registration, registrationOf } from './registration.js'
 import { warn } from './warnings.js'
 
@@ -158,17 +158,12 @@ function ownerOf({ options }: DeclaredRoute): Registration | undefined {
 }
 
 /**
- * Does a route ask for what it does not get? Hooks that run after the registration's may change its config, and so may
- * anybody who has the object.
+ * Does a route ask for protection that had not when the registration saw it? Hooks that run after the registration's may
+ * change its config, and so may anybody who has the object. Of a route that is covered the options count that it had then.
  */
 function isChanged(route: DeclaredRoute, routes: readonly DeclaredRoute[], { options }: Registration): boolean {
   if (route.options === null || !concerns(route, options) || isHeadTwin(route, routes)) return false
-  return !isDeepStrictEqual(essence(routePolicy(route, options)), essence(policyOf(route.options)))
-}
-
-/** A policy without what other hooks may well change: where the route is. */
-function essence(policy: Policy | null | undefined): object | null {
-  return policy ? { ...policy, route: '', constraints: '' } : null
+  return policyOf(route.options) === undefined && routePolicy(route, options) !== null
 }
 
 const RESEMBLES = /i[mn]?d[ei][mn]?p[oa]t/i

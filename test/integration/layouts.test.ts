@@ -381,36 +381,42 @@ for (const [order, server] of Object.entries({ 'imported first': () => Fastify()
       await fails(t, afterwards, NOT_COVERED, ['POST /late'], says)
     })
 
-    t.test('so does one that is set then to something else, and one that global covers then', async (t) => {
-      const hooked =
-        (options: IdempotencyOptions, hook: (route: { config?: object; method: string | string[] }) => void): Declare =>
-        async (app) => {
-          await app.register(idempotency, options)
-          app.addHook('onRoute', hook)
-          app.post('/a', asking, handler)
-          app.put('/b', handler)
-        }
-      const stricter = hooked({}, (route) => {
-        if (route.method === 'POST') route.config = { idempotency: { required: true } }
-      })
-      await fails(t, stricter, NOT_COVERED, ['POST /a'])
-      const methods = hooked({ global: true }, (route) => {
-        if (route.method === 'PUT') route.method = ['PUT', 'PATCH']
-      })
-      await fails(t, methods, NOT_COVERED, ['PUT|PATCH /b'])
-      const invalid = hooked({}, (route) => {
-        if (route.method === 'PUT') route.config = { idempotency: { requird: true } }
-      })
-      await fails(t, invalid, 'FST_IDEMPOTENCY_INVALID_OPTION', ['PUT /b'])
-      const same = hooked({ keyFormat: /x/, excludeHeaders: ['a'] }, (route) => {
-        if (route.method === 'POST') route.config = { idempotency: { onConflict: 'reject' } }
-      })
-      t.equal(await boot(same), null, 'what makes no difference stops nothing')
-      const out = hooked({}, (route) => {
-        route.config = { idempotency: false }
-      })
-      t.equal(await boot(out), null, 'who is covered all the same has what is asked for')
-    })
+    t.test(
+      'so does one that global covers then, or one that is invalid; of a covered route the first one counts',
+      async (t) => {
+        const hooked =
+          (
+            options: IdempotencyOptions,
+            hook: (route: { config?: object; method: string | string[] }) => void
+          ): Declare =>
+          async (app) => {
+            await app.register(idempotency, options)
+            app.addHook('onRoute', hook)
+            app.post('/a', asking, handler)
+            app.put('/b', handler)
+          }
+        const stricter = hooked({}, (route) => {
+          if (route.method === 'POST') route.config = { idempotency: { required: true } }
+        })
+        t.equal(await boot(stricter), null, 'the options of a covered route are those that it was declared with')
+        const methods = hooked({ global: true }, (route) => {
+          if (route.method === 'PUT') route.method = ['PUT', 'PATCH']
+        })
+        await fails(t, methods, NOT_COVERED, ['PUT|PATCH /b'])
+        const invalid = hooked({}, (route) => {
+          if (route.method === 'PUT') route.config = { idempotency: { requird: true } }
+        })
+        await fails(t, invalid, 'FST_IDEMPOTENCY_INVALID_OPTION', ['PUT /b'])
+        const same = hooked({ keyFormat: /x/, excludeHeaders: ['a'] }, (route) => {
+          if (route.method === 'POST') route.config = { idempotency: { onConflict: 'reject' } }
+        })
+        t.equal(await boot(same), null, 'what makes no difference stops nothing')
+        const out = hooked({}, (route) => {
+          route.config = { idempotency: false }
+        })
+        t.equal(await boot(out), null, 'who is covered all the same has what is asked for')
+      }
+    )
 
     t.test('a hook that sets a config before the registration is heard', async (t) => {
       const app = server()
