@@ -183,11 +183,12 @@ async function send(scene: Scene, job: Job, asked = random.between(0, APPS - 1))
 }
 
 /** Asks until there is a final reply. */
-async function ask(scene: Scene, job: Job, asked?: number): Promise<void> {
+async function ask(scene: Scene, job: Job, asked?: number): Promise<Exchange> {
   const end = performance.now() + PATIENCE_MS
   for (;;) {
-    const { status = 0 } = await send(scene, job, asked)
-    if ((status < 500 && status !== 409) || performance.now() > end) return
+    const exchange = await send(scene, job, asked)
+    const { status = 0 } = exchange
+    if ((status < 500 && status !== 409) || performance.now() > end) return exchange
     await sleep(random.between(5, 60))
   }
 }
@@ -384,8 +385,9 @@ t.test(
     const scene = await open(t, { lease: 1_000, proxied: 1, gated: true })
     const { history, proxy, gate } = scene
     const jobs = Array.from({ length: 20 * factor }, (): Job => ({ kind: 'plain', key: randomUUID(), ms: 0 }))
-    const late = jobs.map((job) => send(scene, job, 0))
-    await until(() => history.runs.length === jobs.length, { message: 'all to be at work' })
+    // Not all at the first attempt: the pool has no connections yet, and to open them can take longer than storeTimeout.
+    const late = jobs.map((job) => ask(scene, job, 0))
+    await until(() => history.runs.length === jobs.length, { timeout: 30_000, message: 'all to be at work' })
     proxy.loss = () => 'unsent'
     proxy.cut()
     await Promise.all(jobs.map((job) => ask(scene, job, 1)))
@@ -412,6 +414,7 @@ t.test('what cannot be: a reply, sent while it could not be stored, does not out
   const [dying, other] = apps as [Scene['apps'][number], Scene['apps'][number]]
   const request = (app: FastifyInstance) =>
     inject(app, { method: 'POST', url: '/plain', headers: { 'idempotency-key': 'k' }, payload: { key: 'k', ms: 300 } })
+  await dying.pool.query('SELECT') // so that the claim need not open a connection within storeTimeout
   const sending = request(dying.app)
   await until(() => history.runs.length === 1)
   await server.kill()
