@@ -6,8 +6,8 @@ import type {
   OperationSelector
 } from '../types/index.js'
 import { InvalidOption } from './errors.js'
-import { generateKey, parseKey, storageKey } from './key.js'
-import { StoreInUse } from './store-in-use.js'
+import { generateKey, parseKey, storageKey } from './http/key.js'
+import { StoreInUse } from './operation/store-context.js'
 
 /** `app.idempotency`. */
 export class InstanceApi implements InstanceIdempotency {

@@ -1,7 +1,7 @@
 import type { FastifySchema, RouteOptions } from 'fastify'
-import { policyOf } from './covered-routes.js'
+import { PROBLEM_TYPE } from './http/problem-details.js'
 import type { Policy } from './options.js'
-import { PROBLEM_TYPE } from './problem.js'
+import { policyOf } from './routes/covered-routes.js'
 
 /** What @fastify/swagger gives to a `transform`, as far as it is used here. */
 export interface RouteDocumentation {

@@ -1,16 +1,16 @@
 import type { FastifyInstance, RouteOptions } from 'fastify'
 import type { IdempotencyOptions } from '../types/index.js'
-import { expectCoverage, sees } from './coverage.js'
-import { cover } from './covered-routes.js'
-import { withoutSlash } from './early-routes.js'
 import { AlreadyRegistered } from './errors.js'
-import { kExchange, kRefusal } from './exchange.js'
-import { type FieldedRoute, warnOfForms } from './forms.js'
+import { kExchange, kRefusal } from './http/exchange.js'
+import { type FieldedRoute, warnOfForms } from './http/form-fields.js'
+import { Lifecycle } from './http/hooks.js'
+import { kSnapshot } from './http/request-snapshot.js'
 import { InstanceApi } from './instance-api.js'
-import { Lifecycle } from './lifecycle.js'
 import { describeRoute, type Policy, registrationOptions, routePolicy } from './options.js'
 import { globalsOf, kRegistration, Registration, registrationOf } from './registration.js'
-import { kSnapshot } from './request-snapshot.js'
+import { expectCoverage, sees } from './routes/coverage.js'
+import { cover } from './routes/covered-routes.js'
+import { withoutSlash } from './routes/early-routes.js'
 
 /** The configs of routes, and their URLs: the HEAD twin that Fastify adds to a route has the same ones. */
 const seenUrls = new WeakMap<object, Set<string>>()

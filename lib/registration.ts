@@ -1,11 +1,11 @@
 import type { FastifyInstance } from 'fastify'
-import type { Unfinished } from './capture.js'
-import { LONGEST_DELAY } from './deadlines.js'
-import type { Operation } from './operation.js'
+import type { Unfinished } from './http/reply-record.js'
+import type { Operation } from './operation/operation.js'
+import { StoreInUse } from './operation/store-context.js'
 import { type Globals, inherited, type Policy, type RegistrationOptions } from './options.js'
-import { warnOfSiblings } from './siblings.js'
-import { StoreInUse } from './store-in-use.js'
-import { noLongerThan } from './within.js'
+import { warnOfSiblings } from './stores/memory/siblings.js'
+import { LONGEST_DELAY } from './util/deadlines.js'
+import { noLongerThan } from './util/timeout.js'
 
 /**
  * Where an instance keeps the registration that is in force for its routes: its own, or the nearest above. One name for

@@ -1,5 +1,5 @@
-import { LONGEST_DELAY } from '../deadlines.js'
-import { noLongerThan } from '../within.js'
+import { LONGEST_DELAY } from '../util/deadlines.js'
+import { noLongerThan } from '../util/timeout.js'
 
 /** How long a stop waits for a batch: one that a broken connection holds up would never end. */
 const PATIENCE_MS = 1_000

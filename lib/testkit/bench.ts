@@ -2,7 +2,7 @@ import { AssertionError } from 'node:assert'
 import { setMaxListeners } from 'node:events'
 import { inspect } from 'node:util'
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
-import type { StoreFactory, StoreUnderTest } from '../testkit.js'
+import type { StoreFactory, StoreUnderTest } from './types.js'
 
 /** Where a promise is put to the test. */
 export interface Bench {

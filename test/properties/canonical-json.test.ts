@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import type { FastifyRequest } from 'fastify'
 import t from 'tap'
-import { payloadFingerprint, payloadOfBody } from '../../lib/fingerprint.js'
+import { payloadFingerprint, payloadOfBody } from '../../lib/http/fingerprint.js'
 
 /** JSON values of few, confusable parts: two of them are equal often enough, and nearly equal very often. */
 const { value: confusable } = fc.letrec<{ value: unknown }>((tie) => ({

@@ -2,7 +2,7 @@ import { isDeepStrictEqual } from 'node:util'
 import fc from 'fast-check'
 import t from 'tap'
 import { UnreadableAnswer } from '../../lib/errors.js'
-import { decodeRecord, encodeRecord, writeLength } from '../../lib/stores/record.js'
+import { decodeRecord, encodeRecord, writeLength } from '../../lib/stores/record-codec.js'
 import type { StoredRecord } from '../../types/index.js'
 
 const text = fc.oneof(fc.string({ unit: 'binary' }), fc.constantFrom('\ud800', 'a\udc00', '__proto__'))

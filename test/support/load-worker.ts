@@ -4,7 +4,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import Fastify, { type FastifyReply, type FastifyRequest } from 'fastify'
 import { Cluster, Redis } from 'ioredis'
 import idempotency, { type IdempotencyStore, RedisStore } from '../../index.js'
-import { encodeRecord } from '../../lib/stores/record.js'
+import { encodeRecord } from '../../lib/stores/record-codec.js'
 import { now } from './http-history.js'
 import { type Job, ROUTES, type RunLine, type WorkerSetup } from './load-plan.js'
 

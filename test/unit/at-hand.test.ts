@@ -1,5 +1,5 @@
 import t from 'tap'
-import { atHand, isAtHand, isThenable, reveal } from '../../lib/at-hand.js'
+import { atHand, isAtHand, isThenable, reveal } from '../../lib/util/sync-promise.js'
 
 t.test('an answer at hand shows its value, and is a promise like any other', async (t) => {
   const promise = atHand('value')

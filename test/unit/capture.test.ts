@@ -15,7 +15,7 @@ import {
   snapshot,
   tombstone,
   type Unfinished
-} from '../../lib/capture.js'
+} from '../../lib/http/reply-record.js'
 import { type Latch, latch, until } from '../support/latch.js'
 import { VirtualTime } from '../support/virtual-time.js'
 

@@ -1,9 +1,9 @@
 import { EventEmitter } from 'node:events'
 import t from 'tap'
-import { stop, watchClient } from '../../lib/client-watch.js'
-import { Exchange } from '../../lib/exchange.js'
-import { interrupt } from '../../lib/handler-timeout.js'
-import type { Operation } from '../../lib/operation.js'
+import { stop, watchClient } from '../../lib/http/client-close.js'
+import { Exchange } from '../../lib/http/exchange.js'
+import { interrupt } from '../../lib/http/handler-timeout.js'
+import type { Operation } from '../../lib/operation/operation.js'
 
 /** A request whose claim notes what is done to it, on a connection of its own or one that is shared. */
 function arrival({ socket = new EventEmitter(), queued = false } = {}) {

@@ -1,6 +1,6 @@
 import type { FastifyRequest } from 'fastify'
 import t from 'tap'
-import { credentialsOf } from '../../lib/credentials.js'
+import { credentialsOf } from '../../lib/http/credentials.js'
 
 const of = (headers: Record<string, string | string[]>, socket: object = {}) =>
   credentialsOf({ headers, raw: { socket, rawHeaders: raw(headers) } } as unknown as FastifyRequest)

@@ -2,7 +2,7 @@ import { createHook } from 'node:async_hooks'
 import { createSocket } from 'node:dgram'
 import { once } from 'node:events'
 import t from 'tap'
-import { Deadlines } from '../../lib/deadlines.js'
+import { Deadlines } from '../../lib/util/deadlines.js'
 import { until } from '../support/latch.js'
 
 const FORTY_DAYS = 40 * 86_400_000

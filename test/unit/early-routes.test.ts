@@ -11,7 +11,7 @@ const old = () => {
 }
 t.teardown(() => Promise.all(tooOld.map((server) => server.close())))
 
-const { declaredRoutes, isAnnounced, serverOf } = await import('../../lib/early-routes.js')
+const { declaredRoutes, isAnnounced, serverOf } = await import('../../lib/routes/early-routes.js')
 await import('../../index.js')
 
 /** Both kinds of servers: what can be seen of them is the same. */

@@ -1,6 +1,6 @@
 import type { FastifyReply } from 'fastify'
 import t from 'tap'
-import { isClosed } from '../../lib/exchange.js'
+import { isClosed } from '../../lib/http/exchange.js'
 
 const reply = ({ raw = {}, request = {}, socket = {} as object | null } = {}) =>
   ({

@@ -1,6 +1,6 @@
 import type { FastifyRequest } from 'fastify'
 import t from 'tap'
-import { payloadOfBody } from '../../lib/fingerprint.js'
+import { payloadOfBody } from '../../lib/http/fingerprint.js'
 
 // Apart from unit/fingerprint because they take their time.
 

@@ -13,7 +13,7 @@ import {
   payloadFingerprint,
   payloadOf,
   payloadOfBody
-} from '../../lib/fingerprint.js'
+} from '../../lib/http/fingerprint.js'
 
 const JSON_TYPE = { 'content-type': 'application/json', 'content-length': '4' }
 const FORM_DATA = { 'content-type': 'multipart/form-data; boundary=----a', 'content-length': '100' }

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { StoreInUse } from '../../lib/store-in-use.js'
+import { StoreInUse } from '../../lib/operation/store-context.js'
 import type { IdempotencyStore } from '../../types/index.js'
 import { type Latch, latch, until } from '../support/latch.js'
 

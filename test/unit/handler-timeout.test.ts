@@ -4,7 +4,8 @@ import { Socket } from 'node:net'
 import { setImmediate as turn } from 'node:timers/promises'
 import type { FastifyReply } from 'fastify'
 import t from 'tap'
-import { Exchange, kExchange } from '../../lib/exchange.js'
+import { NowhereResponse } from '../../lib/http/discarding-response.js'
+import { Exchange, kExchange } from '../../lib/http/exchange.js'
 import {
   goOnNowhere,
   inNameOf,
@@ -14,9 +15,8 @@ import {
   passNothing,
   passTimeout,
   settle
-} from '../../lib/handler-timeout.js'
-import { NowhereResponse } from '../../lib/nowhere-response.js'
-import type { Operation } from '../../lib/operation.js'
+} from '../../lib/http/handler-timeout.js'
+import type { Operation } from '../../lib/operation/operation.js'
 
 /** A handler that has set a status and a header when its time is up. */
 function late() {

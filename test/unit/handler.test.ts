@@ -2,11 +2,11 @@ import { EventEmitter } from 'node:events'
 import { IncomingMessage } from 'node:http'
 import { Socket } from 'node:net'
 import t from 'tap'
-import { Exchange, kExchange } from '../../lib/exchange.js'
-import { type Handler, protect } from '../../lib/handler.js'
-import { interrupt } from '../../lib/handler-timeout.js'
-import { NowhereResponse } from '../../lib/nowhere-response.js'
-import type { Operation } from '../../lib/operation.js'
+import { NowhereResponse } from '../../lib/http/discarding-response.js'
+import { Exchange, kExchange } from '../../lib/http/exchange.js'
+import { type Handler, protect } from '../../lib/http/handler.js'
+import { interrupt } from '../../lib/http/handler-timeout.js'
+import type { Operation } from '../../lib/operation/operation.js'
 
 /** What Fastify gives a handler, and what a handler makes of its claim and its reply. */
 function scene({ starts = () => true, phase = 'held' }: { starts?: () => boolean; phase?: string } = {}) {

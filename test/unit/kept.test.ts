@@ -1,5 +1,5 @@
 import t from 'tap'
-import { bound, Kept, sizeOf } from '../../lib/stores/kept.js'
+import { bound, Kept, sizeOf } from '../../lib/stores/memory/entry.js'
 import type { StoredRecord, StoredReply } from '../../types/index.js'
 import { reply, tombstone } from '../support/store-fixtures.js'
 

@@ -9,7 +9,7 @@ import {
   keyInQuery,
   parseKey,
   storageKey
-} from '../../lib/key.js'
+} from '../../lib/http/key.js'
 
 const RULES: KeyRules = { header: 'idempotency-key', field: 'key', keyFormat: 'any', maxKeyLength: 255 }
 const UUID = '9b2f6a54-0d4c-4e5b-8c1d-2f3a4b5c6d7e'

@@ -1,5 +1,5 @@
 import t, { type Test } from 'tap'
-import { keepAlive, letGo, type Renewable } from '../../lib/leases.js'
+import { keepAlive, letGo, type Renewable } from '../../lib/operation/leases.js'
 import { until } from '../support/latch.js'
 
 class Claim implements Renewable {

@@ -1,6 +1,6 @@
 import t, { type Test } from 'tap'
 import { type IdempotencyStore, LocalCache, MemoryStore } from '../../index.js'
-import { isAtHand } from '../../lib/at-hand.js'
+import { isAtHand } from '../../lib/util/sync-promise.js'
 import type { Acquisition, TransactionAcquisition, TransactionClaim } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import { claim, newKey, reply, same, take, tombstone } from '../support/store-fixtures.js'

@@ -3,7 +3,7 @@ import { Socket } from 'node:net'
 import { Readable } from 'node:stream'
 import { pipeline } from 'node:stream/promises'
 import t from 'tap'
-import { NowhereResponse } from '../../lib/nowhere-response.js'
+import { NowhereResponse } from '../../lib/http/discarding-response.js'
 
 function open() {
   const ends: number[] = []

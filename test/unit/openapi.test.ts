@@ -1,8 +1,8 @@
 import type { RouteOptions } from 'fastify'
 import t from 'tap'
-import { cover } from '../../lib/covered-routes.js'
 import { openapiTransform, type RouteDocumentation } from '../../lib/openapi.js'
 import type { Policy } from '../../lib/options.js'
+import { cover } from '../../lib/routes/covered-routes.js'
 
 type Json = Record<string, unknown>
 

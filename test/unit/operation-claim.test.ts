@@ -1,9 +1,9 @@
 import t from 'tap'
-import { atHand } from '../../lib/at-hand.js'
 import { UnreadableAnswer } from '../../lib/errors.js'
-import { join } from '../../lib/fingerprint.js'
-import { storageKey } from '../../lib/key.js'
-import { LocalCache } from '../../lib/stores/local-cache.js'
+import { join } from '../../lib/http/fingerprint.js'
+import { storageKey } from '../../lib/http/key.js'
+import { LocalCache } from '../../lib/stores/memory/local-cache.js'
+import { atHand } from '../../lib/util/sync-promise.js'
 import type { Acquisition } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {

@@ -1,6 +1,6 @@
 import t from 'tap'
 import { StoreFull } from '../../lib/errors.js'
-import { join } from '../../lib/fingerprint.js'
+import { join } from '../../lib/http/fingerprint.js'
 import type { Acquisition } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { join } from '../../lib/fingerprint.js'
+import { join } from '../../lib/http/fingerprint.js'
 import { latch } from '../support/latch.js'
 import {
   type Actor,

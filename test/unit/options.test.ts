@@ -11,8 +11,8 @@ import {
   registrationOptions,
   routePolicy
 } from '../../lib/options.js'
-import { MemoryStore } from '../../lib/stores/memory.js'
-import { RedisStore } from '../../lib/stores/redis.js'
+import { MemoryStore } from '../../lib/stores/memory/memory-store.js'
+import { RedisStore } from '../../lib/stores/redis/redis-store.js'
 import type { IdempotencyOptions, IdempotencyRouteOptions } from '../../types/index.js'
 import { warningsOf } from '../support/warnings.js'
 

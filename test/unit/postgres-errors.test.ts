@@ -1,5 +1,5 @@
 import t from 'tap'
-import { claimFailure, explain, isAnswer, isContention, isRefusal } from '../../lib/stores/postgres-errors.js'
+import { claimFailure, explain, isAnswer, isContention, isRefusal } from '../../lib/stores/postgres/errors.js'
 
 const answer = (code?: string) => Object.assign(new Error('x'), { severity: 'ERROR', ...(code && { code }) })
 

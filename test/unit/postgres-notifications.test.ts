@@ -1,8 +1,8 @@
 import { EventEmitter, getEventListeners } from 'node:events'
 import t from 'tap'
-import type { PostgresPool } from '../../lib/stores/postgres.js'
-import { PostgresNotifications } from '../../lib/stores/postgres-notifications.js'
-import { messageOf } from '../../lib/stores/postgres-rows.js'
+import { PostgresNotifications } from '../../lib/stores/postgres/notifications.js'
+import type { PostgresPool } from '../../lib/stores/postgres/pool.js'
+import { messageOf } from '../../lib/stores/postgres/rows.js'
 import { settle, waiter } from '../support/waiter.js'
 
 type Step = 'connect' | 'listen' | 'end'

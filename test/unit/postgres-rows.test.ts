@@ -8,7 +8,7 @@ import {
   recordValues,
   toKey,
   toText
-} from '../../lib/stores/postgres-rows.js'
+} from '../../lib/stores/postgres/rows.js'
 import { reply, tombstone } from '../support/store-fixtures.js'
 
 const UNDECODABLE = { message: 'A stored idempotency record could not be decoded' }

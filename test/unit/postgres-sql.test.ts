@@ -1,5 +1,5 @@
 import t from 'tap'
-import { PostgresSql } from '../../lib/stores/postgres-sql.js'
+import { PostgresSql } from '../../lib/stores/postgres/statements.js'
 
 /* What the statements say of names; what they do is tried on a real server, in stores/. */
 

@@ -3,8 +3,8 @@ import { createRequire } from 'node:module'
 import { setTimeout as sleep } from 'node:timers/promises'
 import t from 'tap'
 import { PostgresStore, type PostgresStoreOptions } from '../../index.js'
-import { AS_TEXT, toKey } from '../../lib/stores/postgres-rows.js'
-import { PostgresSql, SWEEP_ROWS } from '../../lib/stores/postgres-sql.js'
+import { AS_TEXT, toKey } from '../../lib/stores/postgres/rows.js'
+import { PostgresSql, SWEEP_ROWS } from '../../lib/stores/postgres/statements.js'
 import { claim, reply } from '../support/store-fixtures.js'
 
 /* What a PostgresStore sends to its pool, and what it makes of the answers. */

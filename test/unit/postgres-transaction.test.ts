@@ -1,8 +1,8 @@
 import { EventEmitter } from 'node:events'
 import t from 'tap'
-import { AS_TEXT } from '../../lib/stores/postgres-rows.js'
-import { KEEP_ALIVE, PostgresSql } from '../../lib/stores/postgres-sql.js'
-import { PostgresTransaction } from '../../lib/stores/postgres-transaction.js'
+import { AS_TEXT } from '../../lib/stores/postgres/rows.js'
+import { KEEP_ALIVE, PostgresSql } from '../../lib/stores/postgres/statements.js'
+import { PostgresTransaction } from '../../lib/stores/postgres/transaction.js'
 import type { TransactionClaim, TransactionClient } from '../../types/index.js'
 import { claim, reply, tombstone } from '../support/store-fixtures.js'
 

@@ -1,7 +1,7 @@
 import type { FastifyReply } from 'fastify'
 import t from 'tap'
 import { InProgress, type Refusal, withRetryAfter } from '../../lib/errors.js'
-import { isAnswer, watchAnswer } from '../../lib/problem.js'
+import { isAnswer, watchAnswer } from '../../lib/http/problem-details.js'
 
 const replyWith = (statusCode: number, length = true) =>
   ({ statusCode, hasHeader: () => length }) as unknown as FastifyReply

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { decodeRecord, encodeRecord, readLength, writeLength } from '../../lib/stores/record.js'
+import { decodeRecord, encodeRecord, readLength, writeLength } from '../../lib/stores/record-codec.js'
 import type { StoredRecord, StoredReply, Tombstone } from '../../types/index.js'
 
 const NONE = Buffer.alloc(0)

@@ -1,10 +1,10 @@
 import t from 'tap'
-import type { RedisClient } from '../../lib/stores/redis.js'
-import { ClaimBatches, type Result } from '../../lib/stores/redis-batches.js'
-import { discreet, isWrongType } from '../../lib/stores/redis-errors.js'
-import { Renewals } from '../../lib/stores/redis-renewals.js'
-import { runScript } from '../../lib/stores/redis-run.js'
-import { RENEW, WATCH } from '../../lib/stores/redis-scripts.js'
+import { ClaimBatches, type Result } from '../../lib/stores/redis/batches.js'
+import type { RedisClient } from '../../lib/stores/redis/client.js'
+import { discreet, isWrongType } from '../../lib/stores/redis/errors.js'
+import { Renewals } from '../../lib/stores/redis/renewals.js'
+import { runScript } from '../../lib/stores/redis/run-script.js'
+import { RENEW, WATCH } from '../../lib/stores/redis/scripts.js'
 import { soon } from '../support/store-fixtures.js'
 
 /* What goes to Redis together, and what each asker gets of the answer. The client is a fake: it may lie. */

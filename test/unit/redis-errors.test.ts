@@ -1,5 +1,5 @@
 import t from 'tap'
-import { claimFailure, discreet, isAborted, isWrongType } from '../../lib/stores/redis-errors.js'
+import { claimFailure, discreet, isAborted, isWrongType } from '../../lib/stores/redis/errors.js'
 
 t.test('an error is passed on without the command that it carries', async (t) => {
   const error = Object.assign(new TypeError('READONLY'), { command: { name: 'set', args: ['key', 'secret'] } })

@@ -1,8 +1,8 @@
 import t from 'tap'
 import { RedisStore, type RedisStoreOptions } from '../../index.js'
-import { encodeRecord } from '../../lib/stores/record.js'
-import type { RedisClient } from '../../lib/stores/redis.js'
-import { ACQUIRE, COMPLETE, DELETE, RELEASE, RENEW, WATCH } from '../../lib/stores/redis-scripts.js'
+import { encodeRecord } from '../../lib/stores/record-codec.js'
+import type { RedisClient } from '../../lib/stores/redis/client.js'
+import { ACQUIRE, COMPLETE, DELETE, RELEASE, RENEW, WATCH } from '../../lib/stores/redis/scripts.js'
 import type { StoredRecord } from '../../types/index.js'
 import { claim, reply, same, tombstone } from '../support/store-fixtures.js'
 

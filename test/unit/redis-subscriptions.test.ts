@@ -1,7 +1,7 @@
 import { EventEmitter, getEventListeners } from 'node:events'
 import t from 'tap'
-import type { RedisClient } from '../../lib/stores/redis.js'
-import { RedisSubscriptions } from '../../lib/stores/redis-subscriptions.js'
+import type { RedisClient } from '../../lib/stores/redis/client.js'
+import { RedisSubscriptions } from '../../lib/stores/redis/subscriptions.js'
 import { settle, waiter } from '../support/waiter.js'
 
 /** The listening half of ioredis, which answers when it is told to. */

@@ -1,6 +1,6 @@
 import Fastify, { type FastifyReply } from 'fastify'
 import t from 'tap'
-import { hasType, payloadOf, putOn, restoreAll, takeOff } from '../../lib/replay.js'
+import { hasType, payloadOf, putOn, restoreAll, takeOff } from '../../lib/http/replay.js'
 import type { StoredReply } from '../../types/index.js'
 
 const STORED: StoredReply = {

@@ -1,7 +1,7 @@
 import type { FastifyInstance, FastifyRequest } from 'fastify'
 import t, { type Test } from 'tap'
 import type { IdempotencyOptions } from '../../index.js'
-import { kSnapshot } from '../../lib/request-snapshot.js'
+import { kSnapshot } from '../../lib/http/request-snapshot.js'
 import { build, codeOf, inject, REPLAYED } from '../support/app.js'
 
 /* What the client has sent is read in the moment in which it is there, whatever hooks make of it since. */

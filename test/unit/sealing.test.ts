@@ -1,6 +1,6 @@
 import { createCipheriv, createHmac, createSecretKey, randomBytes } from 'node:crypto'
 import t from 'tap'
-import { Keyring, Secret, secretOf } from '../../lib/stores/sealing.js'
+import { Keyring, Secret, secretOf } from '../../lib/stores/encrypted/sealing.js'
 
 const keyOf = (fill: number) => createSecretKey(Buffer.alloc(32, fill))
 

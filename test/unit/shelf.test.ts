@@ -1,5 +1,5 @@
 import t from 'tap'
-import { Item, Shelf } from '../../lib/stores/shelf.js'
+import { Item, Shelf } from '../../lib/stores/memory/linked-map.js'
 
 class Book extends Item {}
 

@@ -1,7 +1,7 @@
 import { EventEmitter } from 'node:events'
 import fc from 'fast-check'
 import t from 'tap'
-import { Guard, transactionControl } from '../../lib/stores/postgres-guard.js'
+import { Guard, transactionControl } from '../../lib/stores/postgres/client-guard.js'
 import type { TransactionClient } from '../../types/index.js'
 
 const REFUSED = { code: 'FST_IDEMPOTENCY_TRANSACTION' }

@@ -1,7 +1,7 @@
 import t, { type Test } from 'tap'
-import { atHand } from '../../lib/at-hand.js'
 import { StoreTimeout, UnreadableAnswer } from '../../lib/errors.js'
-import { StoreHealth } from '../../lib/store-health.js'
+import { StoreHealth } from '../../lib/operation/store-health.js'
+import { atHand } from '../../lib/util/sync-promise.js'
 import { latch } from '../support/latch.js'
 import { VirtualTime } from '../support/virtual-time.js'
 

@@ -1,6 +1,6 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import t, { type Test } from 'tap'
-import { insist, StoreInUse, sleep } from '../../lib/store-in-use.js'
+import { insist, StoreInUse, sleep } from '../../lib/operation/store-context.js'
 import type { IdempotencyStore } from '../../types/index.js'
 import { latch, until } from '../support/latch.js'
 import { VirtualTime } from '../support/virtual-time.js'

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { newToken } from '../../lib/token.js'
+import { newToken } from '../../lib/operation/token.js'
 
 t.test('tokens are never the same, for as many as there may be, and cannot be guessed', async (t) => {
   const tokens = Array.from({ length: 2_000 }, newToken)

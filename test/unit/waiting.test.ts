@@ -1,7 +1,7 @@
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import t, { type Test } from 'tap'
-import { type Waiter, WaitingRoom, type WaitResult } from '../../lib/waiting.js'
+import { type Waiter, WaitingRoom, type WaitResult } from '../../lib/operation/waiting.js'
 import type { Acquisition, IdempotencyStore, StoredRecord } from '../../types/index.js'
 import { type Latch, latch, until } from '../support/latch.js'
 import { VirtualTime } from '../support/virtual-time.js'

@@ -1,7 +1,7 @@
 import { createHook } from 'node:async_hooks'
 import t from 'tap'
 import { StoreTimeout } from '../../lib/errors.js'
-import { attempt, within } from '../../lib/within.js'
+import { attempt, within } from '../../lib/util/timeout.js'
 import { latch } from '../support/latch.js'
 
 const never = () => new Promise<never>(() => {})

@@ -1,0 +1,227 @@
+import { hash, randomUUID } from 'node:crypto'
+import type { FastifyRequest } from 'fastify'
+import { KeyInvalid } from '../errors.js'
+import { isStream } from './canonical-json.js'
+import { isMultipart } from './content-type.js'
+import { isField } from './multipart.js'
+
+/** Where a route looks for its key, and what it accepts as one. */
+export interface KeyRules {
+  /** Lower-case name of the header, or `null`. */
+  readonly header: string | null
+  readonly field: string | null
+  readonly keyFormat: 'any' | 'uuid' | 'structured' | RegExp
+  readonly maxKeyLength: number
+}
+
+/** RFC 9562 §5.4 and §5.7: version 4 or 7 in the third group, variant 10xx in the fourth. */
+const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[47][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/i
+
+/** RFC 9651 §3.3.3: printable ASCII in quotes, in which only `"` and `\` are escaped. */
+const QUOTED = String.raw`"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*"`
+
+/** A character in a display string, as the bytes of its UTF-8 (RFC 3629 §4): what is none fails (RFC 9651 §4.2.10). */
+const PERCENT_ENCODED = [
+  '%[0-7]H',
+  '%(?:c[2-9a-f]|dH)T',
+  '%(?:e0%[ab]H|e[1-9abcef]T|ed%[89]H)T',
+  '%(?:f0%[9ab]H|f[1-3]T|f4%8H)TT'
+]
+  .join('|')
+  .replaceAll('T', '%[89ab]H')
+  .replaceAll('H', '[0-9a-f]')
+
+/** RFC 9651 §3.3: integers and decimals, tokens, byte sequences, booleans, dates and display strings. */
+const BARE_ITEM = [
+  QUOTED,
+  String.raw`-?\d{1,12}\.\d{1,3}`,
+  String.raw`@?-?\d{1,15}`,
+  String.raw`[A-Za-z*][\w!#$%&'*+.^\x60|~:/-]*`,
+  ':[A-Za-z0-9+/=]*:',
+  String.raw`\?[01]`,
+  String.raw`%"(?:[\x20-\x21\x23-\x24\x26-\x7e]|${PERCENT_ENCODED})*"`
+].join('|')
+
+/** RFC 9651 §3.1.2: what may follow a string. */
+const PARAMETERS = new RegExp(`^(?:; *[a-z*][a-z0-9_.*-]*(?:=(?:${BARE_ITEM}))?)*$`)
+
+/** They are ignored, but looked at: an expression needs more stack the longer they are. */
+const MAX_PARAMETERS = 1_024
+
+const MALFORMED = 'is not a well-formed quoted string (RFC 9651)'
+const QUOTE = 0x22
+const BACKSLASH = 0x5c
+
+const NON_ASCII = /[\u0080-\uffff]/
+const utf8 = new TextDecoder('utf-8', { fatal: true })
+
+/** The raw key in the header; `undefined` for none. */
+export function keyInHeader(request: FastifyRequest, rules: KeyRules): string | undefined {
+  if (rules.header === null) return undefined
+  const value: unknown = request.headers[rules.header]
+  if (value === undefined) return undefined
+  // Decoded before anything is trimmed: a byte of a letter can look like a space in Latin-1.
+  const key = trim(decodeLatin1(Array.isArray(value) ? value.join() : String(value)))
+  return key.includes(',') ? onlyOne(key) : key
+}
+
+/** Node, and who else passes headers on, joins repeated ones with commas: one key that was sent twice is one key. */
+function onlyOne(list: string): string {
+  const isQuoted = list.startsWith('"')
+  const keys = new Set<string>()
+  let start = 0
+  let inQuotes = false
+  for (let at = 0; at < list.length; at++) {
+    const char = list[at]
+    if (inQuotes && char === '\\') at++
+    else if (isQuoted && char === '"') inQuotes = !inQuotes
+    else if (char === ',' && !inQuotes) {
+      keys.add(trim(list.slice(start, at)))
+      start = at + 1
+    }
+  }
+  const key = trim(list.slice(start))
+  if (keys.add(key).size === 1) return key
+  // What is wrong with a list of quoted keys, `parseKey` says.
+  if (isQuoted) return list
+  throw new KeyInvalid('was sent more than once')
+}
+
+/** The raw key in the query string; `undefined` for none. */
+export function keyInQuery(request: FastifyRequest, rules: KeyRules): string | undefined {
+  return rules.field === null ? undefined : asKey(ownField(request.query, rules.field))
+}
+
+/** The raw key in a parsed body: JSON, form or multipart; `undefined` for none. */
+export function keyInBody(request: FastifyRequest, rules: KeyRules): string | undefined {
+  if (rules.field === null) return undefined
+  const value = ownField(request.body, rules.field)
+  return asKey(isField(value) && isMultipart(request) ? value.value : value)
+}
+
+/** Is there a body that may hold the field, but is not parsed, so that nobody can tell? */
+export function isInUnparsedBody(request: FastifyRequest): boolean {
+  const { body } = request
+  if (body === undefined || body === null) return isMultipart(request)
+  if (typeof body === 'string') return !/^text\//i.test(request.headers['content-type'] ?? '')
+  return typeof body === 'object' && (ArrayBuffer.isView(body) || isStream(body))
+}
+
+function ownField(fields: unknown, name: string): unknown {
+  if (typeof fields !== 'object' || fields === null || Array.isArray(fields) || !Object.hasOwn(fields, name))
+    return undefined
+  return (fields as Record<string, unknown>)[name]
+}
+
+function asKey(value: unknown): string | undefined {
+  if (value === undefined) return undefined
+  if (Array.isArray(value)) throw new KeyInvalid('was sent more than once')
+  if (typeof value !== 'string') throw new KeyInvalid('must be a string')
+  return value
+}
+
+/**
+ * The client's key without quotes and parameters. `"abc"` and `abc` are the same key.
+ * @throws FST_IDEMPOTENCY_KEY_INVALID
+ */
+export function parseKey(raw: unknown, rules: Pick<KeyRules, 'keyFormat' | 'maxKeyLength'>): string {
+  if (typeof raw !== 'string') throw new KeyInvalid('must be a single string')
+  const { keyFormat, maxKeyLength } = rules
+  const value = trim(raw)
+  const isQuoted = value.startsWith('"')
+  if (keyFormat === 'structured' && !isQuoted && value !== '') {
+    throw new KeyInvalid('must be a quoted string (RFC 9651)')
+  }
+  // Measured before anything else looks at it: in a body it may be as large as that.
+  const key = isQuoted ? unquote(value, maxKeyLength) : value
+  // A UTF-16 code unit is one to three bytes of UTF-8: most keys need not be measured.
+  if (key.length > maxKeyLength || (key.length * 3 > maxKeyLength && Buffer.byteLength(key) > maxKeyLength)) {
+    throw tooLong(maxKeyLength)
+  }
+  if (key.trim() === '') throw new KeyInvalid('must not be blank')
+  if (keyFormat === 'uuid') {
+    if (!UUID.test(key)) throw new KeyInvalid('must be a UUID, version 4 or 7')
+    // RFC 9562 §4: they are the same in upper and lower case.
+    return key.toLowerCase()
+  }
+  if (keyFormat instanceof RegExp) {
+    keyFormat.lastIndex = 0
+    if (!keyFormat.test(key)) throw new KeyInvalid('does not have the required form')
+  }
+  return key
+}
+
+function tooLong(maxKeyLength: number): Error {
+  return new KeyInvalid(`must not be longer than ${maxKeyLength} bytes`)
+}
+
+/** RFC 9651 §4.2.5. Not by an expression, which needs more stack the longer a string is. */
+function unquote(value: string, maxKeyLength: number): string {
+  let end = 1
+  let escapes = 0
+  for (; end < value.length; end++) {
+    let code = value.charCodeAt(end)
+    if (code === QUOTE) break
+    if (code === BACKSLASH) {
+      code = value.charCodeAt(++end)
+      if (code !== QUOTE && code !== BACKSLASH) throw new KeyInvalid(MALFORMED)
+      escapes++
+    } else if (code < 0x20 || code > 0x7e) {
+      throw new KeyInvalid(MALFORMED)
+    }
+    if (end - escapes > maxKeyLength) throw tooLong(maxKeyLength)
+  }
+  const parameters = value.slice(end + 1)
+  if (parameters.length > MAX_PARAMETERS) {
+    throw new KeyInvalid(`must not have more than ${MAX_PARAMETERS} characters of parameters`)
+  }
+  if (end >= value.length || !PARAMETERS.test(parameters)) throw new KeyInvalid(MALFORMED)
+  const content = value.slice(1, end)
+  return escapes === 0 ? content : content.replaceAll(/\\(["\\])/g, '$1')
+}
+
+/** RFC 9110 §5.5: without the spaces and tabs around it. */
+function trim(value: string): string {
+  // Not by an expression, which would try each blank of a long row of them for the last.
+  let [start, end] = [0, value.length]
+  while (start < end && isBlank(value.charCodeAt(start))) start++
+  while (end > start && isBlank(value.charCodeAt(end - 1))) end--
+  return value.slice(start, end)
+}
+
+function isBlank(code: number): boolean {
+  return code === 0x20 || code === 0x09
+}
+
+/** Node reads header bytes as Latin-1; a key is the same key in a header and in a body. */
+function decodeLatin1(value: string): string {
+  if (!NON_ASCII.test(value)) return value
+  try {
+    return utf8.decode(Buffer.from(value, 'latin1'))
+  } catch {
+    return value
+  }
+}
+
+/**
+ * The key under which a store keeps an operation. JSON frames scope and key unambiguously, and escapes lone
+ * surrogates that would otherwise all hash alike.
+ */
+export function storageKey(scope: string | null, key: string): string {
+  return hash('sha256', JSON.stringify([scope, key]), 'base64url')
+}
+
+export function generateKey(): string {
+  return randomUUID()
+}
+
+/**
+ * A UUID made of the storage key and a label, with the version and variant bits of a version 4 UUID; and of the caller's
+ * credentials, where no scope has made the storage keys of different callers different.
+ */
+export function deriveKey(storageKey: string, label: string, credentials: string | null): string {
+  const parts = credentials === null ? [storageKey, label] : [storageKey, label, credentials]
+  const hex = hash('sha256', JSON.stringify(parts), 'hex')
+  const variant = ((Number.parseInt(hex.charAt(16), 16) & 0x3) | 0x8).toString(16)
+  return `${hex.slice(0, 8)}-${hex.slice(8, 12)}-4${hex.slice(13, 16)}-${variant}${hex.slice(17, 20)}-${hex.slice(20, 32)}`
+}

@@ -1,0 +1,123 @@
+import type { FastifyBaseLogger } from 'fastify'
+import { isNoOutage, StoreTimeout } from '../errors.js'
+import { isAtHand } from '../util/sync-promise.js'
+import { within } from '../util/timeout.js'
+
+/**
+ * How long a request waits that finds out whether the store is back. One that is back answers in a few milliseconds, and
+ * whoever has come for nothing is to get its 503 at once.
+ */
+const PROBE_MS = 100
+/** So many keys in a row have to fail by errors, without a success between: one key alone may be damaged, or locked. */
+const DIFFERENT_KEYS = 3
+/** What Node says where there is nobody to talk to. */
+const NO_CONNECTION = /^(?:ECONN|EHOST|ENET|EPIPE|ETIMEDOUT|ENOTFOUND|EAI_)/
+
+/** May a request ask the store, and how long does it wait for the answer? */
+export interface Permit {
+  readonly patience: number
+}
+
+const UNLIMITED: Permit = { patience: Number.POSITIVE_INFINITY }
+
+/**
+ * Whether a store is known to be down, as its answers to this process tell: while it is, requests need not wait for it.
+ *
+ * It is down when a call has had no answer within its limit, or no connection, while no other call had one; or when calls
+ * for several keys have failed one after the other. It is up again with the first answer, to whomever. So the failure of
+ * one key closes the store to nobody: with others at work it stands against their answers, and without them the next
+ * request is the probe. An answer that makes no sense, and that there is no room, are answers.
+ */
+export class StoreHealth {
+  #isDown = false
+  #downSince = 0
+  /** The last of the errors that have come since there was an answer, of which the first is logged. */
+  #error: unknown = null
+  /** The keys that have failed since the last success. */
+  readonly #failed = new Set<string>()
+  /** How many answers there were, so that a call can tell whether there was one while it waited. */
+  #answers = 0
+  #probe: { readonly patience: number; readonly until: number } | null = null
+  /** Where that was. */
+  #log: FastifyBaseLogger | null = null
+
+  get isDown(): boolean {
+    return this.#isDown
+  }
+
+  /** Why the store was found to be down. */
+  get error(): unknown {
+    return this.#error
+  }
+
+  /**
+   * Leave for a request to ask the store: `null` while it is known to be down, but for one at a time, which finds out
+   * whether it is back.
+   */
+  admit(): Permit | null {
+    if (!this.#isDown) return UNLIMITED
+    const now = performance.now()
+    if (this.#probe !== null && now < this.#probe.until) return null
+    this.#probe = { patience: PROBE_MS, until: now + PROBE_MS }
+    return this.#probe
+  }
+
+  /**
+   * The answer to a call about a key, or a `StoreTimeout` when there is none after `ms` milliseconds. The call of a probe
+   * goes on being waited for when its request does not wait any more.
+   */
+  ask<T>(key: string, ms: number, call: () => Promise<T>, permit = UNLIMITED): Promise<T> {
+    const before = this.#answers
+    const answer = within(ms, call, {
+      answered: () => {
+        this.#answers++
+        this.answered()
+      },
+      failed: (error) => this.#fail(key, error, before, permit)
+    })
+    if (isAtHand(answer)) this.answered()
+    if (permit.patience >= ms) return answer
+    return within(permit.patience, () => answer)
+  }
+
+  /** The store has answered. */
+  answered(): void {
+    if (this.#error === null) return
+    if (this.#isDown) {
+      const downForMs = Math.round(performance.now() - this.#downSince)
+      this.#log?.warn({ idempotency: { downForMs } }, 'idempotency store is back')
+    }
+    this.#isDown = false
+    this.#error = null
+    this.#log = null
+    this.#probe = null
+    this.#failed.clear()
+  }
+
+  /** Logs the failure of a step: an outage is one error, whatever the number of steps that meet it. */
+  report(error: unknown, log: FastifyBaseLogger, bindings: object): void {
+    const isOutage = this.#error !== null && !isNoOutage(error)
+    if (isOutage && this.#log !== null) {
+      log.debug({ ...bindings, err: error }, 'idempotency store still fails')
+      return
+    }
+    if (isOutage) this.#log = log
+    log.error({ ...bindings, err: error }, 'idempotency store failed')
+  }
+
+  #fail(key: string, error: unknown, before: number, permit: Permit): void {
+    if (this.#probe === permit) this.#probe = null
+    if (isNoOutage(error) || before !== this.#answers) return
+    this.#error = error ?? new Error('The idempotency store has failed')
+    if (this.#isDown) return
+    this.#failed.add(key)
+    if (!isSilence(error) && this.#failed.size < DIFFERENT_KEYS) return
+    this.#isDown = true
+    this.#downSince = performance.now()
+  }
+}
+
+/** Has nobody answered, if only by an error? */
+function isSilence(error: unknown): boolean {
+  return error instanceof StoreTimeout || NO_CONNECTION.test(String((error as { code?: unknown } | null)?.code))
+}

@@ -1,0 +1,107 @@
+import type { Acquisition, StoredRecord, StoredReply, TombstoneReason } from '../../../types/index.js'
+import { InvalidOption } from '../../errors.js'
+import { Item } from './linked-map.js'
+
+/** What an entry takes beside its key, headers and body, roughly. */
+const ENTRY_OVERHEAD = 300
+const HEADER_OVERHEAD = 60
+
+type Headers = StoredReply['headers']
+/** Name, value, name, value. */
+type FlatHeaders = readonly (string | string[])[]
+
+const NONE: FlatHeaders = []
+
+// Small integers take no memory of their own: times are counted from here, in whole milliseconds.
+const EPOCH = Date.now()
+
+/** A finished operation in the memory of this process. Its record is nobody else's: it is copied in and out. */
+export class Kept extends Item {
+  /** Monotonic milliseconds; infinite for ever. */
+  readonly expires: number
+  readonly fingerprint: string
+  readonly #createdAt: number
+  /** The status code, or why there is a tombstone. */
+  readonly #outcome: number | TombstoneReason
+  readonly #text: boolean
+  readonly #headers: FlatHeaders
+  /** One-byte text is kept as a string, which takes less memory and collects faster than a buffer. */
+  readonly #body: Buffer | string
+
+  constructor(key: string, record: StoredRecord, expires: number) {
+    super(key, sizeOf(key, record))
+    this.expires = Math.floor(expires)
+    this.fingerprint = compact(record.fingerprint)
+    this.#createdAt = record.createdAt - EPOCH
+    if (record.kind === 'tombstone') {
+      this.#outcome = record.reason
+      this.#text = false
+      this.#headers = NONE
+      this.#body = ''
+    } else {
+      this.#outcome = record.statusCode
+      this.#text = record.text
+      this.#headers = flatten(record.headers)
+      this.#body = record.text ? record.body.toString('latin1') : Buffer.from(record.body)
+    }
+  }
+
+  /** What a store says of it at this time. */
+  at(now: number): Extract<Acquisition, { state: 'completed' }> {
+    const ttlMs = this.expires === Number.POSITIVE_INFINITY ? null : Math.ceil(this.expires - now)
+    return { state: 'completed', record: this.#copy(), ttlMs }
+  }
+
+  #copy(): StoredRecord {
+    const { fingerprint } = this
+    const createdAt = this.#createdAt + EPOCH
+    const outcome = this.#outcome
+    if (typeof outcome === 'string') return { kind: 'tombstone', fingerprint, createdAt, reason: outcome }
+    const body = typeof this.#body === 'string' ? Buffer.from(this.#body, 'latin1') : Buffer.from(this.#body)
+    const headers = unflatten(this.#headers)
+    return { kind: 'reply', fingerprint, createdAt, statusCode: outcome, headers, body, text: this.#text }
+  }
+}
+
+let lastHeaders: FlatHeaders = NONE
+
+/** Replies one after the other mostly have the same headers, which are kept once then. */
+function flatten(headers: Headers): FlatHeaders {
+  if (headers.length * 2 === lastHeaders.length && headers.every(isLike)) return lastHeaders
+  lastHeaders = headers.flatMap(([name, value]) => [name, Array.isArray(value) ? [...value] : value])
+  return lastHeaders
+}
+
+function isLike([name, value]: Headers[number], at: number): boolean {
+  return name === lastHeaders[2 * at] && value === lastHeaders[2 * at + 1]
+}
+
+function unflatten(flat: FlatHeaders): Headers {
+  const headers: Headers = []
+  for (let at = 0; at < flat.length; at += 2) {
+    const value = flat[at + 1] as string | string[]
+    headers.push([flat[at] as string, Array.isArray(value) ? [...value] : value])
+  }
+  return headers
+}
+
+/** The same text, but not as a part of a longer one, nor made of others, which the engine would keep as well. */
+function compact(text: string): string {
+  const copy = Buffer.from(text, 'latin1').toString('latin1')
+  return copy === text ? copy : text
+}
+
+/** Bytes, roughly. */
+export function sizeOf(key: string, record: StoredRecord): number {
+  let size = ENTRY_OVERHEAD + key.length + record.fingerprint.length
+  if (record.kind === 'tombstone') return size
+  size += record.body.length
+  for (const [name, value] of record.headers) size += name.length + value.length + HEADER_OVERHEAD
+  return size
+}
+
+/** @throws FST_IDEMPOTENCY_INVALID_OPTION */
+export function bound(store: string, name: string, value: number): number {
+  if (Number.isSafeInteger(value) && value > 0) return value
+  throw new InvalidOption(`${store} option "${name}" takes a positive integer, got ${String(value)} (${typeof value})`)
+}

@@ -1,0 +1,331 @@
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../../types/index.js'
+import { StoreFull } from '../../errors.js'
+import { atHand } from '../../util/sync-promise.js'
+import { onlyKnown } from '../known-options.js'
+import { RELEASE_MEMORY_MS } from '../release-memory.js'
+import { bound, Kept, sizeOf } from './entry.js'
+import { Item, Shelf } from './linked-map.js'
+
+/** Bounds of a `MemoryStore`. */
+export interface MemoryStoreOptions {
+  /**
+   * How many replies are kept at most; the oldest go first. So many claims may run beside them, and none of them costs
+   * a reply its place. What was interrupted counts as a claim, and goes when there is no room for another.
+   * @default 100_000
+   */
+  maxEntries?: number
+  /**
+   * How many bytes the kept replies take at most, roughly.
+   * @default 67_108_864
+   */
+  maxBytes?: number
+}
+
+/** An unfinished operation. All times are monotonic milliseconds. */
+interface ClaimEntry {
+  token: string
+  fingerprint: string
+  attempt: number
+  leaseEnd: number
+  retainMs: number
+  /** The token no longer owns it, but has given it back. */
+  givenBack: boolean
+  /** Was that after its handler had run? */
+  ended: boolean
+  /** What it took over; `null` for a first attempt. */
+  found: Found | null
+}
+
+/** What a claim is given back to when its handler never ran. */
+interface Found {
+  fingerprint: string
+  ended: boolean
+}
+
+/** A finished operation, and who finished it. */
+class Done extends Kept {
+  readonly token: string
+
+  constructor(key: string, token: string, record: StoredRecord, expires: number) {
+    super(key, record, expires)
+    this.token = token
+  }
+}
+
+/** Who released a key, which is free. */
+class Released extends Item {
+  readonly token: string
+  readonly expires: number
+
+  constructor(key: string, token: string, expires: number) {
+    super(key, 0)
+    this.token = token
+    this.expires = expires
+  }
+}
+
+/** More releases than these are not remembered. */
+const MAX_RELEASED = 10_000
+const SWEEP_EVERY_MS = 1_000
+const SWEEP_AT_ONCE = 2_000
+
+/**
+ * Claims and replies in the memory of this process: for one process, for development, for tests. A restart
+ * forgets everything. It is bounded: when it is full, the oldest replies make room for new ones, and further claims are
+ * refused; a running claim is never forgotten, and a claim never costs a reply.
+ */
+export class MemoryStore implements IdempotencyStore {
+  readonly #maxEntries: number
+  readonly #maxBytes: number
+  readonly #claims = new Map<string, ClaimEntry>()
+  readonly #done = new Shelf<Done>()
+  readonly #released = new Shelf<Released>()
+  readonly #listeners = new Map<string, Set<() => void>>()
+  /** No lease ends before. Leases are looked through only when one of them may have ended. */
+  #leasesHold = Number.POSITIVE_INFINITY
+  #sweeper: NodeJS.Timeout | null = null
+
+  /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
+  constructor(options: MemoryStoreOptions = {}) {
+    const { maxEntries = 100_000, maxBytes = 67_108_864, ...unknown } = options
+    onlyKnown('MemoryStore', unknown, ['maxEntries', 'maxBytes'])
+    this.#maxEntries = bound('MemoryStore', 'maxEntries', maxEntries)
+    this.#maxBytes = bound('MemoryStore', 'maxBytes', maxBytes)
+  }
+
+  // Promises are for the outside only: nothing is awaited, so each method is one atomic step, and its answer at hand.
+
+  acquire(key: string, claim: Claim): Promise<Acquisition> {
+    try {
+      return atHand(this.#acquire(key, claim))
+    } catch (error) {
+      return Promise.reject(error)
+    }
+  }
+
+  async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
+    const now = performance.now()
+    const held = this.#ownedBy(token, key, now)
+    if (held === undefined) return false
+    this.#lease(held, now + leaseMs)
+    return true
+  }
+
+  complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+    try {
+      return atHand(this.#complete(key, token, record, ttlMs))
+    } catch (error) {
+      return Promise.reject(error)
+    }
+  }
+
+  async release(key: string, token: string, unused = false): Promise<boolean> {
+    const now = performance.now()
+    const held = this.#claimOf(key, now)
+    if (held?.token !== token) {
+      const released = this.#released.get(key)
+      return released?.token === token && released.expires > now
+    }
+    if (held.givenBack) return true
+    if (held.found === null) this.#forget(key, token, now)
+    else {
+      giveBack(held, held.found, unused)
+      this.#lease(held, now)
+    }
+    this.#wake(key)
+    return true
+  }
+
+  changed(key: string, signal: AbortSignal): Promise<void> {
+    const now = performance.now()
+    const held = this.#claimOf(key, now)
+    if (signal.aborted || held === undefined || held.leaseEnd <= now) return Promise.resolve()
+    return new Promise((resolve) => {
+      const listeners = this.#listeners.get(key) ?? new Set()
+      const done = () => {
+        listeners.delete(done)
+        if (listeners.size === 0) this.#listeners.delete(key)
+        signal.removeEventListener('abort', done)
+        resolve()
+      }
+      listeners.add(done)
+      this.#listeners.set(key, listeners)
+      signal.addEventListener('abort', done)
+    })
+  }
+
+  async get(key: string): Promise<Acquisition | null> {
+    const now = performance.now()
+    const held = this.#claimOf(key, now)
+    if (held !== undefined) return state(held, now)
+    const done = this.#doneOf(key, now)
+    return done === undefined ? null : done.at(now)
+  }
+
+  async delete(key: string): Promise<boolean> {
+    const now = performance.now()
+    const existed = this.#claimOf(key, now) !== undefined || this.#doneOf(key, now) !== undefined
+    this.#claims.delete(key)
+    const done = this.#done.get(key)
+    if (done !== undefined) this.#done.remove(done)
+    this.#wake(key)
+    return existed
+  }
+
+  /** Stops the sweeping of expired entries until the store is used again. What it holds stays. */
+  async close(): Promise<void> {
+    if (this.#sweeper !== null) clearInterval(this.#sweeper)
+    this.#sweeper = null
+  }
+
+  #acquire(key: string, claim: Claim): Acquisition {
+    const now = performance.now()
+    const held = this.#claimOf(key, now)
+    if (held === undefined) {
+      const done = this.#doneOf(key, now)
+      if (done !== undefined) return done.at(now)
+      this.#makeRoom(claim, now)
+      this.#forgetRelease(key)
+      return this.#claim(key, newClaim(claim), now + claim.leaseMs)
+    }
+    if (held.token === claim.token && !held.givenBack) {
+      this.#lease(held, now + claim.leaseMs)
+      held.retainMs = claim.retainMs
+      held.fingerprint = claim.fingerprint
+      return { state: 'acquired', attempt: held.attempt }
+    }
+    if (held.leaseEnd > now || !claim.takeover) return state(held, now)
+    return this.#claim(key, newClaim(claim, held), now + claim.leaseMs)
+  }
+
+  #claim(key: string, claimed: ClaimEntry, leaseEnd: number): Acquisition {
+    this.#lease(claimed, leaseEnd)
+    this.#claims.set(key, claimed)
+    return { state: 'acquired', attempt: claimed.attempt }
+  }
+
+  #lease(held: ClaimEntry, end: number): void {
+    held.leaseEnd = end
+    this.#leasesHold = Math.min(this.#leasesHold, end)
+  }
+
+  #complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): boolean {
+    const now = performance.now()
+    if (this.#ownedBy(token, key, now) === undefined) return this.#doneOf(key, now)?.token === token
+    this.#claims.delete(key)
+    const { fingerprint, createdAt } = record
+    const isTooLarge = sizeOf(key, record) > this.#maxBytes
+    const kept: StoredRecord = isTooLarge ? { kind: 'tombstone', reason: 'too-large', fingerprint, createdAt } : record
+    this.#put(new Done(key, token, kept, ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs))
+    this.#wake(key)
+    return true
+  }
+
+  #claimOf(key: string, now: number): ClaimEntry | undefined {
+    const held = this.#claims.get(key)
+    if (held === undefined || held.leaseEnd + held.retainMs > now) return held
+    this.#claims.delete(key)
+    return undefined
+  }
+
+  #ownedBy(token: string, key: string, now: number): ClaimEntry | undefined {
+    const held = this.#claimOf(key, now)
+    return held?.token === token && !held.givenBack ? held : undefined
+  }
+
+  #doneOf(key: string, now: number): Done | undefined {
+    const done = this.#done.get(key)
+    if (done === undefined || done.expires > now) return done
+    this.#done.remove(done)
+    return undefined
+  }
+
+  #forget(key: string, token: string, now: number): void {
+    this.#claims.delete(key)
+    this.#released.put(new Released(key, token, now + RELEASE_MEMORY_MS))
+    const { oldest } = this.#released
+    if (this.#released.length > MAX_RELEASED && oldest !== null) this.#released.remove(oldest)
+    this.#startSweeping()
+  }
+
+  #forgetRelease(key: string): void {
+    const released = this.#released.get(key)
+    if (released !== undefined) this.#released.remove(released)
+  }
+
+  #put(done: Done): void {
+    const isFull = () => this.#done.length >= this.#maxEntries || this.#done.bytes + done.size > this.#maxBytes
+    for (let { oldest } = this.#done; oldest !== null && isFull(); oldest = this.#done.oldest) this.#done.remove(oldest)
+    this.#done.put(done)
+    this.#startSweeping()
+  }
+
+  #startSweeping(): void {
+    this.#sweeper ??= setInterval(() => this.#sweep(), SWEEP_EVERY_MS).unref()
+  }
+
+  /** @throws StoreFull */
+  #makeRoom({ retainMs }: Claim, now: number): void {
+    // Claims with which nothing is lost can be made by anybody: half of the room stays for those that count.
+    const room = retainMs > 0 ? this.#maxEntries : Math.ceil(this.#maxEntries / 2)
+    if (this.#claims.size < room) return
+    if (this.#leasesHold <= now) {
+      this.#leasesHold = Number.POSITIVE_INFINITY
+      for (const [key, { leaseEnd }] of this.#claims) {
+        this.#leasesHold = Math.min(this.#leasesHold, leaseEnd)
+        if (leaseEnd > now) continue
+        this.#claims.delete(key)
+        return
+      }
+    }
+    throw new StoreFull(`MemoryStore is full: ${this.#claims.size} claims are running`)
+  }
+
+  #sweep(): void {
+    const now = performance.now()
+    this.#done.walk(SWEEP_AT_ONCE, (done) => {
+      if (done.expires <= now) this.#done.remove(done)
+    })
+    for (const [key, held] of this.#claims) {
+      if (held.leaseEnd + held.retainMs <= now) this.#claims.delete(key)
+    }
+    for (let { oldest } = this.#released; oldest !== null && oldest.expires <= now; oldest = this.#released.oldest) {
+      this.#released.remove(oldest)
+    }
+    if (this.#done.length === 0 && this.#released.length === 0) void this.close()
+  }
+
+  #wake(key: string): void {
+    const listeners = this.#listeners.get(key)
+    if (listeners === undefined) return
+    this.#listeners.delete(key)
+    for (const listener of [...listeners]) listener()
+  }
+}
+
+function newClaim({ token, fingerprint, retainMs }: Claim, abandoned?: ClaimEntry): ClaimEntry {
+  return {
+    token,
+    fingerprint,
+    attempt: abandoned === undefined ? 1 : abandoned.attempt + 1,
+    leaseEnd: 0,
+    retainMs,
+    givenBack: false,
+    ended: false,
+    found: abandoned === undefined ? null : { fingerprint: abandoned.fingerprint, ended: abandoned.ended }
+  }
+}
+
+function giveBack(held: ClaimEntry, found: Found, unused: boolean): void {
+  held.givenBack = true
+  held.ended = true
+  if (!unused) return
+  held.attempt--
+  held.fingerprint = found.fingerprint
+  held.ended = found.ended
+}
+
+function state({ fingerprint, attempt, leaseEnd, ended }: ClaimEntry, now: number): Acquisition {
+  if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now) }
+  return { state: 'abandoned', fingerprint, attempt, ...(ended && { ended }) }
+}

@@ -1,0 +1,219 @@
+import type { EventEmitter } from 'node:events'
+import { inspect } from 'node:util'
+import type {
+  Acquisition,
+  Claim,
+  IdempotencyStore,
+  StoredRecord,
+  TransactionAcquisition,
+  TransactionClaim,
+  TransactionClient
+} from '../../../types/index.js'
+import { InvalidOption } from '../../errors.js'
+import { onlyKnown } from '../known-options.js'
+import { RELEASE_MEMORY_MS } from '../release-memory.js'
+import { Sweeper } from '../sweeper.js'
+import { claimFailure, explain, isContention } from './errors.js'
+import { PostgresNotifications } from './notifications.js'
+import type { PostgresPool } from './pool.js'
+import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './rows.js'
+import { PostgresSql, SWEEP_ROWS } from './statements.js'
+import { PostgresTransaction } from './transaction.js'
+
+/** Options of a `PostgresStore`. */
+export interface PostgresStoreOptions {
+  /** A pool of `pg`, such as `app.pg.pool` of @fastify/postgres. It stays the caller's: it is never closed. */
+  pool: PostgresPool
+  /**
+   * The table, or `schema.table`: letters, digits and underscores, in the case that they are written in.
+   * @default 'idempotency_keys'
+   */
+  table?: string
+  /**
+   * How often expired rows are deleted, in milliseconds; `null` when something else does it. Of many processes
+   * one at a time does it.
+   * @default 60_000
+   */
+  sweepInterval?: number | null
+}
+
+type Query = (config: { text: string; values?: unknown[]; types: typeof AS_TEXT }) => Promise<{ rows: FoundRow[] }>
+
+/** `schema.table` or `table`; what is derived from the table's name must not exceed PostgreSQL's 63 bytes. */
+const TABLE = /^(?:([A-Za-z_][A-Za-z0-9_]{0,62})\.)?([A-Za-z_][A-Za-z0-9_]{0,51})$/
+
+/** How often a statement is repeated that has lost against others. */
+const MOST_TRIES = 20
+
+/** The longest lease, and the longest memory of a claim: their sum still has a date, in the year 280,000 or so. */
+const LONGEST_MS = 4e15
+
+/**
+ * Claims and replies in a table of PostgreSQL (12 and newer). One statement to acquire and one to complete; the
+ * lease is decided by the server's clock. With `transaction: true` on a route, the claim, the handler's writes and
+ * the stored reply are one transaction.
+ */
+export class PostgresStore implements IdempotencyStore {
+  readonly #pool: { query: Query; connect(done: (error: unknown, client?: TransactionClient) => void): void }
+  readonly #sql: PostgresSql
+  readonly #notifications: PostgresNotifications
+  readonly #sweeper: Sweeper | null
+
+  /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
+  constructor(options: PostgresStoreOptions) {
+    const { pool, table = 'idempotency_keys', sweepInterval = 60_000, ...unknown } = options ?? {}
+    const wanted = 'new PostgresStore({ pool: new Pool({ connectionString }) }), with Pool of "pg"'
+    // Never what is in a text, which may be a password.
+    if (typeof options === 'string') throw new InvalidOption(`PostgresStore takes a pool, not a URL: ${wanted}`)
+    if (typeof pool === 'string') {
+      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg, not a URL: ${wanted}`)
+    }
+    if (pool !== undefined || !('connectionString' in unknown)) {
+      onlyKnown('PostgresStore', unknown, ['pool', 'table', 'sweepInterval'])
+    } else {
+      throw new InvalidOption(`PostgresStore has no option "connectionString", it takes a pool: ${wanted}`)
+    }
+    if (typeof pool === 'object' && pool !== null && 'connectionParameters' in pool) {
+      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg, not a single client: ${wanted}`)
+    }
+    const given = pool as Partial<PostgresPool> | undefined | null
+    if (![given?.query, given?.connect, given?.on].every((method) => typeof method === 'function')) {
+      const what = 'a pool of pg, such as app.pg.pool of @fastify/postgres'
+      // Not what is in it, which may be a password.
+      throw new InvalidOption(`PostgresStore option "pool" takes ${what}, got ${describe(pool, -1)}`)
+    }
+    if ((pool as { options?: { binary?: unknown } }).options?.binary) {
+      throw new InvalidOption('PostgresStore option "pool" takes a pool without binary: true')
+    }
+    if (isNative(pool)) {
+      // Its statements cannot be several in one trip, and its notifications have another form.
+      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg itself, not of pg.native: ${wanted}`)
+    }
+    const [, schema, name] = (typeof table === 'string' && TABLE.exec(table)) || []
+    if (name === undefined) {
+      const what = 'a name of letters, digits and underscores, at most 52, perhaps after a schema and a dot'
+      throw new InvalidOption(`PostgresStore option "table" takes ${what}, got ${describe(table)}`)
+    }
+    if (sweepInterval !== null && !(Number.isSafeInteger(sweepInterval) && sweepInterval > 0)) {
+      const what = 'a positive integer of milliseconds, or null for never'
+      throw new InvalidOption(`PostgresStore option "sweepInterval" takes ${what}, got ${describe(sweepInterval)}`)
+    }
+    survive(pool)
+    this.#pool = pool as never
+    this.#sql = new PostgresSql(schema ?? null, name)
+    this.#notifications = new PostgresNotifications(pool)
+    this.#sweeper = sweepInterval === null ? null : new Sweeper(sweepInterval, this.#sweep)
+  }
+
+  /** Creates the table and its index where they are missing. Any number of processes may call it at once. */
+  async createTable(): Promise<void> {
+    await this.#query(this.#sql.createTable)
+  }
+
+  async acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
+    this.#sweeper?.start()
+    const values = [toKey(key), toText(token), toText(fingerprint), limited(leaseMs), limited(retainMs), takeover]
+    for (let tries = 1; tries <= MOST_TRIES; tries++) {
+      const [row] = await this.#query(this.#sql.acquire, values, claimFailure)
+      if (row !== undefined) return acquisitionOf(row, leaseMs)
+      // Another was faster, so recently that this statement could not see it yet: the next one can.
+    }
+    throw new Error('The idempotency key changes hands too fast')
+  }
+
+  renew(key: string, token: string, leaseMs: number): Promise<boolean> {
+    return this.#test(this.#sql.renew, [toKey(key), toText(token), limited(leaseMs)])
+  }
+
+  async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+    return this.#test(this.#sql.complete, [toKey(key), toText(token), ...recordValues(record), ttlMs])
+  }
+
+  release(key: string, token: string, unused = false): Promise<boolean> {
+    return this.#test(this.#sql.release, [toKey(key), toText(token), RELEASE_MEMORY_MS, unused])
+  }
+
+  changed(key: string, signal: AbortSignal): Promise<void> {
+    const watch = async () => (await this.#query(this.#sql.watch, [toKey(key)])).length > 0
+    return this.#notifications.changed(key, watch, signal)
+  }
+
+  async get(key: string): Promise<Acquisition | null> {
+    const [row] = await this.#query(this.#sql.get, [toKey(key)])
+    return row === undefined ? null : acquisitionOf(row, 0)
+  }
+
+  /** Does not forget what an open transaction holds: that gives `false`. */
+  async delete(key: string): Promise<boolean> {
+    const [row] = (await this.#query(this.#sql.remove, [toKey(key)])) as unknown as { existed: string }[]
+    return row?.existed === 't'
+  }
+
+  async begin(key: string, claim: TransactionClaim): Promise<TransactionAcquisition> {
+    this.#sweeper?.start()
+    const { leaseMs, retainMs } = claim
+    const within = { ...claim, leaseMs: limited(leaseMs), retainMs: limited(retainMs) }
+    const transaction = await this.#connect((client) => new PostgresTransaction(client, this.#sql, key, within))
+    return transaction.begin(within)
+  }
+
+  /** Closes the connection that listens for changes, and stops deleting, until the store is used again. */
+  async close(): Promise<void> {
+    await Promise.all([this.#notifications.close(), this.#sweeper?.stop()])
+  }
+
+  /** By a callback: between a client's coming and a promise's resolution its loss would be heard by nobody. */
+  #connect<T>(use: (client: TransactionClient) => T): Promise<T> {
+    return new Promise((resolve, reject) => {
+      this.#pool.connect((error, client) => {
+        if (client === undefined) reject(explain(error))
+        else resolve(use(client))
+      })
+    })
+  }
+
+  readonly #sweep = async (): Promise<boolean> => {
+    return (await this.#query(this.#sql.sweep)).length === SWEEP_ROWS
+  }
+
+  /** Runs a statement that says yes by a row. */
+  async #test(text: string, values: unknown[]): Promise<boolean> {
+    const done = async () => (await this.#query(text, values)).length > 0
+    // No is said twice: a statement that has waited for an earlier one of the same token does not see what that has done.
+    return (await done()) || done()
+  }
+
+  async #query(text: string, values?: unknown[], failure = explain): Promise<FoundRow[]> {
+    for (let tries = 1; ; tries++) {
+      try {
+        const { rows } = await this.#pool.query({ text, ...(values && { values }), types: AS_TEXT })
+        return rows
+      } catch (error) {
+        if (tries === MOST_TRIES || !isContention(error)) throw failure(error)
+      }
+    }
+  }
+}
+
+/** The queries of pg-native hear nothing of the protocol. */
+function isNative(pool: unknown): boolean {
+  const { Client } = pool as { Client?: { Query?: { prototype: object } } }
+  return Client?.Query !== undefined && !('handleReadyForQuery' in Client.Query.prototype)
+}
+
+const survivors = new WeakSet<PostgresPool>()
+
+/** A server that restarts breaks idle connections, of which the pool tells by an event that ends a process without a listener. */
+function survive(pool: PostgresPool): void {
+  if (survivors.has(pool)) return
+  survivors.add(pool)
+  ;(pool as unknown as EventEmitter).on('error', () => {})
+}
+
+function limited(ms: number): number {
+  return Math.min(ms, LONGEST_MS)
+}
+
+function describe(value: unknown, depth = 0): string {
+  return `${inspect(value, { depth, breakLength: Infinity }).slice(0, 80)} (${typeof value})`
+}

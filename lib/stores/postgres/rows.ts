@@ -1,0 +1,122 @@
+import { createHash } from 'node:crypto'
+import type { Acquisition, StoredHeader, StoredRecord } from '../../../types/index.js'
+import { UnreadableAnswer } from '../../errors.js'
+import { areHeaders, isReason, isStatus } from '../record-codec.js'
+
+/** The longest key that is stored as it is, in bytes; an index has no room for much longer ones. */
+const LONGEST_KEY = 500
+
+/** All columns as the server wrote them, whatever parsers the application has set for its own. */
+export const AS_TEXT = { getTypeParser: () => (value: string) => value }
+
+/** What a claim or a look has found, as text. */
+export interface FoundRow {
+  found: 'acquired' | 'running' | 'abandoned' | 'ended' | 'completed' | 'locked' | 'unknown'
+  attempt: string | null
+  fingerprint: string | null
+  left_ms: string | null
+  created_at: string | null
+  status_code: string | null
+  headers: string | null
+  body: string | null
+  body_is_text: string | null
+  tombstone: string | null
+}
+
+/** Text as PostgreSQL takes it: it has no NUL, and no lone surrogates. */
+export function toText(text: string): string {
+  const wellFormed = text.replace(/\p{Surrogate}/gu, '\ufffd')
+  return /[\\\0]/.test(wellFormed) ? wellFormed.replaceAll('\\', '\\\\').replaceAll('\0', '\\0') : wellFormed
+}
+
+function fromText(text: string): string {
+  return text.includes('\\') ? text.replace(/\\(.)/gs, (_, escaped) => (escaped === '0' ? '\0' : escaped)) : text
+}
+
+/** A key as it is stored. What starts with `\h` is no escaped text, so no key can be taken for the hash of another. */
+export function toKey(key: string): string {
+  const text = toText(key)
+  return Buffer.byteLength(text) <= LONGEST_KEY ? text : `\\h${sha256(text)}`
+}
+
+/** What is sent to those who wait for a key. */
+export function messageOf(key: string): string {
+  return sha256(toKey(key))
+}
+
+function sha256(text: string): string {
+  return createHash('sha256').update(text).digest('hex')
+}
+
+/** The parameters of a completion: fingerprint, created_at, status_code, headers, body, body_is_text, tombstone. */
+export function recordValues(record: StoredRecord): unknown[] {
+  const { fingerprint, createdAt } = record
+  const common = [toText(fingerprint), createdAt]
+  if (record.kind === 'tombstone') return [...common, null, null, null, null, record.reason]
+  const headers = record.headers.map(([name, value]) => [
+    toText(name),
+    Array.isArray(value) ? value.map(toText) : toText(value)
+  ])
+  // The body is copied, because it is sent later: perhaps there is no connection free yet.
+  return [...common, record.statusCode, JSON.stringify(headers), Buffer.from(record.body), record.text, null]
+}
+
+/** @throws when the row is not one of ours. */
+export function acquisitionOf(row: FoundRow, leaseMs: number): Acquisition {
+  const fingerprint = fromText(row.fingerprint ?? '')
+  const attempt = Number(row.attempt)
+  switch (row.found) {
+    case 'acquired':
+      return { state: 'acquired', attempt }
+    case 'locked':
+      // Nobody sees into a transaction: what it looks like is not known, nor how long it will take.
+      return { state: 'running', fingerprint: '', leaseMs }
+    case 'running':
+      return { state: 'running', fingerprint, leaseMs: Math.max(0, Math.ceil(Number(row.left_ms))) }
+    case 'abandoned':
+      return { state: 'abandoned', fingerprint, attempt }
+    case 'ended':
+      return { state: 'abandoned', fingerprint, attempt, ended: true }
+    case 'completed': {
+      const ttlMs = row.left_ms === null ? null : Math.max(0, Math.ceil(Number(row.left_ms)))
+      return { state: 'completed', record: recordOf(row, fingerprint), ttlMs }
+    }
+    default:
+      throw undecodable()
+  }
+}
+
+function recordOf(row: FoundRow, fingerprint: string): StoredRecord {
+  const createdAt = Number(row.created_at ?? Number.NaN)
+  if (!Number.isFinite(createdAt)) throw undecodable()
+  if (row.tombstone !== null) {
+    if (!isReason(row.tombstone)) throw undecodable()
+    return { kind: 'tombstone', fingerprint, createdAt, reason: row.tombstone }
+  }
+  const statusCode = Number(row.status_code)
+  if (!isStatus(statusCode) || row.body === null || row.body_is_text === null) throw undecodable()
+  return {
+    kind: 'reply',
+    fingerprint,
+    createdAt,
+    statusCode,
+    headers: headersOf(row.headers),
+    body: Buffer.from(row.body, 'base64'),
+    text: row.body_is_text === 't'
+  }
+}
+
+function headersOf(json: string | null): StoredHeader[] {
+  let headers: unknown
+  try {
+    headers = JSON.parse(json ?? '')
+  } catch {
+    throw undecodable()
+  }
+  if (!areHeaders(headers)) throw undecodable()
+  return headers.map(([name, value]) => [fromText(name), Array.isArray(value) ? value.map(fromText) : fromText(value)])
+}
+
+function undecodable(): Error {
+  return new UnreadableAnswer('A stored idempotency record could not be decoded')
+}

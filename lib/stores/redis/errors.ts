@@ -1,0 +1,23 @@
+import { StoreFull } from '../../errors.js'
+
+/** The error without the command that it carries: the command's arguments are somebody's reply, and errors are logged. */
+export function discreet(error: unknown): Error {
+  const { name = 'Error', message = String(error) } = error instanceof Error ? error : {}
+  return Object.assign(new Error(message), { name })
+}
+
+/** Before Redis 7 a script's error says first that it is one. */
+export function isWrongType(error: unknown): boolean {
+  return /\bWRONGTYPE Operation\b/.test((error as Error).message)
+}
+
+/** Was the command of a pipeline given up, because the connection was lost when others of it had been answered? */
+export function isAborted(result: readonly [error: Error | null, ...unknown[]] | undefined): boolean {
+  return /aborted due to connection close/i.test(result?.[0]?.message ?? '')
+}
+
+/** What a claim is told: a server without room that does not evict (maxmemory, noeviction) is there, and refuses. */
+export function claimFailure(error: unknown): unknown {
+  if (!/\bOOM command not allowed/.test((error as Error).message)) return error
+  return new StoreFull('Redis is full, and takes no further claim (maxmemory)', { cause: error })
+}

@@ -1,0 +1,35 @@
+import type { RedisClient } from './client.js'
+
+type Config = (command: 'GET', pattern: string) => Promise<unknown>
+
+/**
+ * Warns when the server evicts keys as soon as it is full: who loses a claim or a reply runs its handler again. A
+ * server that does not tell, as an ACL or a provider may have it, is left alone.
+ */
+export async function warnOfEviction(client: RedisClient): Promise<void> {
+  let settings: Map<unknown, unknown>
+  try {
+    settings = settingsOf(await (client as unknown as { config: Config }).config('GET', 'maxmemory*'))
+  } catch {
+    return
+  }
+  const policy = settings.get('maxmemory-policy')
+  if (policy === undefined || policy === 'noeviction' || Number(settings.get('maxmemory')) === 0) return
+  process.emitWarning(`Redis evicts keys when it is full (maxmemory-policy ${policy})`, {
+    type: 'IdempotencyWarning',
+    code: 'FST_IDEMPOTENCY_EVICTION',
+    detail: 'A claim or reply that is evicted lets its handler run again. Use maxmemory-policy noeviction.'
+  })
+}
+
+/**
+ * A list of names and values in turn, or a map, as the protocol has it.
+ * @throws when there is nothing, which tells nothing.
+ */
+function settingsOf(answer: unknown): Map<unknown, unknown> {
+  if (answer instanceof Map) return answer
+  if (!Array.isArray(answer)) return new Map(Object.entries(answer as object))
+  const settings = new Map()
+  for (let n = 0; n < answer.length; n += 2) settings.set(answer[n], answer[n + 1])
+  return settings
+}

@@ -1,0 +1,333 @@
+import { isAscii } from 'node:buffer'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../../types/index.js'
+import { InvalidOption, UnreadableAnswer } from '../../errors.js'
+import { onlyKnown } from '../known-options.js'
+import { decodeRecord, encodeRecord } from '../record-codec.js'
+import { RELEASE_MEMORY_MS } from '../release-memory.js'
+import { ClaimBatches, type Pipeline, type Result } from './batches.js'
+import type { RedisClient } from './client.js'
+import { claimFailure, discreet, isAborted, isWrongType } from './errors.js'
+import { warnOfEviction } from './eviction.js'
+import { Renewals } from './renewals.js'
+import { type Argument, runScript } from './run-script.js'
+import { ACQUIRE, COMPLETE, DELETE, RELEASE, type Script, WATCH } from './scripts.js'
+import { RedisSubscriptions } from './subscriptions.js'
+
+/** Options of a `RedisStore`. */
+export interface RedisStoreOptions {
+  /**
+   * Put before every key, and before every channel.
+   * @default 'idempotency:'
+   */
+  keyPrefix?: string
+  /**
+   * How many replicas must have a reply before it counts as stored (`WAIT`). Not for a Cluster. It takes a write and
+   * a wait more per reply, for which the connection stands still.
+   * @default 0
+   */
+  replicas?: number
+  /**
+   * How long to wait for them, in milliseconds. Should be less than `storeTimeout`.
+   * @default 1_000
+   */
+  replicaTimeout?: number
+}
+
+const VERSION = '1'
+const LONGEST_TOKEN = 255
+const LONGEST_STRING = 16_384
+const CLAIM = 0x50 // P
+const RECORD = 0x43 // C
+const RELEASED = 0x52 // R
+const ENDED = 0x45 // E
+const ABANDONED = 0x41 // A
+
+/**
+ * Claims and replies in Redis (6.2 and newer, Valkey), by an ioredis client: single, Sentinel or Cluster. One
+ * round trip to acquire and one to complete; the lease is decided by the clock of Redis alone. The client
+ * stays the caller's: it is never closed here.
+ */
+export class RedisStore implements IdempotencyStore {
+  readonly #client: RedisClient
+  readonly #prefix: string
+  readonly #replicas: number
+  readonly #replicaTimeout: number
+  readonly #subscriptions: RedisSubscriptions
+  /** `null` in a Cluster, where the keys of a pipeline must be neighbours. */
+  readonly #batches: ClaimBatches | null
+  readonly #renewals: Renewals
+  /** Does the server take SET with NX and GET together? Redis does from 7.0 on. */
+  #setNxGet = true
+  /** Has it been looked at whether the server may evict what is stored? */
+  #eviction: Promise<void> | null = null
+
+  /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
+  constructor(client: RedisClient, options: RedisStoreOptions = {}) {
+    const methods = ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate'] as const
+    const given = client as Partial<Record<(typeof methods)[number], unknown>> | undefined | null
+    if (!methods.every((method) => typeof given?.[method] === 'function')) {
+      // Not what is in it, which may be a password.
+      const isNodeRedis = typeof (given as { sendCommand?: unknown } | undefined)?.sendCommand === 'function'
+      const got = isNodeRedis ? 'one that looks like a client of node-redis' : `a value of type ${typeof client}`
+      throw new InvalidOption(
+        'RedisStore takes an ioredis client, such as app.redis of @fastify/redis: new RedisStore(new Redis(url)), with ' +
+          `Redis of "ioredis"; got ${got}`
+      )
+    }
+    const { keyPrefix = 'idempotency:', replicas = 0, replicaTimeout = 1_000, ...unknown } = options
+    onlyKnown('RedisStore', unknown, ['keyPrefix', 'replicas', 'replicaTimeout'])
+    if (typeof keyPrefix !== 'string') {
+      throw new InvalidOption(`RedisStore option "keyPrefix" takes a string, got ${typeof keyPrefix}`)
+    }
+    if (!Number.isSafeInteger(replicas) || replicas < 0) {
+      throw new InvalidOption(`RedisStore option "replicas" takes a number of replicas, got ${String(replicas)}`)
+    }
+    const { isCluster = false } = client as { isCluster?: boolean }
+    if (replicas > 0 && isCluster) {
+      throw new InvalidOption(
+        'RedisStore option "replicas" takes no Cluster, where WAIT has no one connection to go to'
+      )
+    }
+    if (!Number.isSafeInteger(replicaTimeout) || replicaTimeout <= 0) {
+      const what = `a positive integer of milliseconds, got ${String(replicaTimeout)} (${typeof replicaTimeout})`
+      throw new InvalidOption(`RedisStore option "replicaTimeout" takes ${what}`)
+    }
+    this.#client = client
+    this.#prefix = keyPrefix
+    this.#replicas = replicas
+    this.#replicaTimeout = replicaTimeout
+    this.#subscriptions = new RedisSubscriptions(client)
+    this.#batches = isCluster ? null : new ClaimBatches(client)
+    this.#renewals = new Renewals(client, isCluster)
+  }
+
+  // What is the caller's is read before anything is waited for: it may change meanwhile.
+  async acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
+    try {
+      this.#eviction ??= warnOfEviction(this.#client)
+      const owner = ownerOf(CLAIM, token)
+      const expiry = String(retainMs + leaseMs)
+      if (this.#setNxGet) {
+        const [set, pttl] = await this.#setOrGet(
+          this.#prefix + key,
+          join(owner, `01:${retainMs}::${fingerprint}`),
+          expiry
+        )
+        const found = this.#understand(set, pttl, owner)
+        if (found !== null) return found
+      }
+      return await this.#acquireCarefully(key, owner, String(retainMs), fingerprint, expiry, takeover)
+    } catch (error) {
+      throw claimFailure(error)
+    }
+  }
+
+  async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
+    return this.#renewals.renew(this.#prefix + key, ownerOf(CLAIM, token), leaseMs)
+  }
+
+  complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+    try {
+      const value = cheapest(encodeRecord(record, Buffer.from(ownerOf(RECORD, token))))
+      const expiry = ttlMs === null ? '' : String(ttlMs)
+      if (this.#replicas > 0) return this.#completeOnReplicas(key, token, value, expiry)
+      return this.#complete(key, token, value, expiry)
+    } catch (error) {
+      return Promise.reject(error)
+    }
+  }
+
+  async release(key: string, token: string, unused = false): Promise<boolean> {
+    const owner = ownerOf(CLAIM, token)
+    const memory = String(RELEASE_MEMORY_MS)
+    try {
+      return await this.#test(RELEASE, key, owner, unused ? '1' : '0', memory, this.#prefix + key)
+    } catch (error) {
+      // A list, say, is nobody's claim. Asking again would not make it one.
+      if (isWrongType(error)) return false
+      throw error
+    }
+  }
+
+  changed(key: string, signal: AbortSignal): Promise<void> {
+    const watch = () => this.#test(WATCH, key)
+    return this.#subscriptions.changed(this.#prefix + key, watch, signal)
+  }
+
+  async get(key: string): Promise<Acquisition | null> {
+    const [get, pttl] = await this.#pipeline((pipeline) =>
+      pipeline.getBuffer(this.#prefix + key).pttl(this.#prefix + key)
+    )
+    const error = get?.[0] ?? pttl?.[0]
+    if (error) throw discreet(error)
+    const value = get?.[1]
+    if (!Buffer.isBuffer(value) || value[0] === RELEASED) return null
+    const left = Number(pttl?.[1])
+    return decode(value, left, isClaim(value) && lapsed(value, left))
+  }
+
+  async delete(key: string): Promise<boolean> {
+    return this.#test(DELETE, key, this.#prefix + key)
+  }
+
+  /** Closes the connection that listens for changes; the next duplicate that waits opens another. */
+  close(): Promise<void> {
+    return this.#subscriptions.close()
+  }
+
+  #setOrGet(name: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]> {
+    if (this.#batches !== null) return this.#batches.ask(name, value, expiry)
+    return this.#pipeline((pipeline) => pipeline.setBuffer(name, value, 'PX', expiry, 'NX', 'GET').pttl(name))
+  }
+
+  /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
+  #understand(set: Result | undefined, pttl: Result | undefined, owner: Argument): Acquisition | null {
+    // The connection was lost between the answers of a pipeline: who asks again with the same token is recognised.
+    if (isAborted(set) || isAborted(pttl)) return null
+    if (set?.[0]) {
+      if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
+      this.#setNxGet = false
+      return null
+    }
+    const held = set?.[1]
+    if (held === null) return { state: 'acquired', attempt: 1 }
+    if (pttl?.[0]) throw discreet(pttl[0])
+    if (!Buffer.isBuffer(held)) return null
+    const left = Number(pttl?.[1])
+    const isElses = held[0] === CLAIM && !lapsed(held, left) && !startsWith(held, Buffer.from(owner))
+    return held[0] === RECORD || isElses ? decode(held, left, false) : null
+  }
+
+  async #acquireCarefully(
+    key: string,
+    owner: Argument,
+    retainMs: string,
+    fingerprint: string,
+    expiry: string,
+    takeover: boolean
+  ): Promise<Acquisition> {
+    const reply = await this.#run(ACQUIRE, key, owner, retainMs, fingerprint, expiry, takeover ? '1' : '0')
+    // Numbers may come as strings: ioredis has an option for that.
+    const [attempt, value, left, abandoned] = reply as [unknown, Buffer, unknown, unknown]
+    if (Number(attempt) > 0) return { state: 'acquired', attempt: Number(attempt) }
+    return decode(value, Number(left), Number(abandoned) === 1)
+  }
+
+  async #completeOnReplicas(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
+    const connection = this.#connection
+    const stored = await this.#complete(key, token, value, expiry)
+    if (stored) await this.#replicated(connection)
+    return stored
+  }
+
+  #complete(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
+    return this.#test(COMPLETE, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
+  }
+
+  /** Changes whenever the client connects, perhaps to another server. */
+  get #connection(): unknown {
+    return (this.#client as { stream?: unknown }).stream
+  }
+
+  /** Rejects when not enough replicas have what was written until now, or when it was written by another connection. */
+  async #replicated(connection: unknown): Promise<void> {
+    // WAIT is about the writes of its own connection, so there is one right before it: the record may have come by another.
+    const results = await this.#pipeline((pipeline) =>
+      pipeline
+        .set(`${this.#prefix}replicated`, '', 'PX', this.#replicaTimeout)
+        .wait(this.#replicas, this.#replicaTimeout)
+    )
+    for (const [error] of results) if (error) throw discreet(error)
+    if (this.#connection !== connection)
+      throw new Error('The connection to Redis was lost while replicas were waited for')
+    const reached = Number(results[1]?.[1])
+    if (!(reached >= this.#replicas)) throw new Error(`${reached} of ${this.#replicas} replicas have the reply`)
+  }
+
+  async #pipeline(build: (pipeline: Pipeline) => Pipeline): Promise<Result[]> {
+    try {
+      return (await build(this.#client.pipeline() as Pipeline).exec()) ?? []
+    } catch (error) {
+      throw discreet(error)
+    }
+  }
+
+  /** Runs a script that answers yes or no. */
+  #test(script: Script, key: string, ...args: Argument[]): Promise<boolean> {
+    return this.#run(script, key, ...args).then(isOne)
+  }
+
+  #run(script: Script, key: string, ...args: Argument[]): Promise<unknown> {
+    return runScript(this.#client, script, [this.#prefix + key], args)
+  }
+}
+
+function ownerOf(kind: number, token: string): Argument {
+  const length = Buffer.byteLength(token)
+  if (length === 0 || length > LONGEST_TOKEN) throw new RangeError('A token is 1 to 255 bytes long')
+  // ioredis sends strings for less than bytes.
+  if (length < 0x80) return String.fromCharCode(kind) + VERSION + String.fromCharCode(length) + token
+  const owner = Buffer.allocUnsafe(3 + length)
+  owner[0] = kind
+  owner.write(VERSION, 1)
+  owner[2] = length
+  owner.write(token, 3)
+  return owner
+}
+
+function isOne(result: unknown): boolean {
+  return Number(result) === 1
+}
+
+function join(owner: Argument, rest: string): Argument {
+  return typeof owner === 'string' ? owner + rest : Buffer.concat([owner, Buffer.from(rest)])
+}
+
+/** A record of ASCII text as a string, unless it is so long that bytes are cheaper after all. */
+function cheapest(value: Buffer): Argument {
+  return value.length <= LONGEST_STRING && isAscii(value) ? value.toString('latin1') : value
+}
+
+function startsWith(value: Buffer, prefix: Buffer): boolean {
+  return value.length >= prefix.length && value.compare(prefix, 0, prefix.length, 0, prefix.length) === 0
+}
+
+/** Where the bytes behind the token start. */
+function afterToken(value: Buffer): number {
+  if (value.length < 3 || value[1] !== VERSION.charCodeAt(0)) throw undecodable()
+  return 3 + (value[2] as number)
+}
+
+/** Of a claim, or of what one has left behind. */
+function parseClaim(value: Buffer): { attempt: number; retainMs: number; fingerprint: string } {
+  const start = afterToken(value)
+  // What may be text comes behind it, and is not looked at. The longest there is takes three numbers of 16 digits.
+  const match = /^[01](\d+):(\d+):[AE]?(\d*):/.exec(value.toString('latin1', start, start + 64))
+  if (match === null) throw undecodable()
+  const [head, attempt, retainMs, length] = match as unknown as [string, string, string, string]
+  const fingerprint = value.toString('utf8', start + head.length + Number(length))
+  return { attempt: Number(attempt), retainMs: Number(retainMs), fingerprint }
+}
+
+function isClaim(value: Buffer): boolean {
+  return value[0] === CLAIM || value[0] === ENDED || value[0] === ABANDONED
+}
+
+function lapsed(claim: Buffer, left: number): boolean {
+  return left <= parseClaim(claim).retainMs
+}
+
+function decode(value: Buffer, left: number, abandoned: boolean): Acquisition {
+  if (value[0] === RECORD) {
+    const record = decodeRecord(value, afterToken(value))
+    return { state: 'completed', record, ttlMs: left === -1 ? null : Math.max(0, left) }
+  }
+  if (!isClaim(value)) throw undecodable()
+  const { attempt, retainMs, fingerprint } = parseClaim(value)
+  if (abandoned) return { state: 'abandoned', fingerprint, attempt, ...(value[0] === ENDED && { ended: true }) }
+  return { state: 'running', fingerprint, leaseMs: Math.max(0, left - retainMs) }
+}
+
+function undecodable(): Error {
+  return new UnreadableAnswer('A stored idempotency claim could not be decoded')
+}

@@ -1,0 +1,120 @@
+import { listen } from '../../util/listen.js'
+import type { RedisClient } from './client.js'
+
+/** The part of an ioredis connection that listens. */
+interface Subscriber {
+  on(event: string, listener: (...args: never[]) => void): unknown
+  subscribe(channel: string): Promise<unknown>
+  unsubscribe(channel: string): Promise<unknown>
+  disconnect(): void
+}
+
+/** Those who listen on one channel. */
+class Subscription {
+  readonly listeners = new Set<() => void>()
+  readonly active: Promise<unknown>
+
+  constructor(active: Promise<unknown>) {
+    this.active = active
+  }
+}
+
+/**
+ * Wake-ups by pub/sub, on one connection for all keys. It is opened by the first who waits, and a channel is
+ * subscribed once, however many listen.
+ */
+export class RedisSubscriptions {
+  readonly #client: RedisClient
+  readonly #channels = new Map<string, Subscription>()
+  #subscriber: Subscriber | null = null
+
+  constructor(client: RedisClient) {
+    this.#client = client
+  }
+
+  /**
+   * Resolves upon a message on the channel, or when the signal aborts.
+   * @param watch Asked once the subscription stands; `false` when there is nothing to wait for.
+   */
+  async changed(channel: string, watch: () => Promise<boolean>, signal: AbortSignal): Promise<void> {
+    if (signal.aborted) return
+    const subscription = this.#subscribe(channel)
+    const { promise, listener } = listen(signal)
+    subscription.listeners.add(listener)
+    try {
+      // Only what ends after this point is sure to be heard, so only now is it time to look.
+      await Promise.race([subscription.active, promise])
+      if (!signal.aborted && (await Promise.race([watch(), promise])) !== false) await promise
+    } finally {
+      signal.removeEventListener('abort', listener)
+      subscription.listeners.delete(listener)
+      this.#unsubscribe(channel, subscription)
+    }
+  }
+
+  /** Ends all listening, and the connection. */
+  async close(): Promise<void> {
+    const subscriber = this.#subscriber
+    this.#subscriber = null
+    for (const { listeners } of this.#channels.values()) for (const listener of listeners) listener()
+    this.#channels.clear()
+    subscriber?.disconnect()
+  }
+
+  #subscribe(channel: string): Subscription {
+    let subscription = this.#channels.get(channel)
+    if (subscription === undefined) {
+      this.#subscriber ??= this.#connect()
+      const created = new Subscription(this.#subscriber.subscribe(channel))
+      created.active.catch(() => {
+        if (this.#channels.get(channel) === created) this.#channels.delete(channel)
+      })
+      this.#channels.set(channel, created)
+      subscription = created
+    }
+    return subscription
+  }
+
+  #unsubscribe(channel: string, subscription: Subscription): void {
+    if (subscription.listeners.size > 0 || this.#channels.get(channel) !== subscription) return
+    this.#channels.delete(channel)
+    // A lost UNSUBSCRIBE costs a message that nobody listens to.
+    this.#subscriber?.unsubscribe(channel).catch(() => {})
+  }
+
+  #connect(): Subscriber {
+    const subscriber = duplicate(this.#client)
+    subscriber.on('message', (channel: string) => {
+      for (const listener of [...(this.#channels.get(channel)?.listeners ?? [])]) listener()
+    })
+    // Until it is back nobody knows what they miss: all look again, and whoever still waits then listens anew.
+    subscriber.on('close', () => {
+      if (this.#subscriber !== subscriber) return
+      const lost = [...this.#channels.values()]
+      this.#channels.clear()
+      for (const { listeners } of lost) for (const listener of [...listeners]) listener()
+    })
+    // A connection that is given up, by the caller's own rules, is replaced with the next subscription.
+    subscriber.on('end', () => {
+      if (this.#subscriber === subscriber) void this.close()
+    })
+    // Without a listener an error would end the process. Who waits polls meanwhile, and ioredis reconnects.
+    subscriber.on('error', () => {})
+    return subscriber
+  }
+}
+
+/** The caller's own limits on retries must not end the listening; a key prefix must not change the channels. */
+function duplicate(client: RedisClient): Subscriber {
+  const overrides = { enableOfflineQueue: true, maxRetriesPerRequest: null, autoResubscribe: false, keyPrefix: '' }
+  if ((client as { isCluster?: boolean }).isCluster === true) {
+    const cluster = client as unknown as {
+      options?: { redisOptions?: object }
+      duplicate(nodes: unknown[], options: object): Subscriber
+    }
+    const redisOptions = { ...cluster.options?.redisOptions, keyPrefix: '' }
+    return cluster.duplicate([], { enableOfflineQueue: true, keyPrefix: '', redisOptions })
+  }
+  const single = client as unknown as { duplicate(options: object): Subscriber }
+  return single.duplicate({ ...overrides, lazyConnect: false })
+}

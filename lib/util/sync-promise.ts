@@ -1,0 +1,36 @@
+import type { Acquisition } from '../../types/index.js'
+
+const kValue = Symbol('fastify-idempotency.value')
+
+/** A value, or the promise of one. */
+export type Maybe<T> = T | Promise<T>
+
+/**
+ * A fulfilled promise that shows its value, for those who have the answer at hand: nobody in this package waits for it.
+ * To all others it is a promise like any other.
+ */
+export function atHand<T>(value: T): Promise<T> {
+  const promise = Promise.resolve(value) as Promise<T> & { [kValue]?: T }
+  promise[kValue] = value
+  return promise
+}
+
+export function isAtHand(promise: Promise<unknown>): boolean {
+  return kValue in promise
+}
+
+/** The value of a promise that shows it; any other promise as it is. */
+export function reveal<T>(promise: Promise<T>): Maybe<T> {
+  return kValue in promise ? (promise[kValue] as T) : promise
+}
+
+/** What a store has in this process itself, in front of one that may be down. */
+export const kPeek = Symbol('fastify-idempotency.peek')
+
+export interface Peekable {
+  [kPeek](key: string): Acquisition | null
+}
+
+export function isThenable(value: unknown): value is PromiseLike<unknown> {
+  return typeof value === 'object' && value !== null && 'then' in value && typeof value.then === 'function'
+}
