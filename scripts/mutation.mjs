@@ -1,115 +1,58 @@
-// Plants small faults in lib/, one at a time (StrykerJS), and tells which of them no test notices. `npm run mutation`
-// does so for all files; `npm run mutation -- key fingerprint` for lib/key.ts and lib/fingerprint.ts;
-// `npm run mutation -- key:10-20` for some lines; `npm run mutation -- --again key` for what survived the last time.
-// `--last` tells the last outcome once more, without running anything.
-// MUTATION_JOBS: how many at once; MUTATION_EXCLUDE: kinds of faults to leave out.
-// What may survive is listed in test/mutation/survivors.md, with the reason.
+// Plants small faults in a file of lib/, one at a time (StrykerJS), and tells which of them no test notices:
+//
+//   npm run mutation -- http/key                     for lib/http/key.ts
+//   npm run mutation -- http/key:10-20               for some lines
+//   npm run mutation -- http/key test/unit/key       with other tests than those that import the file
+//
+// Without tests it takes those of test/unit and test/properties that import the file, or all of test/integration where
+// none does. MUTATION_JOBS: how many at once; MUTATION_EXCLUDE: kinds of faults to leave out. Where a fault may live and
+// a reader would wonder, the code says why: `// Stryker disable next-line <kind>: <reason>`.
 
 import { spawnSync } from 'node:child_process'
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
 const tools = join(root, 'test', 'mutation')
 const work = join(root, '.build', 'mutation')
+const report = join(work, 'report.json')
 
-/** For each file of lib/ the tests in which its behaviour is specified, the quick ones first. */
-const SPECIFIED_IN = {
-  key: 'unit/key properties/key integration/identity',
-  fingerprint: 'unit/fingerprint integration/identity',
-  options: 'unit/options integration/coverage',
-  replay: 'unit/replay integration/replies integration/errors interop/errors interop/cors interop/cookie-and-session',
-  'at-hand': 'unit/at-hand unit/local-cache integration/coverage',
-  capture: 'unit/capture',
-  'client-watch': 'unit/client-watch',
-  deadlines: 'unit/deadlines unit/within',
-  leases: 'unit/leases unit/deadlines integration/life pitfalls/claim',
-  within: 'unit/within unit/deadlines integration/closing',
-  waiting: 'unit/waiting integration/duplicates integration/closing',
-  token: 'unit/token',
-  problem: 'unit/problem integration/problem-details',
-  ending: 'unit/ending',
-  errors: 'unit/errors unit/within integration/errors integration/duplicates',
-  events: 'integration/coverage integration/life integration/errors integration/duplicates',
-  exchange: 'unit/exchange integration/coverage integration/life pitfalls/claim pitfalls/failures',
-  handler: 'unit/handler',
-  'handler-timeout': 'unit/handler-timeout',
-  coverage: 'integration/layouts',
-  'early-routes': 'unit/early-routes integration/layouts',
-  forms: 'unit/forms',
-  siblings: 'unit/siblings',
-  values: 'unit/options',
-  warnings: 'unit/warnings',
-  'request-context': 'integration/coverage integration/life integration/identity integration/transactions',
-  'instance-api': 'unit/instance-api integration/life',
-  'nowhere-response': 'unit/nowhere-response integration/life pitfalls/failures',
-  registration: 'integration/layouts integration/coverage integration/closing integration/duplicates',
-  plugin:
-    'integration/layouts integration/coverage integration/closing interop/hooks interop/encapsulation interop/auth',
-  'store-in-use':
-    'unit/store-in-use integration/errors integration/life integration/closing pitfalls/failures pitfalls/claim',
-  operation: 'unit/operation-claim unit/operation-reserve unit/operation-end unit/operation-transaction',
-  lifecycle: 'unit/lifecycle',
-  'request-snapshot': 'unit/request-snapshot unit/lifecycle',
-  'stores/memory': 'unit/memory-store stores/memory',
-  'stores/shelf': 'unit/shelf unit/memory-store unit/local-cache',
-  'stores/inner': 'unit/siblings',
-  'stores/kept': 'unit/kept unit/memory-store unit/local-cache',
-  'stores/local-cache': 'unit/local-cache',
-  'stores/record': 'unit/record properties/record',
-  'stores/sweeper': 'unit/sweeper',
-  'stores/listening': 'stores/redis-wire',
-  'stores/redis-eviction': 'stores/redis-eviction',
-  'stores/redis-scripts': 'stores/redis-wire stores/redis',
-  'stores/redis-batches': 'unit/redis-batching',
-  'stores/redis-renewals': 'unit/redis-batching',
-  'stores/redis-run': 'unit/redis-batching',
-  'stores/redis-errors': 'unit/redis-errors unit/redis-batching',
-  'stores/redis-subscriptions': 'unit/redis-subscriptions',
-  'stores/sealing': 'unit/sealing',
-  'stores/encrypted': 'unit/encrypted stores/encrypted',
-  openapi: 'unit/openapi interop/swagger',
-  'covered-routes': 'interop/swagger',
-  client: 'unit/client',
-  'stores/redis': 'unit/redis-store',
-  'stores/postgres-errors': 'unit/postgres-errors',
-  'stores/postgres-guard': 'unit/sql-guard',
-  'stores/postgres-notifications': 'unit/postgres-notifications',
-  'stores/postgres-rows': 'unit/postgres-rows',
-  'stores/postgres-sql': 'unit/postgres-sql stores/postgres-server stores/postgres',
-  'stores/postgres-transaction': 'unit/postgres-transaction',
-  'stores/postgres': 'unit/postgres-store'
+/** @param {string} folder */
+const testsIn = (folder) =>
+  readdirSync(join(root, folder))
+    .filter((test) => test.endsWith('.test.ts'))
+    .map((test) => `${folder}/${test}`)
+
+/**
+ * The tests in which a file is specified.
+ * @param {string} file
+ */
+function testsOf(file) {
+  const imported = `/${file.replace(/\.ts$/, '.js')}'`
+  const tests = [...testsIn('test/unit'), ...testsIn('test/properties')]
+  const specified = tests.filter((test) => readFileSync(join(root, test), 'utf8').includes(imported))
+  return specified.length > 0 ? specified : testsIn('test/integration')
 }
 
 /**
- * @typedef {object} Mutant
- * @property {string} status
- * @property {string} mutatorName
- * @property {string} replacement
- * @property {{ start: { line: number, column: number }, end: { line: number, column: number } }} location
- */
-
-/** @param {string} name */
-const reportOf = (name) => join(work, `${name.replaceAll('/', '.')}.json`)
-
-/**
  * Runs Stryker over a file of lib/.
- * @param {string} name
- * @param {string} mutate the file, or parts of it
+ * @param {string} mutate the file, or a part of it
+ * @param {string[]} tests
  */
-function run(name, mutate) {
-  const tests = SPECIFIED_IN[name].split(' ').map((test) => `.build/test/${test}.test.js`)
+function run(mutate, tests) {
   const module = (/** @type {string} */ path) => join(tools, 'node_modules', '@stryker-mutator', path)
-  const config = join(work, `${name.replaceAll('/', '.')}.config.json`)
-  const report = reportOf(name)
+  const config = join(work, 'config.json')
   const options = {
-    mutate: mutate.split(','),
+    mutate: [mutate],
     plugins: [module('tap-runner/dist/src/index.js'), join(tools, 'ignore-messages.mjs')],
     ignorers: ['messages'],
     mutator: { excludedMutations: (process.env.MUTATION_EXCLUDE ?? '').split(',').filter(Boolean) },
     testRunner: 'tap',
-    tap: { testFiles: tests, forceBail: true },
+    tap: {
+      testFiles: tests.map((test) => join('.build', test.replace(/(\.test)?(\.ts)?$/, '.test.js'))),
+      forceBail: true
+    },
     coverageAnalysis: 'perTest',
     // TypeScript is a native compiler here, which Stryker cannot ask; types are of no account to mutants either.
     buildCommand: 'tsc -p tsconfig.json --noCheck --sourceMap false',
@@ -129,13 +72,7 @@ function run(name, mutate) {
     cwd: root,
     stdio: 'inherit'
   })
-  if (status !== 0) throw new Error(`Stryker failed on ${name}`)
-  return outcomeOf(name)
-}
-
-/** @param {string} name @returns {{ source: string, mutants: Mutant[] }} */
-function outcomeOf(name) {
-  return JSON.parse(readFileSync(reportOf(name), 'utf8')).files[`lib/${name}.ts`] ?? { source: '', mutants: [] }
+  if (status !== 0) throw new Error(`Stryker failed on ${mutate}`)
 }
 
 /** Code on one line, and not too much of it. @param {string} code */
@@ -143,6 +80,14 @@ function brief(code) {
   const line = code.replaceAll(/\s+/g, ' ').trim()
   return line.length <= 100 ? line : `${line.slice(0, 70)} … ${line.slice(-25)}`
 }
+
+/**
+ * @typedef {object} Mutant
+ * @property {string} status
+ * @property {string} mutatorName
+ * @property {string} replacement
+ * @property {{ start: { line: number, column: number }, end: { line: number, column: number } }} location
+ */
 
 /**
  * A fault in the line of code in which it begins, where it stands in « ».
@@ -156,38 +101,14 @@ function describe(source, { location: { start, end }, replacement }) {
   lines[last] = (lines[last] ?? '').slice(0, end.column - 1)
   const before = (lines[0] ?? '').slice(0, start.column - 1)
   lines[0] = (lines[0] ?? '').slice(start.column - 1)
-  return `- \`${before.trimStart()}«${brief(lines.join('\n'))}»${after}\` → \`${brief(replacement)}\``
+  return `${before.trimStart()}«${brief(lines.join('\n'))}»${after} → ${brief(replacement)}`
 }
 
-/** What may live, by file. @returns {Map<string, Set<string>>} */
-function listed() {
-  const known = new Map()
-  let file = ''
-  const list = join(tools, 'survivors.md')
-  for (const line of existsSync(list) ? readFileSync(list, 'utf8').split('\n') : []) {
-    if (line.startsWith('## ')) file = line.slice(3).trim()
-    if (!known.has(file)) known.set(file, new Set())
-    if (line.startsWith('- `')) known.get(file).add(line.trim())
-  }
-  return known
+const [wanted, ...named] = process.argv.slice(2)
+if (wanted === undefined) {
+  console.error('Name a file of lib/, such as http/key: npm run mutation -- http/key')
+  process.exit(1)
 }
-
-/** The places of what survived the last time. @param {string} name @param {string} file */
-function survivorsOf(name, file) {
-  const report = reportOf(name)
-  if (!existsSync(report)) return file
-  const { source, mutants } = JSON.parse(readFileSync(report, 'utf8')).files[file]
-  // Of a file that has changed since, the places are not known.
-  if (source !== readFileSync(join(root, file), 'utf8')) return file
-  return mutants
-    .filter(({ status }) => lives(status))
-    .map(({ location: { start, end } }) => `${file}:${start.line}:${start.column - 1}-${end.line}:${end.column - 1}`)
-    .join(',')
-}
-
-/** @param {string} status */
-const lives = (status) => status === 'Survived' || status === 'NoCoverage'
-
 if (!existsSync(join(tools, 'node_modules'))) {
   const { status } = spawnSync('npm', ['ci', '--no-audit', '--no-fund'], { cwd: tools, stdio: 'inherit' })
   if (status !== 0) process.exit(1)
@@ -196,27 +117,15 @@ mkdirSync(work, { recursive: true })
 // Tests that start servers take longer where several run at once.
 process.env.TAP_TIMEOUT ??= '120'
 
-const names = process.argv.slice(2).filter((arg) => !arg.startsWith('--'))
-const again = process.argv.includes('--again')
-const last = process.argv.includes('--last')
-const known = listed()
-let news = 0
-for (const wanted of names.length > 0 ? names : Object.keys(SPECIFIED_IN)) {
-  const [name = '', lines] = wanted.split(':')
-  const file = `lib/${name}.ts`
-  const { source, mutants } = last
-    ? outcomeOf(name)
-    : run(name, again ? survivorsOf(name, file) : lines ? `${file}:${lines}` : file)
-  const counted = mutants.filter(({ status }) => status !== 'Ignored')
-  const living = counted.filter(({ status }) => lives(status))
-  const score = ((1 - living.length / counted.length) * 100).toFixed(1)
-  console.log(`\n| \`${file}\` | ${counted.length} | ${living.length} | ${score} % |`)
-  for (const mutant of living) {
-    const described = describe(source, mutant)
-    if (known.get(file)?.has(described)) continue
-    news++
-    console.log(`${file}:${mutant.location.start.line} ${mutant.mutatorName}, ${mutant.status}\n  ${described}`)
-  }
+const [name = '', lines] = wanted.split(':')
+const file = `lib/${name}.ts`
+run(lines === undefined ? file : `${file}:${lines}`, named.length > 0 ? named : testsOf(file))
+/** @type {{ source: string, mutants: Mutant[] }} */
+const { source, mutants } = JSON.parse(readFileSync(report, 'utf8')).files[file] ?? { source: '', mutants: [] }
+const counted = mutants.filter(({ status }) => status !== 'Ignored')
+const alive = counted.filter(({ status }) => status === 'Survived' || status === 'NoCoverage')
+for (const mutant of alive) {
+  console.log(`${file}:${mutant.location.start.line} ${mutant.mutatorName}, ${mutant.status}`)
+  console.log(`  ${describe(source, mutant)}`)
 }
-console.log(news === 0 ? '\nNo survivor that is not listed.' : `\n${news} survivors that are not listed.`)
-process.exitCode = news === 0 ? 0 : 1
+console.log(`${file}: ${counted.length} faults, ${alive.length} of which no test has noticed`)
