@@ -1,8 +1,7 @@
 import type { ServerResponse } from 'node:http'
 import type { FastifyReply } from 'fastify'
 import type { Exchange } from './exchange.js'
-import { passNothing } from './handler-timeout.js'
-import { buryHijacked } from './store-reply.js'
+import { buryHijacked, endOvertaken } from './store-reply.js'
 
 /** The exchanges whose responses wait behind another on their connection, by the connection's socket. */
 const queued = new WeakMap<object, Set<Exchange>>()
@@ -36,14 +35,13 @@ function onClose(exchange: Exchange, response: ServerResponse): void {
   if (response.req?.socket) queued.get(response.req.socket)?.delete(exchange)
   const { operation, reply } = exchange
   if (reply.raw !== response) {
-    // The response of a timeout: the handler has another one now.
+    // The client got the timeout's reply: the handler has another one now.
   } else if (exchange.handler === 'waiting') {
     void operation.cancel()
   } else if (exchange.sending === 'no') {
     exchange.clientGone = true
-    // The handler has not ended, only its time.
-    if (exchange.timeout !== null) passNothing(exchange, exchange.timeout)
     // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
+    if (response.writableEnded && exchange.isOvertaken) endOvertaken(exchange)
     else if (response.writableEnded && exchange.failed && !exchange.workDone) void operation.release()
     else if (response.writableEnded || isHijacked(reply)) buryHijacked(operation)
     // Else the client has left, and the handler is still at work: its reply will be stored, or its raw end seen.

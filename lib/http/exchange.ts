@@ -1,7 +1,6 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { Refusal } from '../errors.js'
 import type { Operation } from '../operation/operation.js'
-import type { Timeout } from './handler-timeout.js'
 import type { CapturedStream, Headers } from './reply-record.js'
 
 /** Where a request keeps its exchange; `null` without a key, `SKIPPED` when `skip` said so. */
@@ -24,7 +23,8 @@ const NO_HEADERS = Object.freeze({}) as Headers
 /** One request and its reply, on the way of one operation. */
 export class Exchange {
   readonly operation: Operation
-  readonly reply: FastifyReply
+  /** The client's, or the handler's own where a `handlerTimeout` may overtake it. */
+  reply: FastifyReply
   /** The headers that were on the reply when the handler started, or the replay. */
   headersBefore: Headers = NO_HEADERS
   /**
@@ -50,9 +50,14 @@ export class Exchange {
   /** Was somebody told who waited for the reply, as an async handler does that returns it, that it is over? */
   toldOver = false
   stream: CapturedStream | null = null
-  timeout: Timeout | null = null
-  /** Has the reply come so close to that of a timeout that it cannot be told what belongs to it? */
-  isMixed = false
+  /** Has `handlerTimeout` answered the client in the handler's place? */
+  isLate = false
+  /** The timeout's reply has come to onSend. */
+  isClientAnswered = false
+  /** Something was sent on the client's reply after that: Fastify has dropped it. */
+  isStray = false
+  /** The time was up while the handler's error was on its way to us: which of the two the client gets cannot be told. */
+  isOvertaken = false
 
   constructor(operation: Operation, reply: FastifyReply) {
     this.operation = operation

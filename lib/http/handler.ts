@@ -1,11 +1,10 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { isThenable } from '../util/sync-promise.js'
 import { stop } from './client-close.js'
-import { NowhereResponse } from './discarding-response.js'
 import { type Exchange, exchangeOf, isClosed, noteSent } from './exchange.js'
-import { goOnNowhere } from './handler-timeout.js'
+import { giveOwnReply, sendReturned, sendThrown } from './handler-reply.js'
 import { snapshot } from './reply-record.js'
-import { buryHijacked, endUnkept, statusOf } from './store-reply.js'
+import { buryHijacked } from './store-reply.js'
 
 export type Handler = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply) => unknown
 /** What becomes of an error that refuses the request. */
@@ -13,6 +12,8 @@ type Refuse = (request: FastifyRequest, reply: FastifyReply, error: unknown) => 
 
 /** In the handler's place: starts the operation, and sees how the handler ends. */
 export function protect(handler: Handler, refuse: Refuse): RouteHandlerMethod {
+  // Other plugins may still change it when the route is declared.
+  let mayBeOvertaken: boolean | null = null
   return function idempotent(this: FastifyInstance, request: FastifyRequest, reply: FastifyReply): unknown {
     const exchange = exchangeOf(request)
     if (exchange === null || exchange.operation.phase === 'unprotected') return handler.call(this, request, reply)
@@ -23,27 +24,34 @@ export function protect(handler: Handler, refuse: Refuse): RouteHandlerMethod {
     }
     exchange.handler = 'started'
     exchange.headersBefore = snapshot(reply)
-    // biome-ignore lint/suspicious/noThenProperty: a reply is a thenable, and who waits for it tells something.
-    reply.then = awaitReply as never
-    reply.send = sendFirst as never
+    mayBeOvertaken ??= (request.routeOptions.handlerTimeout ?? 0) > 0
+    if (mayBeOvertaken) giveOwnReply(exchange)
+    else watchReply(reply)
     let result: unknown
     try {
-      result = handler.call(this, request, reply)
+      result = handler.call(this, request, exchange.reply)
     } catch (error) {
-      return afterThrow(exchange, error)
+      return afterThrow(exchange, reply, error)
     }
-    if (result === undefined || result === reply) {
+    if (result === undefined || result === exchange.reply) {
       exchange.handler = 'detached'
       // Fastify need not wait for a reply that comes from elsewhere.
       return undefined
     }
-    if (!isThenable(result)) return afterReturn(exchange, result)
+    if (!isThenable(result)) return afterReturn(exchange, reply, result)
     // Promise.resolve, because a thenable that is not a promise may do its work once per `then`.
     return Promise.resolve(result).then(
-      (value) => afterReturn(exchange, value),
-      (error) => afterThrow(exchange, error)
+      (value) => afterReturn(exchange, reply, value),
+      (error) => afterThrow(exchange, reply, error)
     )
   } as RouteHandlerMethod
+}
+
+/** Notes what a handler does with a reply that nobody else has. */
+function watchReply(reply: FastifyReply): void {
+  // biome-ignore lint/suspicious/noThenProperty: a reply is a thenable, and who waits for it tells something.
+  reply.then = awaitReply as never
+  reply.send = sendFirst as never
 }
 
 /** In the place of a reply's own `then`, while a handler runs: it resolves when the response is over. */
@@ -65,28 +73,42 @@ function sendFirst(this: FastifyReply, payload?: unknown): FastifyReply {
 }
 
 /** The handler has returned, or its promise has: what Fastify is to see of it. */
-function afterReturn(exchange: Exchange, value: unknown): unknown {
-  const { operation, reply, timeout } = exchange
+function afterReturn(exchange: Exchange, client: FastifyReply, value: unknown): unknown {
+  const { operation, reply, isLate } = exchange
   giveBackLate(exchange)
-  if (timeout !== null) return timeout.over.then(() => afterReturnLate(exchange, value))
   if (exchange.sending !== 'no') {
     exchange.handler = 'settled'
     // Fastify takes the reply for unsent while it is being stored, and would send what was returned as well.
     if (value !== undefined) reply.log.warn('handler returned a value after its reply was sent')
-    return reply
+    return client
   }
   if (value === undefined && exchange.toldOver && !reply.sent) {
     // The response is over, but nothing was sent: the handler replies from elsewhere, like one with a callback.
     exchange.handler = 'detached'
-    return reply
+    return client
   }
   exchange.handler = 'settled'
+  if (isLate) {
+    sendLate(exchange, value)
+    return client
+  }
   if (value === undefined && (exchange.clientGone || isClosed(reply))) {
     if (reply.sent) buryHijacked(operation)
     // Fastify sends nothing to a client that is gone: then nothing would be stored either.
     else return reply.send()
   }
-  return value
+  if (value === undefined || reply === client) return value
+  // Sent by Fastify, it could not be told from the reply of a timeout that strikes while hooks hold it.
+  sendReturned(reply, value)
+  return client
+}
+
+/** What a handler returns after its time: Fastify does not look at it any more. */
+function sendLate(exchange: Exchange, value: unknown): void {
+  const { operation, reply } = exchange
+  if (reply.sent || (value === undefined && exchange.isStray)) buryHijacked(operation)
+  // Unless what it has sent is still on its way through hooks.
+  else if (value !== undefined || exchange.sent === 'nothing') sendReturned(reply, value)
 }
 
 /** The handler had replied, and has ended now. */
@@ -96,38 +118,16 @@ function giveBackLate(exchange: Exchange): void {
   void exchange.operation.release()
 }
 
-/** The same after the handler's time was up. */
-function afterReturnLate(exchange: Exchange, value: unknown): unknown {
-  const { operation, reply, timeout } = exchange
-  // It has replied meanwhile.
-  if (timeout === null) return afterReturn(exchange, value)
-  if (value === undefined && exchange.toldOver) {
-    exchange.handler = 'detached'
-    return reply
-  }
-  goOnNowhere(exchange, timeout)
-  exchange.handler = 'settled'
-  // Hijacked, by the handler or by what answered in its place: Fastify drops what is sent.
-  if (reply.sent) buryHijacked(operation)
-  else if (value !== undefined) return afterReturn(exchange, value)
-  else return reply.send()
-  return reply
-}
-
-function afterThrow(exchange: Exchange, error: unknown): unknown {
-  const { reply, timeout } = exchange
+function afterThrow(exchange: Exchange, client: FastifyReply, error: unknown): unknown {
+  const { reply, isLate } = exchange
   giveBackLate(exchange)
   exchange.handler = 'failed'
-  if (timeout !== null) {
-    return timeout.over.then(() => {
-      if (exchange.timeout !== null) goOnNowhere(exchange, timeout)
-      return afterThrow(exchange, error)
-    })
-  }
-  const isLate = reply.raw instanceof NowhereResponse
   if (exchange.sending === 'no' && !isLate) throw error
-  reply.log.error({ err: error }, 'handler failed after its reply was sent')
-  // The error's reply cannot be made any more: Fastify's error handlers have had their turn.
-  if (exchange.sending === 'no') endUnkept(exchange, statusOf(error, reply.statusCode), true)
-  return reply
+  if (exchange.sending === 'no' && exchange.sent === 'nothing' && !reply.sent) {
+    sendThrown(reply, error)
+  } else {
+    reply.log.error({ err: error }, 'handler failed after its reply was sent')
+    if (exchange.sending === 'no' && reply.sent) buryHijacked(exchange.operation, true)
+  }
+  return client
 }

@@ -9,16 +9,6 @@ import { stop, watchClient } from './client-close.js'
 import { Exchange, exchangeOf, isClosed, kExchange, kRefusal, SKIPPED } from './exchange.js'
 import { payloadOf as hashOf } from './fingerprint.js'
 import { type Handler, protect } from './handler.js'
-import {
-  goOnNowhere,
-  inNameOf,
-  interrupt,
-  isOf,
-  mayBeOf,
-  passTimeout,
-  settle,
-  type Timeout
-} from './handler-timeout.js'
 import { keyInBody, keyInHeader, keyInQuery, parseKey } from './key.js'
 import { isAnswer, PROBLEM_TYPE, problemOf, watchAnswer } from './problem-details.js'
 import { hasType, payloadOf, putOn, restore, takeOff } from './replay.js'
@@ -35,9 +25,7 @@ import {
 } from './reply-record.js'
 import { RequestContext } from './request-context.js'
 import { kSnapshot, RequestSnapshot } from './request-snapshot.js'
-import { finish, isFinalReply, sendStream } from './store-reply.js'
-
-const HANDLER_TIMEOUT = 'FST_ERR_HANDLER_TIMEOUT'
+import { endOvertaken, finish, isFinalReply, sendStream } from './store-reply.js'
 
 type Done = (error?: Error | null, payload?: unknown) => void
 
@@ -120,6 +108,11 @@ export class Lifecycle {
     }
     const exchange = exchangeOf(request)
     if (exchange === null) return done(null, payload)
+    if (exchange.isLate && reply !== exchange.reply) {
+      // Of the timeout: the claim stays until the handler has ended.
+      exchange.isClientAnswered = true
+      return done(null, payload)
+    }
     const { operation } = exchange
     if (operation.reply !== null) {
       // The replay could not be sent: this is the error's reply.
@@ -141,12 +134,6 @@ export class Lifecycle {
       // Somebody sends twice, or the handler's timeout strikes: the first reply is on its way.
       return new Promise(() => {})
     }
-    const { timeout } = exchange
-    if (exchange.sending === 'passed' && timeout !== null && !isOf(timeout)) {
-      // The handler had sent its reply, but hooks held it up until the timeout's was on its way.
-      const kept = timeout.over.then(() => this.#keepLate(exchange, request, payload, timeout))
-      return this.#guarded(request, reply, kept)
-    }
     if (exchange.sending === 'passed') {
       // Sending the first reply failed: a stream that nobody reads any more is read to its end for the record.
       exchange.stream?.destroy()
@@ -163,25 +150,20 @@ export class Lifecycle {
     done: () => void
   ): void => {
     const exchange = exchangeOf(request)
-    if (exchange !== null) {
-      exchange.failed = true
-      exchange.error = error
-      if (exchange.sent === 'value' && exchange.handler !== 'failed' && exchange.sending === 'no') {
-        exchange.workDone ||= isFinalReply(this.#policy, request, reply) && error?.code !== HANDLER_TIMEOUT
-      }
-      // What a handler meets of the plugin's own, where it misuses its transaction. What comes from onSend is known.
-      if (error instanceof TransactionBroken && error !== request[kRefusal]) this.#refuse(request, reply, error)
-      const { replayHeader } = this.#policy
-      if (exchange.operation.reply !== null)
-        takeOff(reply, exchange.operation.reply, replayHeader, exchange.headersBefore)
-      // What the handler has returned may still be on its way through hooks.
-      const working = exchange.handler !== 'waiting' && exchange.handler !== 'failed'
-      if (error?.code === HANDLER_TIMEOUT && working && exchange.sending === 'no') {
-        exchange.timeout = interrupt(reply)
-        inNameOf(exchange.timeout, done)
-        return
-      }
+    if (exchange === null || (exchange.isLate && reply !== exchange.reply)) {
+      done()
+      return
     }
+    exchange.failed = true
+    if (!exchange.isOvertaken) exchange.error = error
+    if (exchange.sent === 'value' && exchange.handler !== 'failed' && exchange.sending === 'no') {
+      exchange.workDone ||= isFinalReply(this.#policy, request, reply)
+    }
+    // What a handler meets of the plugin's own, where it misuses its transaction. What comes from onSend is known.
+    if (error instanceof TransactionBroken && error !== request[kRefusal]) this.#refuse(request, reply, error)
+    const { replayHeader } = this.#policy
+    if (exchange.operation.reply !== null)
+      takeOff(reply, exchange.operation.reply, replayHeader, exchange.headersBefore)
     done()
   }
 
@@ -381,20 +363,15 @@ export class Lifecycle {
     return error as Error
   }
 
-  /** The same for a reply that met the timeout's on its way. */
-  #keepLate(exchange: Exchange, request: FastifyRequest, payload: Payload, timeout: Timeout): Maybe<unknown> {
-    if (exchange.timeout !== null) goOnNowhere(exchange, timeout)
-    return this.#keep(exchange, request, payload)
-  }
-
   /** The handler's reply has come: decides what is kept of it. */
   #keep(exchange: Exchange, request: FastifyRequest, payload: Payload): Maybe<unknown> {
-    const { operation, reply, timeout } = exchange
-    if (timeout !== null && (isOf(timeout) || mayBeOf(timeout, exchange))) return passTimeout(exchange, timeout)
+    const { operation, reply } = exchange
     const { fingerprint } = operation
-    // The handler's, which was faster than an error handler; or that of one whose context got lost: who can tell?
-    if (timeout !== null) settle(exchange, timeout)
-    if (timeout !== null || reply.raw.headersSent) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
+    if (reply.raw.headersSent) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
+    if (exchange.isOvertaken) {
+      endOvertaken(exchange)
+      return payload
+    }
     let body = payload
     if (isResponse(payload)) {
       if (payload.bodyUsed) return payload
@@ -417,7 +394,6 @@ export class Lifecycle {
         'handler succeeded, but its reply failed: the error is stored as the reply'
       )
     }
-    if (final && exchange.isMixed) return finish(exchange, payload, tombstone(fingerprint, 'hijacked'))
     if (!isBuffered(body) && !hasNoBody(reply.statusCode))
       return sendStream(exchange, body, final, this.#registration.streams)
     if (!final) return finish(exchange, body, null)

@@ -4,7 +4,6 @@ import type { StoredRecord, TombstoneReason } from '../../types/index.js'
 import type { Operation } from '../operation/operation.js'
 import { isFinal, type Policy } from '../options.js'
 import { isThenable, type Maybe } from '../util/sync-promise.js'
-import { NowhereResponse } from './discarding-response.js'
 import type { Exchange } from './exchange.js'
 import { restoreAll } from './replay.js'
 import {
@@ -114,7 +113,7 @@ export function sendStream(
     failed: (beforeFirstByte) => (beforeFirstByte ? operation.release() : end('stream-failed'))
   })
   // A reply that comes too late for its client.
-  if (reply.raw instanceof NowhereResponse) exchange.stream.leave()
+  if (exchange.isLate) exchange.stream.leave()
   exchange.sending = 'passed'
   return exchange.stream
 }
@@ -155,7 +154,7 @@ async function sendCommitted(
     }
     if (typeof read === 'string') {
       exchange.stream = stream
-      if (reply.raw instanceof NowhereResponse) stream.leave()
+      if (exchange.isLate) stream.leave()
       return stream
     }
     stream.leave()
@@ -172,13 +171,24 @@ export function buryHijacked(operation: Operation, failed = false): void {
 }
 
 /** Ends the claim by the status alone: final, and not kept; or not final. */
-export function endUnkept({ operation, reply }: Exchange, statusCode: number, failed: boolean): void {
+export function endUnkept(exchange: Exchange, statusCode: number, failed: boolean): void {
+  const { operation } = exchange
+  if (isFinalStatus(exchange, statusCode)) buryHijacked(operation, failed)
+  else void operation.release()
+}
+
+/** The same by the status of the handler's error, where the reply may be that of its timeout. */
+export function endOvertaken(exchange: Exchange): void {
+  endUnkept(exchange, statusOf(exchange.error, exchange.reply.statusCode), true)
+}
+
+/** Would a reply with this status be stored? */
+function isFinalStatus({ operation, reply }: Exchange, statusCode: number): boolean {
   const { statusCode: before } = reply
   reply.raw.statusCode = statusCode
   const final = isFinalReply(operation.policy, operation.request, reply)
   reply.raw.statusCode = before
-  if (final) buryHijacked(operation, failed)
-  else void operation.release()
+  return final
 }
 
 export function isFinalReply(policy: Policy, request: FastifyRequest, reply: FastifyReply): boolean {

@@ -2,7 +2,7 @@ import { connect, constants } from 'node:http2'
 import { connect as connectTcp } from 'node:net'
 import { Readable } from 'node:stream'
 import { setTimeout as sleep, setImmediate as tick } from 'node:timers/promises'
-import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
 import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
 import { storageKey } from '../../lib/http/key.js'
@@ -342,198 +342,6 @@ t.test('a client that leaves before the handler gives the key back, and no handl
   }
 })
 
-t.test("Fastify's handlerTimeout answers 503, and the claim is kept until the handler settles", async (t) => {
-  const endings: [
-    name: string,
-    end: (reply: FastifyReply) => unknown,
-    then: { status: number; text?: RegExp; code?: string; runs: number }
-  ][] = [
-    ['a value is stored', () => ({ late: true }), { status: 200, text: /{"late":true}/, runs: 1 }],
-    [
-      'with the status that it has set',
-      (reply) => {
-        reply.code(201).header('location', '/1')
-        return 'late'
-      },
-      { status: 201, text: /late/, runs: 1 }
-    ],
-    [
-      'a failure that is not final is released',
-      () => {
-        throw new Error('late')
-      },
-      { status: 200, text: /again/, runs: 2 }
-    ],
-    [
-      'a final failure leaves a tombstone, because its reply cannot be made any more',
-      () => {
-        throw Object.assign(new Error('late'), { statusCode: 402 })
-      },
-      { status: 409, code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', runs: 1 }
-    ],
-    [
-      'a status that is not final is released, be it the same as the timeout has',
-      (reply) => reply.code(503).send('late'),
-      { status: 200, text: /again/, runs: 2 }
-    ],
-    [
-      'a stream is stored',
-      (reply) => reply.send(Readable.from([Buffer.from('late '), Buffer.alloc(100_000, 'x')])),
-      { status: 200, text: /^late x/, runs: 1 }
-    ],
-    [
-      'raw bytes leave a tombstone',
-      (reply) => {
-        reply.hijack()
-        reply.raw.end('late')
-      },
-      { status: 409, code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE', runs: 1 }
-    ],
-    [
-      'an async handler that returns its reply and answers later decides then',
-      (reply) => {
-        setTimeout(() => reply.code(201).send('late'), 20)
-        return reply
-      },
-      { status: 201, text: /late/, runs: 1 }
-    ],
-    [
-      'a reply that it sends is stored, although Fastify drops it',
-      (reply) => void reply.code(202).send('late'),
-      { status: 202, text: /late/, runs: 1 }
-    ],
-    [
-      'a reply that it sends and returns is stored',
-      (reply) => reply.send('late'),
-      { status: 200, text: /late/, runs: 1 }
-    ],
-    [
-      'a failure that it sends is released',
-      (reply) => void reply.send(new Error('late')),
-      { status: 200, text: /again/, runs: 2 }
-    ],
-    ['no reply at all is an empty one', () => undefined, { status: 200, text: /^$/, runs: 1 }]
-  ]
-  for (const [name, end, then] of endings) {
-    t.test(name, async (t) => {
-      const app = await build(t)
-      const leave = latch()
-      let runs = 0
-      app.post('/', { ...config(), handlerTimeout: 20 }, async (_request, reply) => {
-        if (++runs > 1) return 'again'
-        await leave.promise
-        return end(reply)
-      })
-      t.equal((await app.inject(keyed)).statusCode, 503)
-      const meanwhile = await app.inject(keyed)
-      t.same([meanwhile.statusCode, codeOf(meanwhile)], [409, 'FST_IDEMPOTENCY_IN_PROGRESS'])
-      leave.open()
-      await until(async () => (await app.idempotency.get('k'))?.state !== 'running')
-      const retry = await app.inject(keyed)
-      t.equal(retry.statusCode, then.status)
-      if (then.text) t.match(retry.body, then.text)
-      if (then.code) t.equal(codeOf(retry), then.code)
-      t.equal(runs, then.runs)
-    })
-  }
-})
-
-t.test('a handler that replies from a callback after its handlerTimeout is stored too', async (t) => {
-  const app = await build(t)
-  const entered = latch<() => void>()
-  app.post('/', { ...config(), handlerTimeout: 20 }, (_request, reply) => {
-    entered.open(() => void reply.code(201).send('late'))
-  })
-  t.equal((await app.inject(keyed)).statusCode, 503)
-  t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
-  const answer = await entered.promise
-  answer()
-  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-  const retry = await app.inject(keyed)
-  t.same([retry.statusCode, retry.body], [201, 'late'])
-})
-
-t.test('a late reply passes all hooks and serialisers, as one in time', async (t) => {
-  const app = await build(t)
-  app.addHook('preSerialization', async (_request, _reply, payload) => ({ ...(payload as object), secret: undefined }))
-  app.addHook('onSend', async (_request, _reply, payload) => `${payload}!`)
-  const leave = latch()
-  const schema = { response: { 201: { type: 'object', properties: { open: { type: 'string' }, secret: {} } } } }
-  app.post('/', { ...config(), schema, handlerTimeout: 20 }, async (_request, reply) => {
-    reply.header('x-early', '1')
-    await leave.promise
-    return reply.code(201).header('location', '/1').send({ open: 'yes', secret: 'no', hidden: 'no' })
-  })
-  const timedOut = await app.inject(keyed)
-  t.equal(timedOut.statusCode, 503)
-  leave.open()
-  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-  const retry = await app.inject(keyed)
-  t.same([retry.statusCode, retry.body], [201, '{"open":"yes"}!'])
-  t.match(retry.headers, { location: '/1', 'x-early': '1', 'content-type': /^application\/json/ })
-})
-
-t.test(
-  'a late reply with a header that cannot be sent is that of work that is done: it never runs again',
-  async (t) => {
-    for (const when of ['before', 'after']) {
-      const app = await build(t)
-      const leave = latch()
-      let runs = 0
-      app.post('/', { ...config(), handlerTimeout: 20 }, async (_request, reply) => {
-        runs++
-        if (when === 'before') reply.header('x-note', '日')
-        await leave.promise
-        return reply.header('x-note', '日').send('late')
-      })
-      t.equal((await app.inject(keyed)).statusCode, 503)
-      t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
-      leave.open()
-      await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-      for (let i = 0; i < 2; i++) t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
-      t.equal(runs, 1)
-    }
-  }
-)
-
-t.test('an error handler that returns its reply does not end a handler that was timed out', async (t) => {
-  const app = await build(t)
-  app.setErrorHandler((error: FastifyError, _request, reply) =>
-    reply.code(error.statusCode ?? 500).send({ mine: true })
-  )
-  const leave = latch()
-  let runs = 0
-  app.post('/', { ...config(), handlerTimeout: 20 }, async () => {
-    if (++runs > 1) return 'again'
-    await leave.promise
-    throw new Error('late')
-  })
-  t.equal((await app.inject(keyed)).statusCode, 503)
-  await sleep(20)
-  t.equal((await app.idempotency.get('k'))?.state, 'running')
-  leave.open()
-  await until(async () => (await app.idempotency.get('k')) === null)
-  t.equal((await app.inject(keyed)).body, 'again')
-})
-
-t.test('a timeout is logged and hooked as what it was, also when the handler ends meanwhile', async (t) => {
-  const app = await build(t)
-  const [late, seen] = [latch(), latch<number>()]
-  app.addHook('onResponse', async (_request, reply) => {
-    late.open()
-    await sleep(20)
-    seen.open(reply.statusCode)
-  })
-  app.post('/', { ...config(), handlerTimeout: 20 }, async (_request, reply) => {
-    await late.promise
-    await sleep(40)
-    return reply.code(201).send('late')
-  })
-  await app.inject(keyed)
-  t.equal(await seen.promise, 503)
-  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-})
-
 t.test('a handler that only looks out for the end of its reply is no handler with a callback', async (t) => {
   const app = await build(t)
   app.post('/', config(), async (_request, reply) => {
@@ -594,40 +402,6 @@ t.test('a handler that hijacks its reply after the client has left leaves a tomb
   }
 })
 
-t.test(
-  'a reply that comes while a slow error handler still answers the timeout never runs the handler again',
-  async (t) => {
-    for (const style of ['callback', 'send', 'value']) {
-      const app = await build(t)
-      const [struck, replied] = [latch(), latch()]
-      app.setErrorHandler(async (error: FastifyError, _request, reply) => {
-        if (error.code !== 'FST_ERR_HANDLER_TIMEOUT') return reply.send(error)
-        struck.open()
-        await replied.promise
-        return reply.code(504).send(error.message)
-      })
-      let runs = 0
-      app.post('/', { ...config(), handlerTimeout: 20 }, (_request, reply) => {
-        runs++
-        const work = async () => {
-          await struck.promise
-          setTimeout(() => replied.open(), 20)
-          if (style === 'value') return 'mine'
-          void reply.code(201).send('mine')
-        }
-        const working = work()
-        if (style !== 'callback') return working as never
-      })
-      const port = await listen(app)
-      await post(port, { key: 'k' })
-      await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-      const retry = await post(port, { key: 'k' })
-      t.ok(retry.headers[REPLAYED] === 'true' || codeOf(retry) === 'FST_IDEMPOTENCY_NOT_REPLAYABLE', style)
-      t.equal(runs, 1, style)
-    }
-  }
-)
-
 t.test('what is done to the reply after it was sent changes neither it nor its replay', async (t) => {
   const app = await build(t)
   app.post('/', config(), async (_request, reply) => {
@@ -640,29 +414,6 @@ t.test('what is done to the reply after it was sent changes neither it nor its r
     const { status, headers } = await post(port, { key: 'k' })
     t.same([status, headers['x-a'], headers['x-b']], [201, '1', undefined])
   }
-})
-
-t.test('a handlerTimeout whose reply fails in an onSend hook keeps the claim as well', async (t) => {
-  const app = await build(t)
-  const leave = latch()
-  let broken = true
-  app.addHook('onSend', async () => {
-    if (broken) throw new Error('broken')
-  })
-  let runs = 0
-  app.post('/', { ...config(), handlerTimeout: 20 }, async () => {
-    runs++
-    await leave.promise
-    return 'late'
-  })
-  const port = await listen(app)
-  await post(port, { key: 'k' })
-  broken = false
-  t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_IN_PROGRESS')
-  leave.open()
-  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-  t.equal((await post(port, { key: 'k' })).text, 'late')
-  t.equal(runs, 1)
 })
 
 t.test('a deleted key stays deleted, even while its handler still runs', async (t) => {

@@ -455,8 +455,8 @@ test('after handlerTimeout has answered 503 the transaction goes on, and ends as
     ['a late failure is rolled back', () => Promise.reject(new Error('late')), RAN_2, ['run 2']],
     [
       'a late failure that is final is remembered, without its effects',
-      () => Promise.reject(Object.assign(new Error('late'), { statusCode: 409 })),
-      NOT_REPLAYABLE,
+      () => Promise.reject(Object.assign(new Error('late'), { statusCode: 409, code: 'LATE' })),
+      [409, 'LATE', 'replay'],
       []
     ]
   ]

@@ -2,7 +2,6 @@ import { EventEmitter } from 'node:events'
 import t from 'tap'
 import { stop, watchClient } from '../../lib/http/client-close.js'
 import { Exchange } from '../../lib/http/exchange.js'
-import { interrupt } from '../../lib/http/handler-timeout.js'
 import type { Operation } from '../../lib/operation/operation.js'
 
 /** A request whose claim notes what is done to it, on a connection of its own or one that is shared. */
@@ -84,16 +83,6 @@ t.test('a hijacked reply whose client has left is a tombstone', async (t) => {
   reply.sent = true
   raw.emit('close')
   t.strictSame(calls, ['tombstone: hijacked'])
-})
-
-t.test("when its handler's time is up, the reply that closes is that of the timeout", async (t) => {
-  const { calls, exchange, raw, reply } = arrival()
-  const timeout = interrupt(reply as never)
-  Object.assign(exchange, { handler: 'started', timeout })
-  raw.writableEnded = true
-  raw.emit('close')
-  t.strictSame(calls, [])
-  await timeout.over
 })
 
 t.test('a response that the reply has left behind is of no account', async (t) => {

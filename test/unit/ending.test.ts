@@ -1,7 +1,6 @@
 import { PassThrough, type Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
-import { NowhereResponse } from '../../lib/http/discarding-response.js'
 import { Exchange } from '../../lib/http/exchange.js'
 import type { Payload, Unfinished } from '../../lib/http/reply-record.js'
 import { endUnkept, finish, isFinalReply, sendStream, statusOf } from '../../lib/http/store-reply.js'
@@ -248,16 +247,6 @@ t.test('an event stream is not kept, whatever its end, and its tombstone says wh
     await until(() => client.ended || client.failed)
     t.match(calls, [[{ kind: 'tombstone', reason }]])
   }
-})
-
-t.test('the stream of a reply that has no client any more is read for the record alone', async (t) => {
-  const { calls, exchange, reply } = onItsWay({ maxReplySize: 3 })
-  reply.raw = Object.create(NowhereResponse.prototype, { headersSent: { value: false } })
-  const source = new PassThrough()
-  sendStream(exchange, source, true, new Set())
-  source.write('1234')
-  await until(() => source.destroyed)
-  t.match(calls, [[{ kind: 'tombstone', reason: 'too-large' }]])
 })
 
 /** Sends a stream of a route with `transaction: true`. */

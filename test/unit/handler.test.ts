@@ -2,10 +2,8 @@ import { EventEmitter } from 'node:events'
 import { IncomingMessage } from 'node:http'
 import { Socket } from 'node:net'
 import t from 'tap'
-import { NowhereResponse } from '../../lib/http/discarding-response.js'
 import { Exchange, kExchange } from '../../lib/http/exchange.js'
 import { type Handler, protect } from '../../lib/http/handler.js'
-import { interrupt } from '../../lib/http/handler-timeout.js'
 import type { Operation } from '../../lib/operation/operation.js'
 
 /** What Fastify gives a handler, and what a handler makes of its claim and its reply. */
@@ -21,7 +19,7 @@ function scene({ starts = () => true, phase = 'held' }: { starts?: () => boolean
     complete: async ({ reason }: { reason: string }) => void calls.push(reason)
   }
   const log = { warn: (...args: unknown[]) => logged.push(args), error: (...args: unknown[]) => logged.push(args) }
-  const request = { raw: new IncomingMessage(new Socket()), log } as Record<PropertyKey, unknown>
+  const request = { raw: new IncomingMessage(new Socket()), log, routeOptions: {} } as Record<PropertyKey, unknown>
   let over = () => {}
   const fastifys = {
     send(this: unknown, payload: unknown) {
@@ -63,14 +61,6 @@ function atWork(s: ReturnType<typeof scene>) {
   })
   const done = s.run(() => work)
   return { done, end, fail }
-}
-
-/** The same, whose time is up, and whose timeout's reply has left. */
-function timedOut(s = scene()) {
-  const work = atWork(s)
-  const timeout = interrupt(s.reply)
-  Object.assign(s.exchange, { timeout, sending: 'passed' })
-  return { ...s, ...work, timeout }
 }
 
 t.test('a request without a claim goes to its handler as if there were no plugin', async (t) => {
@@ -252,106 +242,6 @@ t.test('a reply that was hijacked for a client that is gone is a tombstone', asy
 })
 
 /* After its time */
-
-t.test('a handler whose time is up is waited for until the reply of the timeout has left', async (t) => {
-  const { done, end, fail, timeout, exchange } = timedOut()
-  let isSettled = false
-  void Promise.resolve(done).finally(() => {
-    isSettled = true
-  })
-  end('late')
-  await new Promise((resolve) => setImmediate(resolve))
-  t.equal(isSettled, false)
-  timeout.end()
-  t.equal(await done, 'late')
-  t.equal(exchange.handler, 'settled')
-  fail(new Error('too late'))
-})
-
-t.test('what it returns then goes to a response that leads nowhere', async (t) => {
-  const { done, end, timeout, exchange, reply } = timedOut()
-  timeout.end()
-  end('late')
-  t.equal(await done, 'late')
-  t.ok(reply.raw instanceof NowhereResponse)
-  t.match(exchange, { timeout: null, sending: 'no', handler: 'settled' })
-})
-
-t.test('nothing is an empty reply then, or a tombstone where the handler has taken the reply over', async (t) => {
-  for (const sent of [false, true]) {
-    const s = timedOut()
-    s.reply.sent = sent
-    s.timeout.end()
-    s.end()
-    t.equal(await givesReply(s, s.done), true)
-    t.strictSame(s.calls, [sent ? 'hijacked' : 'send undefined'])
-    t.ok(s.reply.raw instanceof NowhereResponse)
-    t.equal(s.exchange.handler, 'settled')
-  }
-})
-
-t.test('who was told that the reply is over goes on elsewhere, unless there is something to send', async (t) => {
-  for (const value of [undefined, 'x']) {
-    const s = timedOut()
-    s.exchange.toldOver = true
-    s.timeout.end()
-    s.end(value)
-    if (value === undefined) {
-      t.equal(await givesReply(s, s.done), true)
-      t.equal(s.exchange.handler, 'detached')
-      t.equal(s.exchange.timeout, s.timeout, 'its reply will come by send')
-    } else {
-      t.equal(await s.done, value)
-      t.equal(s.exchange.handler, 'settled')
-    }
-  }
-})
-
-t.test('a handler that has replied meanwhile has nothing to add', async (t) => {
-  const s = timedOut()
-  const { raw } = s.reply
-  s.end('x')
-  await new Promise((resolve) => setImmediate(resolve))
-  s.exchange.timeout = null
-  s.timeout.end()
-  t.equal(await givesReply(s, s.done), true)
-  t.equal(s.reply.raw, raw)
-  t.strictSame(s.logged, [['handler returned a value after its reply was sent']])
-})
-
-t.test('an error after its time is logged, and ends the claim by its status', async (t) => {
-  for (const [statusCode, call] of [
-    [500, 'release'],
-    [409, 'hijacked']
-  ] as const) {
-    const s = timedOut()
-    const error = Object.assign(new Error('late'), { statusCode })
-    s.fail(error)
-    await new Promise((resolve) => setImmediate(resolve))
-    t.equal(s.exchange.handler, 'failed')
-    t.strictSame(s.calls, [])
-    s.timeout.end()
-    t.equal(await givesReply(s, s.done), true)
-    t.strictSame(s.calls, [call])
-    t.strictSame(s.logged, [[{ err: error }, 'handler failed after its reply was sent']])
-    t.ok(s.reply.raw instanceof NowhereResponse)
-  }
-})
-
-t.test('an error after its time, of a handler that has replied meanwhile, changes nothing', async (t) => {
-  for (const sending of ['storing', 'passed'] as const) {
-    const s = timedOut()
-    const { raw } = s.reply
-    s.fail(new Error('late'))
-    await new Promise((resolve) => setImmediate(resolve))
-    Object.assign(s.exchange, { timeout: null, sending })
-    s.timeout.end()
-    t.equal(await givesReply(s, s.done), true)
-    t.strictSame(s.calls, [])
-    t.equal(s.reply.raw, raw)
-    t.equal(s.logged.length, 1)
-  }
-})
 
 t.test('an error after a reply was sent is logged, and changes nothing', async (t) => {
   for (const sending of ['storing', 'passed'] as const) {

@@ -1,0 +1,143 @@
+import { type IncomingMessage, ServerResponse } from 'node:http'
+import type { Socket } from 'node:net'
+import { Writable } from 'node:stream'
+import type { FastifyReply } from 'fastify'
+import { type Exchange, noteSent } from './exchange.js'
+import { buryHijacked, endUnkept, statusOf } from './store-reply.js'
+
+/*
+ * A handler that Fastify's `handlerTimeout` overtakes goes on, and what it replies is still the reply of its operation. So
+ * on routes with a timeout the handler has a reply of its own. Until its time is up it stands for the client's; from then
+ * on for a late one, which takes the usual way through serialisers, hooks and error handlers to the store, and ends
+ * there. Whoever holds the client's reply after that is not the handler.
+ *
+ * One corner is left: a hook may have kept the client's reply for the handler, which then sends on that. If its time is up
+ * before that has been stored, and it gives nothing else, its key gets a tombstone.
+ */
+
+type Fastify = { send: FastifyReply['send']; then: Then }
+type Then = (fulfilled: () => void, rejected?: (error: Error) => void) => void
+
+/** Gives the exchange a reply for a handler that may be overtaken. */
+export function giveOwnReply(exchange: Exchange): void {
+  const client = exchange.reply
+  const fastify = Object.getPrototypeOf(client) as Fastify
+  let current = client
+  let isClientUsed = false
+
+  function send(payload?: unknown): FastifyReply {
+    noteSent(exchange, payload)
+    return fastify.send.call(own, payload)
+  }
+
+  // Whoever waits for a reply that has been overtaken waits for the late one.
+  const then: Then = (fulfilled, rejected) => {
+    exchange.isReturned = true
+    const awaited = current
+    const told = () => {
+      exchange.toldOver = true
+      fulfilled()
+    }
+    const unlessLate = (end: () => void) => {
+      if (current === awaited) end()
+      else fastify.then.call(current, fulfilled, rejected)
+    }
+    const failed = (error: Error) => unlessLate(() => rejected?.(error))
+    fastify.then.call(client, () => unlessLate(told), failed)
+  }
+
+  client.send = function (this: FastifyReply, payload?: unknown) {
+    if (exchange.isLate) {
+      exchange.isStray ||= exchange.isClientAnswered
+    } else if (isTimeout(payload) && isAtWork(exchange)) {
+      current = late(exchange, client)
+      exchange.isLate = true
+      exchange.isStray = isClientUsed
+    } else if (isTimeout(payload) && exchange.sent === 'error' && exchange.sending === 'no') {
+      exchange.isOvertaken = true
+    } else {
+      isClientUsed = true
+      noteSent(exchange, payload)
+    }
+    return fastify.send.call(this, payload)
+  }
+
+  const own: FastifyReply = new Proxy(Object.create(fastify), {
+    get(_, name) {
+      if (name === 'send') return send
+      if (name === 'then') return then
+      return Reflect.get(current, name)
+    },
+    set: (_, name, value) => Reflect.set(current, name, value),
+    has: (_, name) => Reflect.has(current, name),
+    deleteProperty: (_, name) => Reflect.deleteProperty(current, name),
+    defineProperty: (_, name, descriptor) => Reflect.defineProperty(current, name, descriptor),
+    getOwnPropertyDescriptor: (_, name) => Reflect.getOwnPropertyDescriptor(current, name),
+    ownKeys: () => Reflect.ownKeys(current)
+  })
+  exchange.reply = own
+}
+
+/** Fastify has nothing to tell its timeout by but the code of its error. */
+function isTimeout(error: unknown): boolean {
+  return error instanceof Error && (error as { code?: unknown }).code === 'FST_ERR_HANDLER_TIMEOUT'
+}
+
+/** What the handler does, or has done, has not come to us yet. */
+function isAtWork({ handler, sending }: Exchange): boolean {
+  return handler !== 'failed' && sending === 'no'
+}
+
+/** What Fastify knows of a reply's way to its client, by the descriptions of its symbols. */
+const STATE_OF_SENDING =
+  /^fastify\.reply\.(?:isError|errorHandlerCalled|hijacked|isRunningOnErrorHook|nextErrorHandler|headers|endTime)$/
+
+/** A reply as the handler has left the client's, with all that others have put on it, that nobody receives. */
+function late(exchange: Exchange, client: FastifyReply): FastifyReply {
+  const { request, log } = client
+  const response = discardingResponse(request.raw)
+  const Reply = client.constructor as new (...args: unknown[]) => FastifyReply
+  const reply = new Reply(response, request, log)
+  for (const name of Reflect.ownKeys(client)) {
+    const isOurs = name === 'raw' || name === 'send'
+    const isState = typeof name === 'symbol' && STATE_OF_SENDING.test(name.description ?? '')
+    if (!isOurs && !isState) Reflect.set(reply, name, Reflect.get(client, name))
+  }
+  reply.headers(client.getHeaders())
+  response.statusCode = client.statusCode
+  // Raw bytes, or an error whose handlers have all failed: Fastify does not bring those to onSend.
+  response.once('prefinish', () => {
+    if (exchange.sending !== 'no') return
+    if (exchange.workDone || !exchange.failed) buryHijacked(exchange.operation)
+    else endUnkept(exchange, statusOf(exchange.error, response.statusCode), true)
+  })
+  return reply
+}
+
+/** A response that takes whatever it is given, and sends it nowhere. */
+export function discardingResponse(request: IncomingMessage): ServerResponse {
+  const response = new ServerResponse(request)
+  const nowhere = new Writable({ write: (_chunk, _encoding, done) => done() })
+  response.assignSocket(nowhere as Socket)
+  // As a connection would: whoever waits for 'close' is told.
+  response.once('finish', () => nowhere.destroy())
+  return response
+}
+
+/** What Fastify does with a value that a handler has returned. */
+export function sendReturned(reply: FastifyReply, value: unknown): void {
+  try {
+    reply.send(value)
+  } catch (error) {
+    sendThrown(reply, error)
+  }
+}
+
+/** What Fastify does with an error that a handler has thrown. */
+export function sendThrown(reply: FastifyReply, error: unknown): void {
+  for (const name of Object.getOwnPropertySymbols(reply)) {
+    // What is thrown need not be an Error.
+    if (name.description === 'fastify.reply.isError') Reflect.set(reply, name, true)
+  }
+  reply.send(error)
+}
