@@ -36,9 +36,17 @@ type Entry =
       from: number
       to: number
     }
-  /** A claim that nobody knows of, because the answer got lost: its process gives it back as soon as it can. */
-  | { is: 'ghost'; process: string; route: Route; attempt: number; since: number; to: number }
+  /** A later attempt was given back, or one that never ran: what it was for is remembered until some time from the one to the other. */
+  | { is: 'ended'; route: Route; payload: string; attempt: number; from: number; to: number }
+  /**
+   * A claim that nobody knows of, because the answer got lost: its process gives it back as soon as it can, and what
+   * was there before is there again.
+   */
+  | { is: 'ghost'; process: string; route: Route; attempt: number; since: number; to: number; found: Ended | null }
   | { is: 'done'; run: string; route: Route; payload: string; from: number; to: number }
+
+type Claimed = Extract<Entry, { is: 'claim' }>
+type Ended = Extract<Entry, { is: 'ended' }>
 
 /** The longest step in which time passes without a look at the model. */
 export const STEP = 1_000
@@ -300,17 +308,28 @@ export class PluginModel implements Witness {
     for (const asked of process.asked) {
       if (asked.answer !== null || asked.run !== null || storageKey(null, asked.key) !== stored) continue
       this.#mayFail.add(asked)
-      const ghost = (attempt: number): Entry => {
+      const ghost = (found: Ended | null): Entry => {
         const since = this.#now
-        return { is: 'ghost', process: process.name, route: asked.route, attempt, since, to: since + process.lease }
+        const attempt = (found?.attempt ?? 0) + 1
+        return {
+          is: 'ghost',
+          process: process.name,
+          route: asked.route,
+          attempt,
+          since,
+          to: since + process.lease,
+          found
+        }
       }
       this.#put(
         asked.key,
         this.#of(asked.key).flatMap((state) => {
           const { entry } = state
-          if (entry.is === 'free') return [state, this.#beat(state, ghost(1))]
-          if (entry.is !== 'claim' || !takeover || this.#now < entry.from) return [state]
-          return [state, this.#beat(state, ghost(entry.attempt + 1)), this.#beat(state, { is: 'free' })]
+          if (entry.is === 'free') return [state, this.#beat(state, ghost(null))]
+          const mayBeTaken = entry.is === 'ended' || (entry.is === 'claim' && this.#now >= entry.from)
+          if (!mayBeTaken || !takeover) return [state]
+          const found = entry.is === 'ended' ? entry : this.#ended(entry)
+          return [state, this.#beat(state, ghost(found)), this.#beat(state, found)]
         })
       )
     }
@@ -460,6 +479,10 @@ export class PluginModel implements Witness {
       }
     } else if (entry.is === 'done') {
       found.push(done(entry.run, entry))
+    } else if (entry.is === 'ended') {
+      if (entry.route !== route || entry.payload !== payload) found.push(refuse(REUSED))
+      else found.push(...this.#claimed(state, asked, entry.attempt + 1))
+      found.push(...this.#atWork(process, key).flatMap(besides))
     } else if (entry.is === 'ghost') {
       // What the ghost had wanted may be known, and something else.
       found.push(refuse(REUSED))
@@ -488,7 +511,7 @@ export class PluginModel implements Witness {
   /** May a reply be replayed that its process does not know to be stored? Not if another may have the key. */
   #mayCount({ run, forgotten }: { run: string; forgotten: boolean }, { entry }: State, process: Process): boolean {
     if (forgotten || entry.is === 'free') return true
-    if (entry.is === 'ghost' || entry.run !== run) return false
+    if (entry.is === 'ghost' || entry.is === 'ended' || entry.run !== run) return false
     return entry.is === 'done' || !process.cut || this.#now <= entry.to
   }
 
@@ -512,6 +535,12 @@ export class PluginModel implements Witness {
     return { entry, beaten }
   }
 
+  /** @param isOld It was so at some time since the last look. */
+  #ended({ route, payload, attempt }: Claimed, isOld = true): Ended {
+    const to = this.#now + retained(route)
+    return { is: 'ended', route, payload, attempt, from: isOld ? to - STEP : to, to }
+  }
+
   /** The last step of a run, or its renewal, has come to the store. */
   #after(state: State, id: string): State {
     const { run, intent, tries } = this.#runs.get(id) as RunInfo
@@ -521,9 +550,12 @@ export class PluginModel implements Witness {
     if (!owns && (since === undefined || state.entry.is !== 'free' || intent === 'release')) {
       return { entry: state.entry, beaten }
     }
-    if (intent === 'release') return { entry: { is: 'free' }, beaten }
+    if (intent === 'release') {
+      const isLater = state.entry.is === 'claim' && state.entry.attempt > 1
+      return { entry: isLater ? this.#ended(state.entry as Claimed, tries) : { is: 'free' }, beaten }
+    }
     if (intent === 'complete') {
-      const to = this.#now + (route === '/short' ? SHORT_TTL : TTL)
+      const to = this.#now + retained(route)
       // What failed before was repeated at some time since the last look.
       return { entry: { is: 'done', run: id, route, payload, from: tries ? to - STEP : to, to }, beaten }
     }
@@ -560,14 +592,15 @@ export class PluginModel implements Witness {
   #of(key: string): State[] {
     let states = this.#states.get(key) ?? [FREE]
     const wereFree = states.some(({ entry }) => entry.is === 'free')
-    for (let later = this.#later(states); nameOf(later) !== nameOf(states); later = this.#later(states)) states = later
+    for (let later = this.#later(key, states); nameOf(later) !== nameOf(states); later = this.#later(key, states))
+      states = later
     const areFree = states.some(({ entry }) => entry.is === 'free')
     if (areFree && !wereFree) this.#lives.set(key, (this.#lives.get(key) ?? 0) + 1)
     this.#put(key, states)
     return states
   }
 
-  #later(states: State[]): State[] {
+  #later(key: string, states: State[]): State[] {
     const later: State[] = []
     for (const state of states) {
       const { entry } = state
@@ -575,13 +608,17 @@ export class PluginModel implements Witness {
         later.push({ ...state, entry: { is: 'free' } })
         if (this.#now > entry.to) continue
       }
-      if (entry.is === 'ghost') {
+      if (entry.is === 'ended' && this.#now >= entry.from) {
         later.push({ ...state, entry: { is: 'free' } })
+        if (this.#now > entry.to) continue
+      }
+      if (entry.is === 'ghost') {
+        later.push({ ...state, entry: entry.found ?? { is: 'free' } })
         const giver = [...this.#processes].find(([{ name }]) => name === entry.process)?.[1]
         if (giver?.healthy && this.#now > Math.max(entry.since, giver.since) + LAG) continue
       }
       if (entry.is === 'claim') {
-        const retain = entry.route === '/short' ? SHORT_TTL : TTL
+        const retain = retained(entry.route)
         if (this.#now >= entry.from + retain) later.push(this.#beat(state, { is: 'free' }))
         if (this.#now > entry.to + retain) continue
       }
@@ -594,7 +631,8 @@ export class PluginModel implements Witness {
         const owns = owner(state) === id
         if (!info.healthy || (owns && intent === null && entry.is === 'claim' && entry.from === Infinity)) continue
         const since = state.beaten[id] ?? -1
-        if (this.#now <= since) continue
+        // Who asks its process for the key at this very moment gets it for the run.
+        if (this.#now <= since && !this.#isAsked(process, key)) continue
         later.push(this.#after(state, id))
         const patience = intent === null ? process.lease / 3 : 0
         if (this.#now > Math.max(since, info.since) + patience + LAG) stays = false
@@ -620,6 +658,12 @@ export class PluginModel implements Witness {
         run.asked.process === process &&
         run.asked.key === key &&
         (run.ended === null || (intent === 'complete' && tries && !this.#isOver(process)))
+    )
+  }
+
+  #isAsked(process: Process, key: string): boolean {
+    return process.asked.some(
+      (asked) => asked.key === key && asked.answer === null && asked.run === null && !asked.gone
     )
   }
 
@@ -659,6 +703,9 @@ export class PluginModel implements Witness {
     this.#wrong.push(what)
   }
 }
+
+/** For how long a route's records are kept, and claims that were not finished. */
+const retained = (route: Route) => (route === '/short' ? SHORT_TTL : TTL)
 
 function owner({ entry }: State): string | null {
   return entry.is === 'claim' ? entry.run : null

@@ -351,8 +351,8 @@ class Client implements IdempotencyStore {
     return this.#call('complete', key, () => this.#store.complete(key, token, record, ttlMs))
   }
 
-  release(key: string, token: string): Promise<boolean> {
-    return this.#call('release', key, () => this.#store.release(key, token))
+  release(key: string, token: string, unused?: boolean): Promise<boolean> {
+    return this.#call('release', key, () => this.#store.release(key, token, unused))
   }
 
   get(key: string): Promise<Acquisition | null> {
