@@ -114,3 +114,16 @@ export function isFull(error: unknown): boolean {
 export function isRefusal(error: unknown): error is Refusal {
   return error instanceof Error && 'code' in error && String(error.code).startsWith('FST_IDEMPOTENCY_')
 }
+
+/** The status that Fastify gives to an error. */
+export function statusOf(error: unknown, current: number): number {
+  const { statusCode, status } = (error ?? {}) as { statusCode?: number; status?: number }
+  const isError = (code: number | undefined) => code !== undefined && code >= 400 && code <= 599
+  return [statusCode, status, current].find(isError) ?? 500
+}
+
+/** An answer to the client, such as 403, which a function of the application has thrown. */
+export function isClientError(error: unknown): boolean {
+  const { statusCode } = (error ?? {}) as { statusCode?: unknown }
+  return Number.isInteger(statusCode) && Number(statusCode) >= 400 && Number(statusCode) < 500
+}

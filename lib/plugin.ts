@@ -3,7 +3,7 @@ import type { IdempotencyOptions } from '../types/index.js'
 import { AlreadyRegistered } from './errors.js'
 import { kExchange, kRefusal } from './http/exchange.js'
 import { type FieldedRoute, warnOfForms } from './http/form-fields.js'
-import { Lifecycle } from './http/hooks.js'
+import { RouteHooks } from './http/hooks.js'
 import { kSnapshot } from './http/request-snapshot.js'
 import { InstanceApi } from './instance-api.js'
 import { describeRoute, type Policy, registrationOptions, routePolicy } from './options.js'
@@ -39,9 +39,9 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
     registration.cover(policy)
     cover(route, policy)
     if (policy.field !== null && policy.getKey === null) fielded.push({ instance: this, route: describeRoute(route) })
-    const lifecycle = new Lifecycle(policy, registration)
-    route.handler = lifecycle.wrap(route.handler as never)
-    later(this, () => place(route, policy, lifecycle))
+    const hooks = new RouteHooks(policy, registration)
+    route.handler = hooks.wrap(route.handler as never)
+    later(this, () => place(route, policy, hooks))
   })
 
   fastify.addHook('onReady', (done) => {
@@ -63,15 +63,15 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
  * Puts the hooks of a covered route in their places: to the very end of their phases, and to the very beginning
  * of onSend. Called when all plugins' onRoute hooks have had their say, so that the order of registration does not matter.
  */
-function place(route: RouteOptions, policy: Policy, lifecycle: Lifecycle): void {
-  route.onRequest = last(route.onRequest, lifecycle.look)
-  if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, lifecycle.reserve)
-  if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, lifecycle.reserveInPreParsing)
-  route.preValidation = last(route.preValidation, lifecycle.finishLook)
-  if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, lifecycle.reserve)
-  route.preHandler = last(route.preHandler, lifecycle.claim)
-  route.onSend = [lifecycle.onSend as never, ...list(route.onSend)]
-  route.onError = last(route.onError, lifecycle.onError)
+function place(route: RouteOptions, policy: Policy, hooks: RouteHooks): void {
+  route.onRequest = last(route.onRequest, hooks.readHead)
+  if (policy.hook === 'onRequest') route.onRequest = last(route.onRequest, hooks.reserve)
+  if (policy.hook === 'preParsing') route.preParsing = last(route.preParsing, hooks.reserveInPreParsing)
+  route.preValidation = last(route.preValidation, hooks.finishSnapshot)
+  if (policy.hook === 'preValidation') route.preValidation = last(route.preValidation, hooks.reserve)
+  route.preHandler = last(route.preHandler, hooks.claim)
+  route.onSend = [hooks.onSend as never, ...list(route.onSend)]
+  route.onError = last(route.onError, hooks.onError)
 }
 
 type Later = (instance: FastifyInstance, work: () => void) => void

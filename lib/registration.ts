@@ -1,5 +1,5 @@
 import type { FastifyInstance } from 'fastify'
-import type { Unfinished } from './http/reply-record.js'
+import type { Unfinished } from './http/captured-stream.js'
 import type { Operation } from './operation/operation.js'
 import { StoreInUse } from './operation/store-context.js'
 import { type Globals, inherited, type Policy, type RegistrationOptions } from './options.js'

@@ -1,7 +1,7 @@
 import type { ServerResponse } from 'node:http'
 import type { FastifyReply } from 'fastify'
-import type { Exchange } from './exchange.js'
-import { buryHijacked, endOvertaken } from './store-reply.js'
+import { endByStatus, storeHijacked } from './end-claim.js'
+import { type Exchange, isFailure } from './exchange.js'
 
 /** The exchanges whose responses wait behind another on their connection, by the connection's socket. */
 const queued = new WeakMap<object, Set<Exchange>>()
@@ -33,27 +33,33 @@ function onConnectionClose(this: object): void {
 /** A response's 'close', in whatever way it ended. */
 function onClose(exchange: Exchange, response: ServerResponse): void {
   if (response.req?.socket) queued.get(response.req.socket)?.delete(exchange)
-  const { operation, reply } = exchange
-  if (reply.raw !== response) {
-    // The client got the timeout's reply: the handler has another one now.
-  } else if (exchange.handler === 'waiting') {
-    void operation.cancel()
-  } else if (exchange.sending === 'no') {
-    exchange.clientGone = true
-    // The response was ended without Fastify: by the handler itself, or because sending its reply failed.
-    if (response.writableEnded && exchange.isOvertaken) endOvertaken(exchange)
-    else if (response.writableEnded && exchange.failed && !exchange.workDone) void operation.release()
-    else if (response.writableEnded || isHijacked(reply)) buryHijacked(operation)
+  const { operation, reply, stage } = exchange
+  // The client had the timeout's reply: the handler has another one now.
+  if (reply.raw !== response) return
+  if (stage.is === 'running') {
+    exchange.clientLeft()
+    // Where the response was ended, that was done without Fastify: by the handler itself, or because sending its reply failed.
+    if (response.writableEnded && stage.reply === 'overtaken') endByStatus(exchange, stage.failure?.error)
+    else if (response.writableEnded && isFailure(stage)) void operation.release()
+    else if (response.writableEnded || isHijacked(reply)) storeHijacked(operation)
     // Else the client has left, and the handler is still at work: its reply will be stored, or its raw end seen.
     else response.once('prefinish', () => onClose(exchange, response))
-  } else {
+  } else if (stage.is === 'sent') {
     // Nobody reads a stream any more that is still going on: it is read to its end for the record.
-    exchange.stream?.destroy()
+    stage.stream?.destroy()
+  } else if (stage.is !== 'storing') {
+    void operation.cancel()
   }
 }
 
 function isHijacked(reply: FastifyReply): boolean {
   return reply.sent && !reply.raw.writableEnded
+}
+
+/** Has the client gone? HTTP/2 has no `destroyed` on its responses. */
+export function isClosed({ raw, request }: FastifyReply): boolean {
+  const { stream } = raw as { stream?: { destroyed: boolean } }
+  return raw.destroyed || stream?.destroyed || request.raw.aborted || request.socket?.destroyed || false
 }
 
 /** Nobody is there to answer, and nothing must run: Fastify stops where a reply counts as sent. */

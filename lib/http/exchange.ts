@@ -1,7 +1,9 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { StoredReply } from '../../types/index.js'
 import type { Refusal } from '../errors.js'
 import type { Operation } from '../operation/operation.js'
-import type { CapturedStream, Headers } from './reply-record.js'
+import type { CapturedStream } from './captured-stream.js'
+import type { Headers } from './headers.js'
 
 /** Where a request keeps its exchange; `null` without a key, `SKIPPED` when `skip` said so. */
 export const kExchange = Symbol('fastify-idempotency.exchange')
@@ -18,50 +20,227 @@ declare module 'fastify' {
   }
 }
 
-const NO_HEADERS = Object.freeze({}) as Headers
+/**
+ * Where a request with a key is on its way:
+ *
+ *   claiming ──> running ──> storing ──> sent
+ *    │    └────> unprotected      (running ──> sent: a stream, whose record is stored at its end)
+ *    └─────────> replaying
+ */
+export type Stage = Claiming | Replaying | Unprotected | Running | Storing | Sent
 
-/** One request and its reply, on the way of one operation. */
+/** The key is being claimed, or was claimed or refused; the handler has not started. */
+interface Claiming {
+  readonly is: 'claiming'
+  failed: boolean
+}
+
+/** A duplicate: the stored reply is sent in the handler's place. `failed`: it could not be, and an error is. */
+export interface Replaying {
+  readonly is: 'replaying'
+  readonly stored: StoredReply
+  readonly headersBefore: Headers
+  failed: boolean
+}
+
+/** The store has failed, and the route prefers to run all the same: nothing is kept. */
+interface Unprotected {
+  readonly is: 'unprotected'
+}
+
+/** The handler runs, or its reply is on its way through serialisers and hooks to us. */
+export interface Running {
+  readonly is: 'running'
+  /** The headers that were on the reply when the handler started. */
+  readonly headersBefore: Headers
+  /**
+   * What was sent first, by the handler or in its place.
+   *
+   *   awaited    nothing yet
+   *   value      a reply, which may yet fail in a serialiser or a hook
+   *   error      an error: the reply is what the error handlers make of it
+   *   broken     a reply that was final, behind which something has failed: the error's reply is that of work that is done
+   *   overtaken  an error; and before its reply has come to us, `handlerTimeout` has sent another: either may be the client's
+   */
+  reply: 'awaited' | 'value' | 'error' | 'broken' | 'overtaken'
+  /** The error that the reply is made of, if it is. */
+  failure: { readonly error: unknown } | null
+  /** The client has left: nobody is sent the reply. */
+  clientGone: boolean
+}
+
+/** The record is on its way to the store, and the reply waits for it. */
+interface Storing {
+  readonly is: 'storing'
+}
+
+/** The reply was handed on to Fastify. */
+interface Sent {
+  readonly is: 'sent'
+  readonly stream: CapturedStream | null
+}
+
+/**
+ * What the handler does, which may go on when its reply was sent.
+ *
+ *   working     has not returned
+ *   awaiting    waits for the end of its own reply, as an async handler does that returns it: it has nothing more to do
+ *   told        was told that its reply is over
+ *   elsewhere   has returned, and replies from a callback, if ever
+ *   ended       has returned what it had to say
+ *   failed      has thrown
+ *   gives back  is still working, though it has replied: the key is given back when it ends
+ */
+type HandlerState = 'working' | 'awaiting' | 'told' | 'elsewhere' | 'ended' | 'failed' | 'gives back'
+
+/**
+ * Has `handlerTimeout` answered the client in the handler's place?
+ *
+ *   no
+ *   struck     it is about to: the handler has a reply of its own from now on
+ *   answered   the timeout's reply has come to onSend
+ *   stray      something else was sent on the client's reply, by who should have had the handler's
+ */
+type Timeout = 'no' | 'struck' | 'answered' | 'stray'
+
+const UNPROTECTED: Unprotected = { is: 'unprotected' }
+const STORING: Storing = { is: 'storing' }
+const SENT: Sent = { is: 'sent', stream: null }
+
+/** One request and its reply, on the way of one operation. All that changes on that way changes here. */
 export class Exchange {
   readonly operation: Operation
-  /** The client's, or the handler's own where a `handlerTimeout` may overtake it. */
-  reply: FastifyReply
-  /** The headers that were on the reply when the handler started, or the replay. */
-  headersBefore: Headers = NO_HEADERS
-  /**
-   * `detached`: the handler has returned without a promise, and replies from a callback, if ever. `failed`: it has thrown.
-   */
-  handler: 'waiting' | 'started' | 'detached' | 'settled' | 'failed' = 'waiting'
-  /** Where the reply is: not there yet, being stored, or handed on to Fastify. */
-  sending: 'no' | 'storing' | 'passed' = 'no'
-  /** Has an error come up, and which? */
-  failed = false
-  error: unknown = null
-  /** What was sent first, by the handler or in its place. */
-  sent: 'nothing' | 'value' | 'error' = 'nothing'
-  /** The handler's reply was final, but what comes behind it failed: the error's reply is that of work that is done. */
-  workDone = false
-  /** Has a reply been refused for a header that cannot be sent? The next one goes without such headers. */
-  refusedHeader = false
-  clientGone = false
-  /** Has an async handler returned its reply? Whoever does has ended. */
-  isReturned = false
-  /** The reply was not final and has gone, but the handler is still at work: the key is given back when it ends. */
-  givesBackLate = false
-  /** Was somebody told who waited for the reply, as an async handler does that returns it, that it is over? */
-  toldOver = false
-  stream: CapturedStream | null = null
-  /** Has `handlerTimeout` answered the client in the handler's place? */
-  isLate = false
-  /** The timeout's reply has come to onSend. */
-  isClientAnswered = false
-  /** Something was sent on the client's reply after that: Fastify has dropped it. */
-  isStray = false
-  /** The time was up while the handler's error was on its way to us: which of the two the client gets cannot be told. */
-  isOvertaken = false
+  #reply: FastifyReply
+  #stage: Stage = { is: 'claiming', failed: false }
+  #handler: HandlerState = 'working'
+  #timeout: Timeout = 'no'
 
   constructor(operation: Operation, reply: FastifyReply) {
     this.operation = operation
-    this.reply = reply
+    this.#reply = reply
+  }
+
+  get stage(): Stage {
+    return this.#stage
+  }
+
+  get handler(): HandlerState {
+    return this.#handler
+  }
+
+  /** The client's, or the handler's own where a `handlerTimeout` may overtake it. */
+  get reply(): FastifyReply {
+    return this.#reply
+  }
+
+  /** The handler replies to nobody: its client has the timeout's reply. */
+  get isLate(): boolean {
+    return this.#timeout !== 'no'
+  }
+
+  /** Did somebody send on the client's reply what the handler should have sent on its own? */
+  get isStray(): boolean {
+    return this.#timeout === 'stray'
+  }
+
+  /** Is this the client's reply, which now is the timeout's, and no concern of the operation? */
+  isOfTimeout(reply: FastifyReply): boolean {
+    return this.isLate && reply !== this.#reply
+  }
+
+  replay(stored: StoredReply, headersBefore: Headers): void {
+    this.#stage = { is: 'replaying', stored, headersBefore, failed: false }
+  }
+
+  runUnprotected(): void {
+    this.#stage = UNPROTECTED
+  }
+
+  start(headersBefore: Headers): void {
+    this.#stage = { is: 'running', headersBefore, reply: 'awaited', failure: null, clientGone: false }
+  }
+
+  /** The handler is given another reply than the client has. */
+  giveOwn(reply: FastifyReply): void {
+    this.#reply = reply
+  }
+
+  /** Something is sent, by the handler or in its place: what came first counts. */
+  noteSent(payload: unknown): void {
+    const stage = this.#stage
+    if (stage.is !== 'running' || stage.reply !== 'awaited') return
+    stage.reply = payload instanceof Error || this.#handler === 'failed' ? 'error' : 'value'
+  }
+
+  /**
+   * An error has come up: the reply is to be made of it.
+   * @param isFinal Is the reply final on whose way it came up? Asked where that matters.
+   */
+  fail(error: unknown, isFinal: () => boolean): void {
+    const stage = this.#stage
+    if (stage.is === 'claiming' || stage.is === 'replaying') stage.failed = true
+    if (stage.is !== 'running' || stage.reply === 'overtaken') return
+    stage.failure = { error }
+    if (stage.reply === 'value' && this.#handler !== 'failed' && isFinal()) stage.reply = 'broken'
+  }
+
+  clientLeft(): void {
+    if (this.#stage.is === 'running') this.#stage.clientGone = true
+  }
+
+  store(): void {
+    this.#stage = STORING
+  }
+
+  send(stream: CapturedStream | null = null): void {
+    this.#stage = stream === null ? SENT : { is: 'sent', stream }
+  }
+
+  /* The handler */
+
+  awaitReply(): void {
+    if (this.#handler === 'working') this.#handler = 'awaiting'
+  }
+
+  replyIsOver(): void {
+    if (this.#handler === 'awaiting') this.#handler = 'told'
+  }
+
+  /** It is given back when the handler has ended; `false` when it has. */
+  giveBackAtEnd(): boolean {
+    if (this.#handler !== 'working') return false
+    this.#handler = 'gives back'
+    return true
+  }
+
+  /** The handler has come to its end, in one way or another. `true`: its key is to be given back now. */
+  end(how: 'elsewhere' | 'ended' | 'failed'): boolean {
+    const givesBack = this.#handler === 'gives back'
+    this.#handler = how
+    return givesBack
+  }
+
+  /* Its timeout */
+
+  /** The time is up before the handler's reply has come to us. */
+  overtake(isStray: boolean): void {
+    this.#timeout = isStray ? 'stray' : 'struck'
+  }
+
+  /** The time is up after the handler has failed, before that reply has come to us; `false` where it has not failed. */
+  overtakeError(): boolean {
+    const stage = this.#stage
+    if (stage.is !== 'running' || stage.reply !== 'error') return false
+    stage.reply = 'overtaken'
+    return true
+  }
+
+  timeoutAnswered(): void {
+    if (this.#timeout === 'struck') this.#timeout = 'answered'
+  }
+
+  sentByTimeout(): void {
+    if (this.#timeout === 'answered') this.#timeout = 'stray'
   }
 }
 
@@ -70,14 +249,7 @@ export function exchangeOf(request: FastifyRequest): Exchange | null {
   return exchange instanceof Exchange ? exchange : null
 }
 
-/** Has the client gone? HTTP/2 has no `destroyed` on its responses. */
-export function isClosed({ raw, request }: FastifyReply): boolean {
-  const { stream } = raw as { stream?: { destroyed: boolean } }
-  return raw.destroyed || stream?.destroyed || request.raw.aborted || request.socket?.destroyed || false
-}
-
-/** Something is sent, by the handler or in its place: what came first counts. */
-export function noteSent(exchange: Exchange, payload: unknown): void {
-  if (exchange.sent !== 'nothing') return
-  exchange.sent = payload instanceof Error || exchange.handler === 'failed' ? 'error' : 'value'
+/** Of a transaction whose reply is that of an error nothing but the record is committed; but for work that is done. */
+export function isFailure({ failure, reply }: Running): boolean {
+  return failure !== null && reply !== 'broken'
 }

@@ -2,8 +2,8 @@ import { type IncomingMessage, ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import { Writable } from 'node:stream'
 import type { FastifyReply } from 'fastify'
-import { type Exchange, noteSent } from './exchange.js'
-import { buryHijacked, endUnkept, statusOf } from './store-reply.js'
+import { endByStatus, storeHijacked } from './end-claim.js'
+import { type Exchange, isFailure } from './exchange.js'
 
 /*
  * A handler that Fastify's `handlerTimeout` overtakes goes on, and what it replies is still the reply of its operation. So
@@ -26,16 +26,16 @@ export function giveOwnReply(exchange: Exchange): void {
   let isClientUsed = false
 
   function send(payload?: unknown): FastifyReply {
-    noteSent(exchange, payload)
+    exchange.noteSent(payload)
     return fastify.send.call(own, payload)
   }
 
   // Whoever waits for a reply that has been overtaken waits for the late one.
   const then: Then = (fulfilled, rejected) => {
-    exchange.isReturned = true
+    exchange.awaitReply()
     const awaited = current
     const told = () => {
-      exchange.toldOver = true
+      exchange.replyIsOver()
       fulfilled()
     }
     const unlessLate = (end: () => void) => {
@@ -48,16 +48,13 @@ export function giveOwnReply(exchange: Exchange): void {
 
   client.send = function (this: FastifyReply, payload?: unknown) {
     if (exchange.isLate) {
-      exchange.isStray ||= exchange.isClientAnswered
-    } else if (isTimeout(payload) && isAtWork(exchange)) {
+      exchange.sentByTimeout()
+    } else if (isTimeout(payload) && exchange.stage.is === 'running' && exchange.handler !== 'failed') {
       current = late(exchange, client)
-      exchange.isLate = true
-      exchange.isStray = isClientUsed
-    } else if (isTimeout(payload) && exchange.sent === 'error' && exchange.sending === 'no') {
-      exchange.isOvertaken = true
-    } else {
+      exchange.overtake(isClientUsed)
+    } else if (!isTimeout(payload) || !exchange.overtakeError()) {
       isClientUsed = true
-      noteSent(exchange, payload)
+      exchange.noteSent(payload)
     }
     return fastify.send.call(this, payload)
   }
@@ -75,17 +72,12 @@ export function giveOwnReply(exchange: Exchange): void {
     getOwnPropertyDescriptor: (_, name) => Reflect.getOwnPropertyDescriptor(current, name),
     ownKeys: () => Reflect.ownKeys(current)
   })
-  exchange.reply = own
+  exchange.giveOwn(own)
 }
 
 /** Fastify has nothing to tell its timeout by but the code of its error. */
 function isTimeout(error: unknown): boolean {
   return error instanceof Error && (error as { code?: unknown }).code === 'FST_ERR_HANDLER_TIMEOUT'
-}
-
-/** What the handler does, or has done, has not come to us yet. */
-function isAtWork({ handler, sending }: Exchange): boolean {
-  return handler !== 'failed' && sending === 'no'
 }
 
 /** What Fastify knows of a reply's way to its client, by the descriptions of its symbols. */
@@ -107,9 +99,10 @@ function late(exchange: Exchange, client: FastifyReply): FastifyReply {
   response.statusCode = client.statusCode
   // Raw bytes, or an error whose handlers have all failed: Fastify does not bring those to onSend.
   response.once('prefinish', () => {
-    if (exchange.sending !== 'no') return
-    if (exchange.workDone || !exchange.failed) buryHijacked(exchange.operation)
-    else endUnkept(exchange, statusOf(exchange.error, response.statusCode), true)
+    const { operation, stage } = exchange
+    if (stage.is !== 'running') return
+    if (isFailure(stage)) endByStatus(exchange, stage.failure?.error)
+    else storeHijacked(operation)
   })
   return reply
 }

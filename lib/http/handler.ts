@@ -1,10 +1,10 @@
 import type { FastifyInstance, FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { isThenable } from '../util/sync-promise.js'
-import { stop } from './client-close.js'
-import { type Exchange, exchangeOf, isClosed, noteSent } from './exchange.js'
+import { isClosed, stop } from './client-close.js'
+import { storeHijacked } from './end-claim.js'
+import { type Exchange, exchangeOf, type Running } from './exchange.js'
 import { giveOwnReply, sendReturned, sendThrown } from './handler-reply.js'
-import { snapshot } from './reply-record.js'
-import { buryHijacked } from './store-reply.js'
+import { snapshot } from './headers.js'
 
 export type Handler = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply) => unknown
 /** What becomes of an error that refuses the request. */
@@ -16,14 +16,13 @@ export function protect(handler: Handler, refuse: Refuse): RouteHandlerMethod {
   let mayBeOvertaken: boolean | null = null
   return function idempotent(this: FastifyInstance, request: FastifyRequest, reply: FastifyReply): unknown {
     const exchange = exchangeOf(request)
-    if (exchange === null || exchange.operation.phase === 'unprotected') return handler.call(this, request, reply)
+    if (exchange === null || exchange.stage.is === 'unprotected') return handler.call(this, request, reply)
     try {
       if (!exchange.operation.start()) return stop(reply)
     } catch (error) {
       throw refuse(request, reply, error)
     }
-    exchange.handler = 'started'
-    exchange.headersBefore = snapshot(reply)
+    exchange.start(snapshot(reply))
     mayBeOvertaken ??= (request.routeOptions.handlerTimeout ?? 0) > 0
     if (mayBeOvertaken) giveOwnReply(exchange)
     else watchReply(reply)
@@ -34,7 +33,7 @@ export function protect(handler: Handler, refuse: Refuse): RouteHandlerMethod {
       return afterThrow(exchange, reply, error)
     }
     if (result === undefined || result === exchange.reply) {
-      exchange.handler = 'detached'
+      exchange.end('elsewhere')
       // Fastify need not wait for a reply that comes from elsewhere.
       return undefined
     }
@@ -57,9 +56,9 @@ function watchReply(reply: FastifyReply): void {
 /** In the place of a reply's own `then`, while a handler runs: it resolves when the response is over. */
 function awaitReply(this: FastifyReply, fulfilled: () => void, rejected: (error: Error) => void): void {
   const exchange = exchangeOf(this.request)
-  if (exchange !== null) exchange.isReturned = true
+  exchange?.awaitReply()
   const told = () => {
-    if (exchange !== null) exchange.toldOver = true
+    exchange?.replyIsOver()
     fulfilled()
   }
   Object.getPrototypeOf(this).then.call(this, told, rejected)
@@ -67,33 +66,31 @@ function awaitReply(this: FastifyReply, fulfilled: () => void, rejected: (error:
 
 /** In the place of a reply's own `send`, while a handler runs: notes whether it is a reply that it sends, or an error. */
 function sendFirst(this: FastifyReply, payload?: unknown): FastifyReply {
-  const exchange = exchangeOf(this.request)
-  if (exchange !== null) noteSent(exchange, payload)
+  exchangeOf(this.request)?.noteSent(payload)
   return Object.getPrototypeOf(this).send.call(this, payload)
 }
 
 /** The handler has returned, or its promise has: what Fastify is to see of it. */
 function afterReturn(exchange: Exchange, client: FastifyReply, value: unknown): unknown {
-  const { operation, reply, isLate } = exchange
-  giveBackLate(exchange)
-  if (exchange.sending !== 'no') {
-    exchange.handler = 'settled'
+  const { operation, reply, stage } = exchange
+  if (stage.is !== 'running') {
+    if (exchange.end('ended')) void operation.release()
     // Fastify takes the reply for unsent while it is being stored, and would send what was returned as well.
     if (value !== undefined) reply.log.warn('handler returned a value after its reply was sent')
     return client
   }
-  if (value === undefined && exchange.toldOver && !reply.sent) {
+  if (value === undefined && exchange.handler === 'told' && !reply.sent) {
     // The response is over, but nothing was sent: the handler replies from elsewhere, like one with a callback.
-    exchange.handler = 'detached'
+    exchange.end('elsewhere')
     return client
   }
-  exchange.handler = 'settled'
-  if (isLate) {
-    sendLate(exchange, value)
+  exchange.end('ended')
+  if (exchange.isLate) {
+    sendLate(exchange, stage, value)
     return client
   }
-  if (value === undefined && (exchange.clientGone || isClosed(reply))) {
-    if (reply.sent) buryHijacked(operation)
+  if (value === undefined && (stage.clientGone || isClosed(reply))) {
+    if (reply.sent) storeHijacked(operation)
     // Fastify sends nothing to a client that is gone: then nothing would be stored either.
     else return reply.send()
   }
@@ -104,30 +101,22 @@ function afterReturn(exchange: Exchange, client: FastifyReply, value: unknown): 
 }
 
 /** What a handler returns after its time: Fastify does not look at it any more. */
-function sendLate(exchange: Exchange, value: unknown): void {
+function sendLate(exchange: Exchange, running: Running, value: unknown): void {
   const { operation, reply } = exchange
-  if (reply.sent || (value === undefined && exchange.isStray)) buryHijacked(operation)
+  if (reply.sent || (value === undefined && exchange.isStray)) storeHijacked(operation)
   // Unless what it has sent is still on its way through hooks.
-  else if (value !== undefined || exchange.sent === 'nothing') sendReturned(reply, value)
-}
-
-/** The handler had replied, and has ended now. */
-function giveBackLate(exchange: Exchange): void {
-  if (!exchange.givesBackLate) return
-  exchange.givesBackLate = false
-  void exchange.operation.release()
+  else if (value !== undefined || running.reply === 'awaited') sendReturned(reply, value)
 }
 
 function afterThrow(exchange: Exchange, client: FastifyReply, error: unknown): unknown {
-  const { reply, isLate } = exchange
-  giveBackLate(exchange)
-  exchange.handler = 'failed'
-  if (exchange.sending === 'no' && !isLate) throw error
-  if (exchange.sending === 'no' && exchange.sent === 'nothing' && !reply.sent) {
+  const { operation, reply, stage } = exchange
+  if (exchange.end('failed')) void operation.release()
+  if (stage.is === 'running' && !exchange.isLate) throw error
+  if (stage.is === 'running' && stage.reply === 'awaited' && !reply.sent) {
     sendThrown(reply, error)
-  } else {
-    reply.log.error({ err: error }, 'handler failed after its reply was sent')
-    if (exchange.sending === 'no' && reply.sent) buryHijacked(exchange.operation, true)
+    return client
   }
+  reply.log.error({ err: error }, 'handler failed after its reply was sent')
+  if (stage.is === 'running' && reply.sent) storeHijacked(operation, true)
   return client
 }

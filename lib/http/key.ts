@@ -1,6 +1,6 @@
 import { hash, randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
-import { KeyInvalid } from '../errors.js'
+import { KeyInvalid, KeyMissing } from '../errors.js'
 import { isStream } from './canonical-json.js'
 import { isMultipart } from './content-type.js'
 import { isField } from './multipart.js'
@@ -54,6 +54,34 @@ const BACKSLASH = 0x5c
 
 const NON_ASCII = /[\u0080-\uffff]/
 const utf8 = new TextDecoder('utf-8', { fatal: true })
+
+/**
+ * The key that can be seen before there is a body, `undefined` for none.
+ * @throws FST_IDEMPOTENCY_KEY_INVALID
+ */
+export function keyInHead(request: FastifyRequest, rules: KeyRules): string | undefined {
+  const raw = keyInHeader(request, rules) ?? keyInQuery(request, rules)
+  return raw === undefined ? undefined : parseKey(raw, rules)
+}
+
+/**
+ * The key wherever it may be, such as one that a hook has provided since; `undefined` for none.
+ * @throws FST_IDEMPOTENCY_KEY_INVALID
+ */
+export function keyAnywhere(request: FastifyRequest, rules: KeyRules): string | undefined {
+  const raw = keyInHeader(request, rules) ?? keyInQuery(request, rules) ?? keyInBody(request, rules)
+  return raw === undefined ? undefined : parseKey(raw, rules)
+}
+
+/** @throws FST_IDEMPOTENCY_KEY_MISSING where a key is required; it says where there may be one. */
+export function missKey(rules: KeyRules & { required: boolean; getKey: unknown }): void {
+  const { required, header, field, getKey } = rules
+  if (!required) return
+  const places: string[] = []
+  if (getKey === null && header !== null) places.push(`the header ${header}`)
+  if (getKey === null && field !== null) places.push(`the field ${field}`)
+  throw new KeyMissing(places.join(' or ') || 'see the documentation of this service')
+}
 
 /** The raw key in the header; `undefined` for none. */
 export function keyInHeader(request: FastifyRequest, rules: KeyRules): string | undefined {

@@ -1,11 +1,15 @@
 import { STATUS_CODES } from 'node:http'
-import type { FastifyReply } from 'fastify'
-import type { Refusal } from '../errors.js'
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import { isRefusal, type Refusal } from '../errors.js'
+import type { Policy } from '../options.js'
+import { kRefusal } from './exchange.js'
+
+/* How the plugin's own errors are answered: their headers, the link to the documentation, and problem details (RFC 9457). */
 
 export const PROBLEM_TYPE = 'application/problem+json'
 
 /** The error as a problem document (RFC 9457 §3), with the error's `code` as an extension member. */
-export function problemOf({ code, message, statusCode }: Refusal, documentationUrl: string | null): string {
+function problemOf({ code, message, statusCode }: Refusal, documentationUrl: string | null): string {
   return JSON.stringify({
     type: documentationUrl ?? 'about:blank',
     title: STATUS_CODES[statusCode],
@@ -39,4 +43,30 @@ export function watchAnswer(refusal: Refusal): void {
 /** Is it Fastify's serialisation of this error that is being sent? Nobody else knows the length so early. */
 export function isAnswer(reply: FastifyReply, refusal: Refusal): boolean {
   return answered.has(refusal) && reply.statusCode === refusal.statusCode && reply.hasHeader('content-length')
+}
+
+/** Marks an error if it is the plugin's own, and puts its headers on the reply, whoever handles errors. */
+export function refuse(policy: Policy, request: FastifyRequest, reply: FastifyReply, error: unknown): Error {
+  if (isRefusal(error)) {
+    const { documentationUrl, problemDetails } = policy
+    request[kRefusal] = error
+    if (error.headers !== undefined) reply.headers(error.headers)
+    if (problemDetails) watchAnswer(error)
+    if (documentationUrl !== null) {
+      const links = [reply.getHeader('link') ?? [], `<${documentationUrl}>; rel="describedby"`].flat()
+      reply.header('link', links.join(', '))
+    }
+  }
+  return error as Error
+}
+
+/**
+ * The problem document in the place of Fastify's own serialisation of the error; `null` where that is not what is being
+ * sent: a custom error handler decides for itself.
+ */
+export function problemInPlaceOf(request: FastifyRequest, reply: FastifyReply, policy: Policy): string | null {
+  const refusal = request[kRefusal]
+  if (refusal === null || !isAnswer(reply, refusal)) return null
+  reply.removeHeader('content-length').header('content-type', PROBLEM_TYPE)
+  return problemOf(refusal, policy.documentationUrl)
 }

@@ -1,7 +1,6 @@
 import type { FastifyReply } from 'fastify'
 import type { StoredReply } from '../../types/index.js'
-
-type Headers = ReturnType<FastifyReply['getHeaders']>
+import { type Headers, restore } from './headers.js'
 
 /** Puts a stored reply's status and headers on a reply, and the mark of a replay. */
 export function putOn(reply: FastifyReply, stored: StoredReply, replayHeader: string | null): void {
@@ -21,26 +20,6 @@ export function hasType(stored: StoredReply): boolean {
 export function takeOff(reply: FastifyReply, stored: StoredReply, replayHeader: string | null, before: Headers): void {
   for (const [name] of stored.headers) restore(reply, name, before)
   if (replayHeader !== null) restore(reply, replayHeader, before)
-}
-
-/** Gives a header the value that it had before, if it had one. */
-export function restore(reply: FastifyReply, name: string, before: Headers): void {
-  const value = before[name as keyof Headers]
-  if (value === undefined) reply.removeHeader(name)
-  else reply.header(name, value)
-}
-
-/** Gives all headers the values that they had before. */
-export function restoreAll(reply: FastifyReply, before: Headers): void {
-  const now = reply.getHeaders()
-  for (const name in now) if (!(name in before)) reply.removeHeader(name)
-  for (const name in before) {
-    const key = name as keyof Headers
-    if (now[key] === before[key]) continue
-    // What is there already would be added to, in the case of cookies.
-    reply.removeHeader(name)
-    reply.header(name, before[key])
-  }
 }
 
 /** The stored payload, of the kind that it had when it was stored; `undefined` for none. */

@@ -3,19 +3,14 @@ import { ReadableStream } from 'node:stream/web'
 import type { FastifyReply } from 'fastify'
 import t, { type Test } from 'tap'
 import {
-  asStream,
   CapturedStream,
   type CaptureOptions,
-  headersSince,
-  isBuffered,
-  isResponse,
-  type Payload,
-  replyRecord,
   type StreamFate,
-  snapshot,
-  tombstone,
   type Unfinished
-} from '../../lib/http/reply-record.js'
+} from '../../lib/http/captured-stream.js'
+import { snapshot } from '../../lib/http/headers.js'
+import { asStream, isBuffered, isResponse, type Payload } from '../../lib/http/payload.js'
+import { headersSince, replyRecord, tombstone } from '../../lib/http/reply-record.js'
 import { type Latch, latch, until } from '../support/latch.js'
 import { VirtualTime } from '../support/virtual-time.js'
 

@@ -11,7 +11,7 @@ import {
 } from '../../index.js'
 import { TransactionBroken } from '../../lib/errors.js'
 import { kExchange, kRefusal } from '../../lib/http/exchange.js'
-import { Lifecycle } from '../../lib/http/hooks.js'
+import { RouteHooks } from '../../lib/http/hooks.js'
 import { kSnapshot } from '../../lib/http/request-snapshot.js'
 import { type Policy, registrationOptions, routePolicy } from '../../lib/options.js'
 import { Registration } from '../../lib/registration.js'
@@ -129,7 +129,7 @@ class RemoteStore extends MemoryStore {
 function route(options: IdempotencyOptions = {}) {
   const registration = new Registration(registrationOptions(options))
   const declaration = { method: 'POST', url: '/', config: { idempotency: true } }
-  const lifecycle = new Lifecycle(routePolicy(declaration, registration.options) as Policy, registration)
+  const hooks = new RouteHooks(routePolicy(declaration, registration.options) as Policy, registration)
   const request = (key?: string, body?: unknown) =>
     ({
       method: 'POST',
@@ -145,7 +145,7 @@ function route(options: IdempotencyOptions = {}) {
       [kRefusal]: null,
       [kSnapshot]: null
     }) as unknown as FastifyRequest
-  return { lifecycle, request }
+  return { hooks, request }
 }
 
 /** A reply of which nothing is known but what it was sent. */
@@ -183,18 +183,18 @@ function atOnce(hook: (done: (error?: Error | null, payload?: unknown) => void) 
 }
 
 t.test('where all answers are at hand a request goes its whole way without being held up', async (t) => {
-  const { lifecycle, request: requestWith } = route()
-  const handler = lifecycle.wrap(() => 'done')
+  const { hooks, request: requestWith } = route()
+  const handler = hooks.wrap(() => 'done')
   const go = (key?: string, body: unknown = 'body') => {
     const request = requestWith(key)
     const { reply, sent } = replyTo(request)
-    const before = (['look', 'finishLook', 'claim'] as const).map((name) => {
+    const before = (['readHead', 'finishSnapshot', 'claim'] as const).map((name) => {
       // The parser comes behind the first.
-      if (name === 'finishLook') request.body = body
-      return atOnce((done) => lifecycle[name](request, reply, done))
+      if (name === 'finishSnapshot') request.body = body
+      return atOnce((done) => hooks[name](request, reply, done))
     })
     const way = before.every((outcome) => outcome === 'next') ? [handler.call({} as never, request, reply)] : sent
-    return [...before, ...way, atOnce((done) => lifecycle.onSend(request, reply, 'done', done))]
+    return [...before, ...way, atOnce((done) => hooks.onSend(request, reply, 'done', done))]
   }
   t.same(go(), ['next', 'next', 'next', 'done', 'done'], 'without a key')
   t.same(go('k'), ['next', 'next', 'next', 'done', 'done'], 'a first request')
@@ -204,14 +204,14 @@ t.test('where all answers are at hand a request goes its whole way without being
 })
 
 t.test('an error of a request without a key, or one that is nothing, is left to Fastify', async (t) => {
-  const { lifecycle, request: requestWith } = route()
+  const { hooks, request: requestWith } = route()
   for (const isKeyed of [false, true]) {
     for (const error of [new Error('x'), undefined, null]) {
       const request = requestWith(isKeyed ? `${error}` : undefined)
       const { reply } = replyTo(request)
-      lifecycle.claim(request, reply, () => {})
+      hooks.claim(request, reply, () => {})
       t.equal(
-        atOnce((done) => lifecycle.onError(request, reply, error as FastifyError, done)),
+        atOnce((done) => hooks.onError(request, reply, error as FastifyError, done)),
         'next'
       )
     }

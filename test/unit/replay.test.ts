@@ -1,6 +1,7 @@
 import Fastify, { type FastifyReply } from 'fastify'
 import t from 'tap'
-import { hasType, payloadOf, putOn, restoreAll, takeOff } from '../../lib/http/replay.js'
+import { restoreAll } from '../../lib/http/headers.js'
+import { hasType, payloadOf, putOn, takeOff } from '../../lib/http/replay.js'
 import type { StoredReply } from '../../types/index.js'
 
 const STORED: StoredReply = {
