@@ -4,8 +4,8 @@ import type { Operation } from './operation/operation.js'
 import { StoreInUse } from './operation/store-context.js'
 import { type Globals, inherited, type Policy, type RegistrationOptions } from './options.js'
 import { warnOfSiblings } from './stores/memory/siblings.js'
-import { LONGEST_DELAY } from './util/deadlines.js'
-import { noLongerThan } from './util/timeout.js'
+import { waitAtMost } from './util/timeout.js'
+import { LONGEST_DELAY } from './util/timer.js'
 
 /**
  * Where an instance keeps the registration that is in force for its routes: its own, or the nearest above. One name for
@@ -81,7 +81,7 @@ export class Registration {
    */
   async close(): Promise<void> {
     this.startClosing()
-    await noLongerThan(Math.min(this.#longestLease, LONGEST_DELAY), this.#drained())
+    await waitAtMost(Math.min(this.#longestLease, LONGEST_DELAY), this.#drained())
     await Promise.all([...this.streams].map((stream) => stream.giveUp()))
     this.closed = true
     for (const operation of this.operations) operation.abandon()

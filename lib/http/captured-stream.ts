@@ -1,6 +1,6 @@
 import { finished, Readable } from 'node:stream'
 import type { TombstoneReason } from '../../types/index.js'
-import { Deadlines } from '../util/deadlines.js'
+import { Timer } from '../util/timer.js'
 import { stopSource } from './payload.js'
 
 /** What becomes of a captured stream. */
@@ -30,18 +30,6 @@ export interface CaptureOptions {
   readonly open: Set<Unfinished>
 }
 
-// One timer for all streams with the same lease, as for their claims.
-const patience = new Map<number, Deadlines<CapturedStream>>()
-
-function patienceOf(lease: number): Deadlines<CapturedStream> {
-  let deadlines = patience.get(lease)
-  if (deadlines === undefined) {
-    deadlines = new Deadlines(lease, (stream) => stream.late(), false)
-    patience.set(lease, deadlines)
-  }
-  return deadlines
-}
-
 /**
  * Passes a stream on as it comes, and keeps a copy. Only the end is held back, or the chunk that completes
  * the content-length, until the copy is stored: who has seen the end of the reply can rely on its replay.
@@ -55,7 +43,8 @@ export class CapturedStream extends Readable implements Unfinished {
   readonly #limit: number
   readonly #expected: number
   readonly #keeps: boolean
-  readonly #patience: Deadlines<CapturedStream>
+  readonly #lease: number
+  #patience: Timer<CapturedStream> | null = null
   readonly #open: Set<Unfinished>
   /** `null` without a copy: there is to be none, it would be too large, or is handed over. */
   #chunks: Buffer[] | null
@@ -82,7 +71,7 @@ export class CapturedStream extends Readable implements Unfinished {
     this.#expected = expected ?? Number.POSITIVE_INFINITY
     this.#keeps = keeps
     this.#chunks = keeps ? [] : null
-    this.#patience = patienceOf(lease)
+    this.#lease = lease
     this.#open = open.add(this)
     // Whoever does not listen, as a hook that sends something else, must not end the process by that.
     this.on('error', () => {})
@@ -210,18 +199,23 @@ export class CapturedStream extends Readable implements Unfinished {
     if (this.#isWaiting) return
     this.#isWaiting = true
     this.#taken = this.#passed - this.readableLength
-    this.#patience.add(this)
+    this.#startPatience()
   }
 
   #waitNoMore(): void {
     this.#isWaiting = false
-    this.#patience.delete(this)
+    this.#patience?.cancel()
+  }
+
+  #startPatience(): void {
+    this.#patience?.cancel()
+    this.#patience = new Timer<CapturedStream>(this.#lease, (stream) => stream.late(), this, false)
   }
 
   /** Reads the source for the copy, as fast as it gives. */
   #drain(): void {
     this.#isDraining = true
-    this.#patience.add(this)
+    this.#startPatience()
     this.#source.resume()
   }
 

@@ -1,32 +1,29 @@
-import { Deadlines } from '../util/deadlines.js'
+import { Timer } from '../util/timer.js'
 
 /** A claim that has to be renewed when it lives long enough. */
 export interface Renewable {
   readonly lease: number
-  /** Tells the store once, and asks to be kept alive again. */
+  /** The next renewal, while one is due. */
+  renewal: Timer<Renewable> | null
+  /** Tells the store once, and schedules the next renewal. */
   renew(): void
 }
 
 /** A lease is renewed after this part of it: two renewals may fail before it lapses. */
 const RENEWALS_PER_LEASE = 3
 
-// One timer for all claims with the same lease; there are as many as `lease` options.
-const renewals = new Map<number, Deadlines<Renewable>>()
-
-function renewalsOf(lease: number): Deadlines<Renewable> {
-  let deadlines = renewals.get(lease)
-  if (deadlines === undefined) {
-    deadlines = new Deadlines(lease / RENEWALS_PER_LEASE, (claim) => claim.renew(), false)
-    renewals.set(lease, deadlines)
-  }
-  return deadlines
+/** Renews the claim once, when a third of its lease has passed. */
+export function scheduleRenewal(claim: Renewable): void {
+  claim.renewal?.cancel()
+  claim.renewal = new Timer<Renewable>(claim.lease / RENEWALS_PER_LEASE, renew, claim, false)
 }
 
-/** Renews the claim once, when a third of its lease has passed. A claim that ends before costs nothing more. */
-export function keepAlive(claim: Renewable): void {
-  renewalsOf(claim.lease).add(claim)
+export function cancelRenewal(claim: Renewable): void {
+  claim.renewal?.cancel()
+  claim.renewal = null
 }
 
-export function letGo(claim: Renewable): void {
-  renewalsOf(claim.lease).delete(claim)
+function renew(claim: Renewable): void {
+  claim.renewal = null
+  claim.renew()
 }

@@ -30,8 +30,9 @@ import type { RequestSnapshot } from '../http/request-snapshot.js'
 import type { Policy } from '../options.js'
 import type { Registration } from '../registration.js'
 import { kPeek, type Maybe, type Peekable, reveal } from '../util/sync-promise.js'
-import { attempt, within } from '../util/timeout.js'
-import { keepAlive, letGo, type Renewable } from './leases.js'
+import { promiseTry, withTimeout } from '../util/timeout.js'
+import type { Timer } from '../util/timer.js'
+import { cancelRenewal, type Renewable, scheduleRenewal } from './leases.js'
 import { isAcquisition, isClaimedKey, toBoolean } from './store-answers.js'
 import { insist, StoreInUse } from './store-context.js'
 import type { Permit } from './store-health.js'
@@ -77,6 +78,7 @@ export class Operation implements Subject, Waiter, Renewable {
   phase: Phase = 'asking'
   /** The handler asked that its reply be not stored. */
   discarded = false
+  renewal: Timer<Renewable> | null = null
   /** The reply to replay, after the verdict 'replay'. */
   reply: StoredReply | null = null
   readonly #registration: Registration
@@ -224,7 +226,7 @@ export class Operation implements Subject, Waiter, Renewable {
       // What is to be forgotten is no answer to anybody.
       if (!this.#forgotten) {
         this.#unstored = record
-        keepAlive(this)
+        scheduleRenewal(this)
       }
       const isPointless = () => this.#registration.closed || this.phase === 'over'
       void insist(() => this.#completeAgain(record), isPointless).then((stored) => this.#completed(stored, record))
@@ -239,21 +241,21 @@ export class Operation implements Subject, Waiter, Renewable {
     const unused = this.phase === 'held'
     this.phase = 'ending'
     this.#releasing = true
-    letGo(this)
+    cancelRenewal(this)
     const { store, storeTimeout } = this.policy
     try {
       const transaction = this.#transaction
       const released =
         transaction === null
           ? toBoolean(await this.#call(() => store.release(this.storageKey, this.#token, unused)))
-          : await within(storeTimeout, () => transaction.rollback().then(() => true))
+          : await withTimeout(storeTimeout, () => transaction.rollback().then(() => true))
       if (released) this.#tell('released')
       else this.#lost()
     } catch (error) {
       this.#report(error)
       if (this.#transaction === null) {
         // Where a lapsed claim is not taken over it would be called abandoned, which it is not.
-        if (!this.takesOver) keepAlive(this)
+        if (!this.takesOver) scheduleRenewal(this)
         void this.#giveBack(this.#token, unused).then((given) => {
           this.#end()
           if (given) this.#tell('released')
@@ -281,7 +283,7 @@ export class Operation implements Subject, Waiter, Renewable {
     const { store, storeTimeout } = this.policy
     this.#end()
     try {
-      await within(storeTimeout, () => store.release(this.storageKey, this.#token, true))
+      await withTimeout(storeTimeout, () => store.release(this.storageKey, this.#token, true))
     } catch (error) {
       this.#report(error)
       void this.#giveBack(this.#token, true)
@@ -295,7 +297,7 @@ export class Operation implements Subject, Waiter, Renewable {
 
   /** The server has closed: nothing more is done for this operation. */
   abandon(): void {
-    letGo(this)
+    cancelRenewal(this)
     if (this.phase !== 'ending') this.#transaction?.abandon()
   }
 
@@ -305,7 +307,7 @@ export class Operation implements Subject, Waiter, Renewable {
       void this.#renew()
     } else if (this.#isHeld()) {
       this.#transaction.keepAlive()
-      keepAlive(this)
+      scheduleRenewal(this)
     }
   }
 
@@ -443,7 +445,7 @@ export class Operation implements Subject, Waiter, Renewable {
     this.phase = 'held'
     this.#store.live.set(this.storageKey, this)
     this.#transaction?.lost.addEventListener('abort', this)
-    keepAlive(this)
+    scheduleRenewal(this)
     this.#tell('acquired')
     if (attempt > 1) this.#tell('takeover')
     return this.#gone ? this.release().then(() => 'gone') : 'run'
@@ -507,7 +509,7 @@ export class Operation implements Subject, Waiter, Renewable {
     const { health } = this.#store
     const permit = health.admit()
     if (permit === null) return this.#knownHere() ?? this.#goWithout(owner, health.error)
-    const answer = attempt(() => this.#ask(takeover))
+    const answer = promiseTry(() => this.#ask(takeover))
     const found = reveal(answer)
     if (found instanceof Promise || !isAcquisition(found)) {
       const asked = this.#awaitAnswer(answer, owner, permit)
@@ -550,7 +552,9 @@ export class Operation implements Subject, Waiter, Renewable {
     const permit = health.admit()
     try {
       if (permit === null) throw health.error
-      stored = await within(Math.min(this.policy.storeTimeout, permit.patience), () => owner.#completeAgain(record))
+      stored = await withTimeout(Math.min(this.policy.storeTimeout, permit.patience), () =>
+        owner.#completeAgain(record)
+      )
     } catch (error) {
       this.#report(error)
       if (!this.policy.bypasses) throw new StoreFailure('The key could not be asked for', { cause: error })
@@ -655,7 +659,7 @@ export class Operation implements Subject, Waiter, Renewable {
 
   #complete(record: StoredRecord): Promise<boolean> {
     const { store, ttl } = this.policy
-    const stored = attempt(() => store.complete(this.storageKey, this.#token, record, ttl))
+    const stored = promiseTry(() => store.complete(this.storageKey, this.#token, record, ttl))
     return reveal(stored) === true ? stored : this.#completeAnew(stored, record)
   }
 
@@ -692,7 +696,7 @@ export class Operation implements Subject, Waiter, Renewable {
    */
   async #commit(transaction: ClaimTransaction, record: StoredRecord, undo: boolean): Promise<void> {
     const { ttl } = this.policy
-    letGo(this)
+    cancelRenewal(this)
     let outcome: TransactionOutcome
     try {
       outcome = await this.#call(() => transaction.complete(record, ttl, undo))
@@ -747,7 +751,7 @@ export class Operation implements Subject, Waiter, Renewable {
       if (!this.#isOver()) this.#report(error)
     }
     const isEnding = this.#unstored !== null || (this.#releasing && !this.takesOver)
-    if (!this.#registration.closed && !this.#isOver() && (this.#isHeld() || isEnding)) keepAlive(this)
+    if (!this.#registration.closed && !this.#isOver() && (this.#isHeld() || isEnding)) scheduleRenewal(this)
   }
 
   /**
@@ -799,7 +803,7 @@ export class Operation implements Subject, Waiter, Renewable {
   #end(): void {
     this.#leaveReserved()
     this.phase = 'over'
-    letGo(this)
+    cancelRenewal(this)
     if (this.#store.live.get(this.storageKey) === this) this.#store.live.delete(this.storageKey)
     this.#registration.ended(this)
   }

@@ -1,7 +1,7 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { isNoOutage, StoreTimeout } from '../errors.js'
 import { isAtHand } from '../util/sync-promise.js'
-import { within } from '../util/timeout.js'
+import { withTimeout } from '../util/timeout.js'
 
 /**
  * How long a request waits that finds out whether the store is back. One that is back answers in a few milliseconds, and
@@ -23,7 +23,7 @@ const UNLIMITED: Permit = { patience: Number.POSITIVE_INFINITY }
 /**
  * Whether a store is known to be down, as its answers to this process tell: while it is, requests need not wait for it.
  *
- * It is down when a call has had no answer within its limit, or no connection, while no other call had one; or when calls
+ * It is down when a call has had no answer withTimeout its limit, or no connection, while no other call had one; or when calls
  * for several keys have failed one after the other. It is up again with the first answer, to whomever. So the failure of
  * one key closes the store to nobody: with others at work it stands against their answers, and without them the next
  * request is the probe. An answer that makes no sense, and that there is no room, are answers.
@@ -68,7 +68,7 @@ export class StoreHealth {
    */
   ask<T>(key: string, ms: number, call: () => Promise<T>, permit = UNLIMITED): Promise<T> {
     const before = this.#answers
-    const answer = within(ms, call, {
+    const answer = withTimeout(ms, call, {
       answered: () => {
         this.#answers++
         this.answered()
@@ -77,7 +77,7 @@ export class StoreHealth {
     })
     if (isAtHand(answer)) this.answered()
     if (permit.patience >= ms) return answer
-    return within(permit.patience, () => answer)
+    return withTimeout(permit.patience, () => answer)
   }
 
   /** The store has answered. */

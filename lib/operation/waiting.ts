@@ -1,6 +1,6 @@
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
-import { Deadlines, LONGEST_DELAY } from '../util/deadlines.js'
-import { attempt } from '../util/timeout.js'
+import { promiseTry } from '../util/timeout.js'
+import { LONGEST_DELAY, Timer } from '../util/timer.js'
 
 /** Whether or not somebody tells of changes, a key is asked for again after this many milliseconds, if it is its turn. */
 const SAFETY_POLL_MS = 1_000
@@ -146,23 +146,12 @@ class Line {
 
 const places = new WeakMap<Waiter, Place>()
 
-// One timer for all who wait equally long; there are as many limits as `waitTimeout` options.
-const limits = new Map<number, Deadlines<Place>>()
-
-function limit(ms: number): Deadlines<Place> {
-  let deadlines = limits.get(ms)
-  if (deadlines === undefined) {
-    deadlines = new Deadlines(ms, (place) => place.end('timeout'), true)
-    limits.set(ms, deadlines)
-  }
-  return deadlines
-}
-
 /** One waiter's place in a queue. */
 class Place {
   readonly waiter: Waiter
   readonly result: Promise<WaitResult>
   readonly #queue: Queue
+  readonly #limit: Timer<Place>
   #resolve!: (result: WaitResult) => void
   #reject!: (error: unknown) => void
 
@@ -170,7 +159,7 @@ class Place {
     this.waiter = waiter
     this.#queue = queue
     places.set(waiter, this)
-    limit(waiter.waitTimeout).add(this)
+    this.#limit = new Timer<Place>(waiter.waitTimeout, (place) => place.end('timeout'), this, true)
     this.result = new Promise((resolve, reject) => {
       this.#resolve = resolve
       this.#reject = reject
@@ -191,7 +180,7 @@ class Place {
   #leave(): boolean {
     if (!this.#queue.remove(this)) return false
     places.delete(this.waiter)
-    limit(this.waiter.waitTimeout).delete(this)
+    this.#limit.cancel()
     return true
   }
 }
@@ -290,7 +279,7 @@ class Queue {
       this.#wake?.()
     }
     // A subscription that fails is tried again with the next look.
-    attempt(() => (store as Required<IdempotencyStore>).changed(this.key, subscription.signal)).then(stir, () => {
+    promiseTry(() => (store as Required<IdempotencyStore>).changed(this.key, subscription.signal)).then(stir, () => {
       this.#subscription = null
       this.#wake?.()
     })

@@ -1,5 +1,5 @@
-import { LONGEST_DELAY } from '../util/deadlines.js'
-import { noLongerThan } from '../util/timeout.js'
+import { waitAtMost } from '../util/timeout.js'
+import { LONGEST_DELAY } from '../util/timer.js'
 
 /** How long a stop waits for a batch: one that a broken connection holds up would never end. */
 const PATIENCE_MS = 1_000
@@ -42,7 +42,7 @@ export class Sweeper {
       rounds.stopped = true
       if (rounds.timer !== null) clearTimeout(rounds.timer)
     }
-    await noLongerThan(PATIENCE_MS, this.#work)
+    await waitAtMost(PATIENCE_MS, this.#work)
   }
 
   #schedule(rounds: Rounds): void {

@@ -1,21 +1,6 @@
 import { StoreTimeout } from '../errors.js'
-import { Deadlines } from './deadlines.js'
 import { isAtHand } from './sync-promise.js'
-
-/** Rejects a store call that has not answered yet. */
-type Reject = (error: unknown) => void
-
-// One timer for all calls with the same limit; there are as many limits as `storeTimeout` options.
-const limits = new Map<number, Deadlines<Reject>>()
-
-function limit(ms: number): Deadlines<Reject> {
-  let deadlines = limits.get(ms)
-  if (deadlines === undefined) {
-    deadlines = new Deadlines(ms, (reject) => reject(new StoreTimeout(ms)), true)
-    limits.set(ms, deadlines)
-  }
-  return deadlines
-}
+import { Timer } from './timer.js'
 
 /** Who wants to know whether a store call was answered in time. */
 export interface Witness {
@@ -27,32 +12,31 @@ export interface Witness {
  * The answer of a store call, or a `StoreTimeout` when there is none after `ms` milliseconds. A call that
  * throws has rejected. One that is at hand needs no limit.
  */
-export function within<T>(ms: number, ask: () => Promise<T>, witness?: Witness): Promise<T> {
-  const answer = attempt(ask)
+export function withTimeout<T>(ms: number, ask: () => Promise<T>, witness?: Witness): Promise<T> {
+  const answer = promiseTry(ask)
   if (isAtHand(answer)) return answer
-  const deadlines = limit(ms)
   return new Promise((resolve, reject) => {
     const fail = (error: unknown) => {
       witness?.failed(error)
       reject(error)
     }
-    deadlines.add(fail)
+    const limit = new Timer(ms, (ms) => fail(new StoreTimeout(ms)), ms, true)
     // What comes too late changes nothing.
     answer.then(
       (value) => {
-        if (!deadlines.delete(fail)) return
+        if (!limit.cancel()) return
         witness?.answered()
         resolve(value)
       },
       (error) => {
-        if (deadlines.delete(fail)) fail(error)
+        if (limit.cancel()) fail(error)
       }
     )
   })
 }
 
 /** Resolves when the work is done, or when it has taken so long that nobody should wait for it any more. */
-export async function noLongerThan(ms: number, work: Promise<unknown>): Promise<void> {
+export async function waitAtMost(ms: number, work: Promise<unknown>): Promise<void> {
   let timer: NodeJS.Timeout | undefined
   const limit = new Promise<void>((resolve) => {
     timer = setTimeout(resolve, ms)
@@ -61,7 +45,7 @@ export async function noLongerThan(ms: number, work: Promise<unknown>): Promise<
 }
 
 /** A promise, whatever the call does: a store of somebody else may throw, or give its answer as it is. */
-export function attempt<T>(ask: () => Promise<T>): Promise<T> {
+export function promiseTry<T>(ask: () => Promise<T>): Promise<T> {
   try {
     return Promise.resolve(ask())
   } catch (error) {

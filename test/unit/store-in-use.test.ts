@@ -21,10 +21,10 @@ function storeWith(parts: Partial<IdempotencyStore>): IdempotencyStore {
 function hurry(t: Test): number[] {
   const real = globalThis.setTimeout
   const asked: number[] = []
-  const hurried = (callback: () => void, ms = 0) => {
-    if (ms >= TIMEOUT) return real(callback, ms)
+  const hurried = (callback: (...args: unknown[]) => void, ms = 0, ...args: unknown[]) => {
+    if (ms >= TIMEOUT) return real(callback, ms, ...args)
     asked.push(ms)
-    return real(callback, 1)
+    return real(callback, 1, ...args)
   }
   globalThis.setTimeout = hurried as typeof setTimeout
   t.teardown(() => {

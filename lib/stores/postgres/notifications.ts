@@ -1,5 +1,5 @@
 import { listen } from '../../util/listen.js'
-import { noLongerThan } from '../../util/timeout.js'
+import { waitAtMost } from '../../util/timeout.js'
 import type { PostgresPool } from './pool.js'
 import { messageOf } from './rows.js'
 import { CHANNEL } from './statements.js'
@@ -59,7 +59,7 @@ export class PostgresNotifications {
     const client = this.#client
     this.#forget()
     if (client === null) return
-    await noLongerThan(
+    await waitAtMost(
       PATIENCE_MS,
       client.end().catch(() => {})
     )

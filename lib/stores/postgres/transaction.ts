@@ -8,8 +8,8 @@ import type {
   TransactionOutcome
 } from '../../../types/index.js'
 import { TransactionBroken } from '../../errors.js'
-import { LONGEST_DELAY } from '../../util/deadlines.js'
-import { noLongerThan, within } from '../../util/timeout.js'
+import { waitAtMost, withTimeout } from '../../util/timeout.js'
+import { LONGEST_DELAY } from '../../util/timer.js'
 import { Guard } from './client-guard.js'
 import { claimFailure, type DatabaseError, explain, isAnswer, isContention, isRefusal } from './errors.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './rows.js'
@@ -127,7 +127,7 @@ export class PostgresTransaction implements ClaimTransaction {
   async rollback(): Promise<boolean> {
     await this.#closed()
     try {
-      await within(this.#timeoutMs, () => this.#client.query('ROLLBACK'))
+      await withTimeout(this.#timeoutMs, () => this.#client.query('ROLLBACK'))
     } catch (error) {
       this.#return(error)
       return false
@@ -180,7 +180,7 @@ export class PostgresTransaction implements ClaimTransaction {
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
       try {
         const query = { text: prefix + begin, types: AS_TEXT }
-        const results = (await within(this.#timeoutMs, () => this.#client.query(query))) as unknown as Result[]
+        const results = (await withTimeout(this.#timeoutMs, () => this.#client.query(query))) as unknown as Result[]
         const [found, table] = results.filter(({ command }) => command === 'SELECT').map(({ rows }) => rows[0])
         if (found !== undefined) {
           this.#sql = this.#sql.in((table as { schema: string }).schema)
@@ -226,7 +226,7 @@ export class PostgresTransaction implements ClaimTransaction {
    */
   async #closed(): Promise<boolean> {
     const { busy } = this.#guard
-    if (busy) await noLongerThan(this.#timeoutMs, this.#guard.dry())
+    if (busy) await waitAtMost(this.#timeoutMs, this.#guard.dry())
     this.#guard.over ??= REPLIED
     await this.#guard.idle
     return busy
@@ -240,7 +240,7 @@ export class PostgresTransaction implements ClaimTransaction {
   /** The transaction is over: tells those who wait, and gives the client back. */
   async #end(): Promise<void> {
     try {
-      if (this.#wake) await within(this.#timeoutMs, () => this.#client.query(this.#sql.wake, [this.#key]))
+      if (this.#wake) await withTimeout(this.#timeoutMs, () => this.#client.query(this.#sql.wake, [this.#key]))
       this.#return()
     } catch (error) {
       this.#return(error)
