@@ -314,7 +314,8 @@ function isClaim(value: Buffer): boolean {
 }
 
 function lapsed(claim: Buffer, left: number): boolean {
-  return left <= parseClaim(claim).retainMs
+  const { retainMs } = parseClaim(claim)
+  return retainMs > 0 && left <= retainMs
 }
 
 function decode(value: Buffer, left: number, abandoned: boolean): Acquisition {

@@ -14,7 +14,8 @@ import { createHash } from 'node:crypto'
  * which stands before the claim's own. Behind a record's token: the record. Kind to token is called the owner.
  *
  * A claim's key expires after retainMs + leaseMs. So its lease has lapsed when PTTL is retainMs or less, and
- * no clock but that of Redis has a say. What was given back expires after retainMs.
+ * no clock but that of Redis has a say. A claim that is not to be remembered is alive as long as it is there: in its last
+ * millisecond PTTL is 0. What was given back expires after retainMs.
  */
 
 /** A script, and the name that Redis gives it. */
@@ -58,11 +59,12 @@ if kind == 'P' or kind == 'E' or kind == 'A' then
   local at, held, retain, before, former, fingerprint = parse(v)
   flag = string.sub(v, at, at)
   local left = redis.call('PTTL', KEYS[1])
+  local alive = left > retain or retain == 0
   if string.sub(v, 1, #ARGV[1]) == ARGV[1] then
     attempt = held
     if before ~= '' then found = before .. #former .. ':' .. former end
-  elseif left > retain or ARGV[5] ~= '1' then
-    return {0, v, left, left <= retain and 1 or 0}
+  elseif alive or ARGV[5] ~= '1' then
+    return {0, v, left, alive and 0 or 1}
   else
     attempt = held + 1
     found = (kind == 'E' and 'E' or 'A') .. #fingerprint .. ':' .. fingerprint
