@@ -1,3 +1,4 @@
+import { Batch } from '../../util/batch.js'
 import type { RedisClient } from './client.js'
 import { discreet } from './errors.js'
 
@@ -14,48 +15,42 @@ export interface Pipeline {
   exec(): Promise<Result[] | null>
 }
 
-/** Who asked for a key: two results are for it. */
-interface Asker {
-  resolve(results: [set: Result, pttl: Result]): void
-  reject(error: unknown): void
+/** What a claim asks for: SET NX GET and PTTL of one key. */
+interface Question {
+  readonly key: string
+  readonly value: string | Buffer
+  readonly expiry: string
 }
+
+type Answer = [set: Result, pttl: Result]
 
 /** Pipelines cost more than the commands in them: what is asked in one turn of the event loop goes by the same one. */
 export class ClaimBatches {
   readonly #client: RedisClient
-  #pipeline: Pipeline | null = null
-  #askers: Asker[] = []
+  readonly #questions = new Batch<Question, Answer>((questions) => this.#send(questions))
 
   constructor(client: RedisClient) {
     this.#client = client
   }
 
   /** SET NX GET and PTTL of one key, next to each other. */
-  ask(key: string, value: string | Buffer, expiry: string): Promise<[set: Result, pttl: Result]> {
-    if (this.#pipeline === null) {
-      this.#pipeline = this.#client.pipeline() as Pipeline
-      // All that has come in by now is read before.
-      setImmediate(this.#send)
-    }
-    this.#pipeline.setBuffer(key, value, 'PX', expiry, 'NX', 'GET').pttl(key)
-    return new Promise((resolve, reject) => this.#askers.push({ resolve, reject }))
+  ask(key: string, value: string | Buffer, expiry: string): Promise<Answer> {
+    return this.#questions.ask({ key, value, expiry })
   }
 
-  readonly #send = () => {
-    const pipeline = this.#pipeline as Pipeline
-    const askers = this.#askers
-    this.#pipeline = null
-    this.#askers = []
-    pipeline.exec().then(
-      (results) => {
-        for (const [n, { resolve, reject }] of askers.entries()) {
+  #send(questions: Question[]): Promise<(Answer | Error)[]> {
+    const pipeline = this.#client.pipeline() as Pipeline
+    for (const { key, value, expiry } of questions) {
+      pipeline.setBuffer(key, value, 'PX', expiry, 'NX', 'GET').pttl(key)
+    }
+    return pipeline.exec().then(
+      (results) =>
+        questions.map((_, n) => {
           const [set, pttl] = [results?.[2 * n], results?.[2 * n + 1]]
-          if (set && pttl) resolve([set, pttl])
-          else reject(new Error('Redis gave no answer'))
-        }
-      },
+          return set && pttl ? [set, pttl] : new Error('Redis gave no answer')
+        }),
       (error) => {
-        for (const { reject } of askers) reject(discreet(error))
+        throw discreet(error)
       }
     )
   }
