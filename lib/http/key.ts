@@ -1,5 +1,6 @@
 import { hash, randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
+import { parseItem } from 'structured-headers'
 import { KeyInvalid, KeyMissing } from '../errors.js'
 import { isStream } from './canonical-json.js'
 import { isMultipart } from './content-type.js'
@@ -17,40 +18,10 @@ export interface KeyRules {
 /** RFC 9562 §5.4 and §5.7: version 4 or 7 in the third group, variant 10xx in the fourth. */
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-[47][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/i
 
-/** RFC 9651 §3.3.3: printable ASCII in quotes, in which only `"` and `\` are escaped. */
-const QUOTED = String.raw`"(?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*"`
-
-/** A character in a display string, as the bytes of its UTF-8 (RFC 3629 §4): what is none fails (RFC 9651 §4.2.10). */
-const PERCENT_ENCODED = [
-  '%[0-7]H',
-  '%(?:c[2-9a-f]|dH)T',
-  '%(?:e0%[ab]H|e[1-9abcef]T|ed%[89]H)T',
-  '%(?:f0%[9ab]H|f[1-3]T|f4%8H)TT'
-]
-  .join('|')
-  .replaceAll('T', '%[89ab]H')
-  .replaceAll('H', '[0-9a-f]')
-
-/** RFC 9651 §3.3: integers and decimals, tokens, byte sequences, booleans, dates and display strings. */
-const BARE_ITEM = [
-  QUOTED,
-  String.raw`-?\d{1,12}\.\d{1,3}`,
-  String.raw`@?-?\d{1,15}`,
-  String.raw`[A-Za-z*][\w!#$%&'*+.^\x60|~:/-]*`,
-  ':[A-Za-z0-9+/=]*:',
-  String.raw`\?[01]`,
-  String.raw`%"(?:[\x20-\x21\x23-\x24\x26-\x7e]|${PERCENT_ENCODED})*"`
-].join('|')
-
-/** RFC 9651 §3.1.2: what may follow a string. */
-const PARAMETERS = new RegExp(`^(?:; *[a-z*][a-z0-9_.*-]*(?:=(?:${BARE_ITEM}))?)*$`)
-
-/** They are ignored, but looked at: an expression needs more stack the longer they are. */
+/** Parameters of a quoted key are ignored, but parsed. */
 const MAX_PARAMETERS = 1_024
 
 const MALFORMED = 'is not a well-formed quoted string (RFC 9651)'
-const QUOTE = 0x22
-const BACKSLASH = 0x5c
 
 const NON_ASCII = /[\u0080-\uffff]/
 const utf8 = new TextDecoder('utf-8', { fatal: true })
@@ -183,29 +154,17 @@ function tooLong(maxKeyLength: number): Error {
   return new KeyInvalid(`must not be longer than ${maxKeyLength} bytes`)
 }
 
-/** RFC 9651 §4.2.5. Not by an expression, which needs more stack the longer a string is. */
+/** The string of a structured field with one item (RFC 9651 §3.3). The parser takes no other parameter behind a date. */
 function unquote(value: string, maxKeyLength: number): string {
-  let end = 1
-  let escapes = 0
-  for (; end < value.length; end++) {
-    let code = value.charCodeAt(end)
-    if (code === QUOTE) break
-    if (code === BACKSLASH) {
-      code = value.charCodeAt(++end)
-      if (code !== QUOTE && code !== BACKSLASH) throw new KeyInvalid(MALFORMED)
-      escapes++
-    } else if (code < 0x20 || code > 0x7e) {
-      throw new KeyInvalid(MALFORMED)
-    }
-    if (end - escapes > maxKeyLength) throw tooLong(maxKeyLength)
+  // With an escape, a byte of the key takes two.
+  const most = 2 * maxKeyLength + 2 + MAX_PARAMETERS
+  if (value.length > most) throw new KeyInvalid(`must not be longer than ${most} bytes, with quotes and parameters`)
+  try {
+    // What begins with a quote is a string.
+    return parseItem(value)[0] as string
+  } catch {
+    throw new KeyInvalid(MALFORMED)
   }
-  const parameters = value.slice(end + 1)
-  if (parameters.length > MAX_PARAMETERS) {
-    throw new KeyInvalid(`must not have more than ${MAX_PARAMETERS} characters of parameters`)
-  }
-  if (end >= value.length || !PARAMETERS.test(parameters)) throw new KeyInvalid(MALFORMED)
-  const content = value.slice(1, end)
-  return escapes === 0 ? content : content.replaceAll(/\\(["\\])/g, '$1')
 }
 
 /** RFC 9110 §5.5: without the spaces and tabs around it. */
