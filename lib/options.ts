@@ -1,21 +1,32 @@
-import { METHODS, validateHeaderName } from 'node:http'
+import { METHODS } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { ClaimHook, IdempotencyOptions, IdempotencyRouteOptions, IdempotencyStore } from '../types/index.js'
 import { InvalidOption } from './errors.js'
+import { isFinal } from './http/finality.js'
 import { constraintsOf } from './http/fingerprint.js'
 import type { KeyRules } from './http/key.js'
+import {
+  BOOLEAN,
+  BYTES,
+  checked,
+  DURATION,
+  FUNCTION,
+  HEADER,
+  isFunction,
+  isHeaderName,
+  isPositiveInteger,
+  listOf,
+  oneOf,
+  type Rule,
+  SYNC_FUNCTION
+} from './option-rules.js'
+import { warnOfDurations } from './option-warnings.js'
+import { A_STORE, isStore } from './stores/is-store.js'
 import { MemoryStore } from './stores/memory/memory-store.js'
-import { describe, describeStore } from './util/describe.js'
-import { warn } from './warnings.js'
+import { describe } from './util/describe.js'
 
 /** RFC 9110 §9.2.1, and RFC 10008 for QUERY: a request that changes nothing needs no protection. */
 const SAFE_METHODS: ReadonlySet<string> = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE', 'QUERY'])
-
-/**
- * Below 500, and yet an invitation to try again: with other credentials (RFC 9110 §15.5.2), or later (RFC 9110 §15.5.9,
- * RFC 4918 §11.3, RFC 8470 §5.2, RFC 6585 §4).
- */
-const RETRYABLE_STATUSES: ReadonlySet<number> = new Set([401, 408, 423, 425, 429])
 
 /** How long an unfinished claim is remembered where replies are kept for ever. */
 const RETAIN_WITHOUT_TTL = 86_400_000
@@ -72,39 +83,7 @@ export interface RegistrationOptions extends Globals {
   readonly routeDefaults: Readonly<IdempotencyRouteOptions> & { readonly store: IdempotencyStore }
 }
 
-/** What an option takes, in words for the message, and as a check. */
-interface Rule {
-  takes: string
-  accepts: (value: unknown) => boolean
-}
-
-export const A_STORE = 'an IdempotencyStore (acquire, renew, complete and release)'
-
-const isPositiveInteger = (value: unknown) => Number.isSafeInteger(value) && (value as number) > 0
-const isFunction = (value: unknown) => typeof value === 'function'
-const isSyncFunction = (value: unknown) => typeof value === 'function' && value.constructor.name !== 'AsyncFunction'
-const isHeaderName = (value: unknown) => {
-  try {
-    validateHeaderName(value as string)
-    return true
-  } catch {
-    return false
-  }
-}
-const listOf = (accepts: Rule['accepts']) => (value: unknown) => Array.isArray(value) && value.every(accepts)
-const oneOf = (...values: string[]): Rule => ({
-  takes: values.map((value) => `'${value}'`).join(' or '),
-  accepts: (value) => values.includes(value as string)
-})
-
 const isListOfUnsafeMethods = listOf((value) => typeof value === 'string' && isUnsafeMethod(value.toUpperCase()))
-
-const BOOLEAN: Rule = { takes: 'true or false', accepts: (value) => typeof value === 'boolean' }
-const DURATION: Rule = { takes: 'a positive integer of milliseconds', accepts: isPositiveInteger }
-const BYTES: Rule = { takes: 'a positive integer of bytes', accepts: isPositiveInteger }
-const FUNCTION: Rule = { takes: 'a function', accepts: isFunction }
-const SYNC_FUNCTION: Rule = { takes: 'a function that answers at once (not async)', accepts: isSyncFunction }
-const HEADER: Rule = { takes: 'a header name, or false', accepts: (value) => value === false || isHeaderName(value) }
 
 const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
   store: { takes: A_STORE, accepts: isStore },
@@ -246,7 +225,7 @@ export function routePolicy(route: RouteDeclaration, registration: RegistrationO
     if (config === undefined) return null
     throw new InvalidOption(`config.idempotency${where} takes no route that has safe methods only`)
   }
-  const own = isPlainObject(config) ? checked(config, ROUTE_RULES, where) : {}
+  const own = isPlainObject(config) ? checked<IdempotencyRouteOptions>(config, ROUTE_RULES, { where }) : {}
   warnOfDurations(own, registration.routeDefaults, where)
   const options: IdempotencyRouteOptions = { ...registration.routeDefaults, ...own }
   if (options.target === undefined) checkConstraints(route.constraints, where)
@@ -345,83 +324,6 @@ function checkTransaction(
     const why = 'it would hold a connection while bodies are read'
     throw new InvalidOption(`option "transaction"${where} takes no hook '${hook}': ${why}`)
   }
-}
-
-/** The default `shouldStore`: is this an answer, or an invitation to try again? */
-export function isFinal(_request: FastifyRequest, reply: FastifyReply): boolean {
-  const { statusCode } = reply
-  return statusCode < 500 && !RETRYABLE_STATUSES.has(statusCode) && !reply.hasHeader('retry-after')
-}
-
-/** Numbers of seconds: half an hour, one, two, six and twelve hours, a day, two, three, seven, fourteen and thirty. */
-const SECONDS: ReadonlySet<number> = new Set([
-  ...[1_800, 3_600, 7_200, 21_600, 43_200],
-  ...[86_400, 172_800, 259_200, 604_800, 1_209_600, 2_592_000]
-])
-
-/** Which numbers look like seconds: a store may well get half a second to answer, but nobody keeps a reply so short. */
-const SECONDS_LIKE: Record<'ttl' | 'lease' | 'waitTimeout' | 'storeTimeout', (n: number) => boolean> = {
-  ttl: (n) => n < 1_000 || SECONDS.has(n),
-  lease: (n) => n < 1_000 || SECONDS.has(n),
-  waitTimeout: (n) => n <= 120,
-  storeTimeout: (n) => n <= 60
-}
-
-/** Warns of durations that are allowed and yet hardly meant. Those of a route only where it has its own. */
-function warnOfDurations(own: IdempotencyRouteOptions, defaults: IdempotencyRouteOptions, where: string): void {
-  for (const name of ['ttl', 'lease', 'waitTimeout', 'storeTimeout'] as const) {
-    const value = own[name]
-    if (typeof value === 'number' && SECONDS_LIKE[name](value)) {
-      warn(
-        'FST_IDEMPOTENCY_DURATION',
-        `option "${name}"${where} is ${value} milliseconds: if ${value} seconds are meant, it is ${value * 1_000}`
-      )
-    }
-  }
-  if (own.lease === undefined && own.storeTimeout === undefined) return
-  const { lease = 30_000, storeTimeout = 2_000 } = { ...defaults, ...own }
-  if (lease < 3 * storeTimeout) {
-    warn(
-      'FST_IDEMPOTENCY_DURATION',
-      `option "lease"${where} is ${lease}, less than 3 × storeTimeout (${storeTimeout}): ` +
-        'a store that is slow once lets a claim lapse while its handler runs'
-    )
-  }
-}
-
-/** A shallow copy without the options that are `undefined`. */
-function checked<T extends object>(options: object, rules: Record<string, Rule>, where = ''): T {
-  const copy: Record<string, unknown> = {}
-  for (const [name, value] of Object.entries(options)) {
-    const rule = Object.hasOwn(rules, name) ? rules[name] : undefined
-    if (rule === undefined) {
-      throw new InvalidOption(`option "${name}"${where} is not known; known are ${Object.keys(rules).join(', ')}`)
-    }
-    if (value === undefined) continue
-    if (!rule.accepts(value)) {
-      const got = name === 'store' ? describeStore(value) : describe(value)
-      throw new InvalidOption(`option "${name}"${where} takes ${rule.takes}, got ${got}`)
-    }
-    copy[name] = copyOf(value)
-  }
-  return copy as T
-}
-
-/** What the user may change later must not change what was checked. */
-function copyOf(value: unknown): unknown {
-  if (Array.isArray(value)) return Object.freeze([...value])
-  return value instanceof RegExp ? new RegExp(value, value.flags.replace('g', '')) : value
-}
-
-export function isStore(value: unknown): boolean {
-  if (typeof value !== 'object' || value === null) return false
-  const store = value as Record<string, unknown>
-  return (
-    ['acquire', 'renew', 'complete', 'release'].every((method) => isFunction(store[method])) &&
-    ['changed', 'get', 'delete', 'begin', 'close'].every(
-      (method) => store[method] === undefined || isFunction(store[method])
-    )
-  )
 }
 
 // Methods that Fastify learns by `addHttpMethod` are not among Node's: anything that looks like one will do.

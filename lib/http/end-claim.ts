@@ -5,9 +5,10 @@ import { statusOf } from '../errors.js'
 import type { Operation } from '../operation/operation.js'
 import type { Maybe } from '../util/sync-promise.js'
 import { type Exchange, isFailure, type Running } from './exchange.js'
+import { isFinalReply } from './finality.js'
 import { type Headers, restoreAll } from './headers.js'
 import type { Payload } from './payload.js'
-import { isFinalReply, tombstone } from './reply-record.js'
+import { tombstone } from './reply-record.js'
 
 /* The ways in which a claim ends: by a record or a release, while the reply waits or has gone its own way. */
 

@@ -1,10 +1,8 @@
-import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { FastifyReply } from 'fastify'
 import type { StoredHeader, StoredReply, Tombstone, TombstoneReason } from '../../types/index.js'
-import { isFinal, type Policy } from '../options.js'
-import { isThenable } from '../util/sync-promise.js'
 import type { Headers } from './headers.js'
 
-/* What is stored of a reply: whether it is final, which of its headers, and what stands for one that cannot be kept. */
+/* What is stored of a reply: which of its headers, and what stands for one that cannot be kept. */
 
 /**
  * Headers that belong to one connection, one client or one moment (RFC 9110 §7.6.1, RFC 9111 §3.1), beside
@@ -65,17 +63,4 @@ export function replyRecord(
 
 export function tombstone(fingerprint: string, reason: TombstoneReason): Tombstone {
   return { kind: 'tombstone', fingerprint, createdAt: Date.now(), reason }
-}
-
-/** Is this the end of the operation? Then it is stored; else the key is given back, and a retry runs. */
-export function isFinalReply(policy: Policy, request: FastifyRequest, reply: FastifyReply): boolean {
-  try {
-    const answer: unknown = policy.shouldStore(request, reply)
-    if (!isThenable(answer)) return Boolean(answer)
-    throw new TypeError('option "shouldStore" must answer at once, got a promise')
-  } catch (error) {
-    // The handler has succeeded: whoever decides about its reply must not undo that.
-    request.log.error({ err: error }, 'idempotency option shouldStore failed: the default decides')
-    return isFinal(request, reply)
-  }
 }

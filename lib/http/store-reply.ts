@@ -4,9 +4,10 @@ import type { Maybe } from '../util/sync-promise.js'
 import type { Unfinished } from './captured-stream.js'
 import { endByStatus, storeThenSend } from './end-claim.js'
 import type { Exchange, Running } from './exchange.js'
+import { isFinalReply } from './finality.js'
 import { takeOffUnsendable } from './headers.js'
 import { dropStream, isBuffered, isResponse, type Payload } from './payload.js'
-import { headersSince, isFinalReply, replyRecord, tombstone } from './reply-record.js'
+import { headersSince, replyRecord, tombstone } from './reply-record.js'
 import { storeStream } from './store-stream.js'
 
 /**

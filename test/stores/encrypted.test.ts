@@ -457,7 +457,7 @@ t.test('what an EncryptedStore cannot take is named at construction, and no key 
     [[store, { keys: [undefined] }], /keys\[0\] is undefined/],
     [[store, { keys: [createSecretKey(randomBytes(16))] }], /32 bytes.*keys\[0\] is/],
     [[store, { keys: [secret, secret.toString('base64')] }], /each key once; keys\[1\] is there already/],
-    [[store, { keys, key: secret }], /EncryptedStore has no option "key"/]
+    [[store, { keys, key: secret }], /EncryptedStore option "key" is not known/]
   ]
   for (const [args, message] of cases) {
     const make = () => Reflect.construct(EncryptedStore, args)

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { bound, Kept, sizeOf } from '../../lib/stores/memory/entry.js'
+import { Kept, sizeOf } from '../../lib/stores/memory/entry.js'
 import type { StoredRecord, StoredReply } from '../../types/index.js'
 import { reply, tombstone } from '../support/store-fixtures.js'
 
@@ -108,14 +108,4 @@ t.test('an entry takes more the more is in it', async (t) => {
   }
   const entry = kept(bare)
   t.equal(entry.size, sizeOf('key', bare))
-})
-
-t.test('a bound is a positive integer', async (t) => {
-  t.equal(bound('Store', 'maxBytes', 1), 1)
-  for (const wrong of [0, -1, 1.5, Number.NaN, Infinity, 2 ** 53, '1', null]) {
-    t.throws(() => bound('Store', 'maxBytes', wrong as number), {
-      code: 'FST_IDEMPOTENCY_INVALID_OPTION',
-      message: /^Store option "maxBytes" takes a positive integer, got /
-    })
-  }
 })

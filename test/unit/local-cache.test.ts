@@ -318,5 +318,8 @@ t.test('bad options are named', async (t) => {
       })
     }
   }
-  t.throws(() => new LocalCache(store, { size: 1 } as object), { code, message: /no option "size"/ })
+  t.throws(() => new LocalCache(store, { size: 1 } as object), {
+    code,
+    message: /LocalCache option "size" is not known/
+  })
 })

@@ -71,20 +71,23 @@ t.test('the options have defaults, and undefined counts as left out', async (t) 
 })
 
 t.test('wrong options are refused, with their name, what they take and what they got', async (t) => {
-  for (const name of ['maxEntries', 'maxBytes']) {
+  for (const [name, takes] of [
+    ['maxEntries', 'a positive integer'],
+    ['maxBytes', 'a positive integer of bytes']
+  ] as const) {
     for (const [value, got] of [
       [0, '0 (number)'],
       [-1, '-1 (number)'],
       [1.5, '1.5 (number)'],
       [Number.NaN, 'NaN (number)'],
       [Number.POSITIVE_INFINITY, 'Infinity (number)'],
-      ['10', '10 (string)'],
+      ['10', "'10' (string)"],
       [true, 'true (boolean)'],
-      [{}, '[object Object] (object)']
+      [{}, '{} (object)']
     ]) {
       t.throws(() => new MemoryStore({ [name]: value } as MemoryStoreOptions), {
         code: 'FST_IDEMPOTENCY_INVALID_OPTION',
-        message: `MemoryStore option "${name}" takes a positive integer, got ${got}`
+        message: `MemoryStore option "${name}" takes ${takes}, got ${got}`
       })
     }
   }
@@ -94,7 +97,7 @@ t.test('an option that is not known is refused', async (t) => {
   for (const name of ['max', 'ttl', 'maxentries', 'constructor']) {
     t.throws(() => new MemoryStore({ [name]: 1 } as MemoryStoreOptions), {
       code: 'FST_IDEMPOTENCY_INVALID_OPTION',
-      message: `MemoryStore has no option "${name}"; it has maxEntries, maxBytes`
+      message: `MemoryStore option "${name}" is not known; known are maxEntries, maxBytes`
     })
   }
 })

@@ -2,10 +2,10 @@ import { inspect } from 'node:util'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { Redis } from 'ioredis'
 import t from 'tap'
+import { isFinal } from '../../lib/http/finality.js'
 import {
   concerns,
   describeRoute,
-  isFinal,
   type Policy,
   type RouteDeclaration,
   registrationOptions,

@@ -103,11 +103,11 @@ t.test('a client is what has the methods of ioredis that are used', async (t) =>
 
 t.test('options that are unknown or invalid are refused, by name', async (t) => {
   for (const [options, message] of [
-    [{ prefix: 'x' }, /RedisStore has no option "prefix"/],
-    [{ keyPrefix: 5 }, /"keyPrefix" takes a string, got number/],
+    [{ prefix: 'x' }, /RedisStore option "prefix" is not known/],
+    [{ keyPrefix: 5 }, /"keyPrefix" takes a string, got 5/],
     [{ replicas: -1 }, /"replicas" takes a number of replicas, got -1/],
     [{ replicas: 1.5 }, /"replicas" takes a number of replicas, got 1.5/],
-    [{ replicas: '1' }, /"replicas" takes a number of replicas, got 1/],
+    [{ replicas: '1' }, /"replicas" takes a number of replicas, got '1'/],
     [{ replicaTimeout: 0 }, /"replicaTimeout" takes a positive integer of milliseconds, got 0 \(number\)/],
     [{ replicaTimeout: -1 }, /"replicaTimeout" takes/],
     [{ replicaTimeout: 1.5 }, /"replicaTimeout" takes/]

@@ -12,10 +12,10 @@ import type {
   TransactionOutcome
 } from '../../../types/index.js'
 import { InvalidOption, UnreadableAnswer } from '../../errors.js'
-import { A_STORE, isStore } from '../../options.js'
+import { ANYTHING, checked } from '../../option-rules.js'
 import { describeStore } from '../../util/describe.js'
 import { isInFrontOf } from '../innermost.js'
-import { onlyKnown } from '../known-options.js'
+import { A_STORE, isStore } from '../is-store.js'
 import { decodeRecord, encodeRecord } from '../record-codec.js'
 import { Keyring, secretOf } from './sealing.js'
 
@@ -56,8 +56,9 @@ export class EncryptedStore implements IdempotencyStore {
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(store: IdempotencyStore, options: EncryptedStoreOptions) {
     if (!isStore(store)) throw new InvalidOption(`EncryptedStore takes ${A_STORE}, got ${describeStore(store)}`)
-    const { keys, ...unknown } = options ?? {}
-    onlyKnown('EncryptedStore', unknown, ['keys'])
+    // Which is looked at without showing what is in it.
+    const rules = { keys: ANYTHING }
+    const { keys } = checked<EncryptedStoreOptions>(options ?? {}, rules, { owner: 'EncryptedStore ' })
     this.#store = store
     isInFrontOf(this, store)
     this.#records = new Records(new Keyring(secretsOf(keys)))

@@ -1,5 +1,4 @@
 import type { Acquisition, StoredRecord, StoredReply, TombstoneReason } from '../../../types/index.js'
-import { InvalidOption } from '../../errors.js'
 import { Item } from './linked-map.js'
 
 /** What an entry takes beside its key, headers and body, roughly. */
@@ -98,10 +97,4 @@ export function sizeOf(key: string, record: StoredRecord): number {
   size += record.body.length
   for (const [name, value] of record.headers) size += name.length + value.length + HEADER_OVERHEAD
   return size
-}
-
-/** @throws FST_IDEMPOTENCY_INVALID_OPTION */
-export function bound(store: string, name: string, value: number): number {
-  if (Number.isSafeInteger(value) && value > 0) return value
-  throw new InvalidOption(`${store} option "${name}" takes a positive integer, got ${String(value)} (${typeof value})`)
 }

@@ -7,12 +7,12 @@ import type {
   TransactionClaim
 } from '../../../types/index.js'
 import { InvalidOption } from '../../errors.js'
-import { A_STORE, isStore } from '../../options.js'
+import { BYTES, COUNT, checked, DURATION } from '../../option-rules.js'
 import { describeStore } from '../../util/describe.js'
 import { atHand, kPeek } from '../../util/sync-promise.js'
 import { isInFrontOf } from '../innermost.js'
-import { onlyKnown } from '../known-options.js'
-import { bound, Kept, sizeOf } from './entry.js'
+import { A_STORE, isStore } from '../is-store.js'
+import { Kept, sizeOf } from './entry.js'
 import { Shelf } from './linked-map.js'
 
 /** Bounds of a `LocalCache`. */
@@ -83,13 +83,13 @@ export class LocalCache implements IdempotencyStore {
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(store: IdempotencyStore, options: LocalCacheOptions = {}) {
     if (!isStore(store)) throw new InvalidOption(`LocalCache takes ${A_STORE}, got ${describeStore(store)}`)
-    const { maxEntries = 10_000, maxBytes = 33_554_432, maxAge = 10_000, ...unknown } = options
-    onlyKnown('LocalCache', unknown, ['maxEntries', 'maxBytes', 'maxAge'])
+    const rules = { maxEntries: COUNT, maxBytes: BYTES, maxAge: DURATION }
+    const { maxEntries, maxBytes, maxAge } = checked<LocalCacheOptions>(options, rules, { owner: 'LocalCache ' })
     this.#store = store
     isInFrontOf(this, store)
-    this.#maxEntries = bound('LocalCache', 'maxEntries', maxEntries)
-    this.#maxBytes = bound('LocalCache', 'maxBytes', maxBytes)
-    this.#maxAge = bound('LocalCache', 'maxAge', maxAge)
+    this.#maxEntries = maxEntries ?? 10_000
+    this.#maxBytes = maxBytes ?? 33_554_432
+    this.#maxAge = maxAge ?? 10_000
     const { changed, get, delete: forget, begin, close } = store
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)
     // Who looks, an operator for instance, wants to see what is there.

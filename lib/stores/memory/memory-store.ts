@@ -1,9 +1,9 @@
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../../types/index.js'
 import { StoreFull } from '../../errors.js'
+import { BYTES, COUNT, checked } from '../../option-rules.js'
 import { atHand } from '../../util/sync-promise.js'
-import { onlyKnown } from '../known-options.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
-import { bound, Kept, sizeOf } from './entry.js'
+import { Kept, sizeOf } from './entry.js'
 import { Item, Shelf } from './linked-map.js'
 
 /** Bounds of a `MemoryStore`. */
@@ -87,10 +87,10 @@ export class MemoryStore implements IdempotencyStore {
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(options: MemoryStoreOptions = {}) {
-    const { maxEntries = 100_000, maxBytes = 67_108_864, ...unknown } = options
-    onlyKnown('MemoryStore', unknown, ['maxEntries', 'maxBytes'])
-    this.#maxEntries = bound('MemoryStore', 'maxEntries', maxEntries)
-    this.#maxBytes = bound('MemoryStore', 'maxBytes', maxBytes)
+    const rules = { maxEntries: COUNT, maxBytes: BYTES }
+    const { maxEntries, maxBytes } = checked<MemoryStoreOptions>(options, rules, { owner: 'MemoryStore ' })
+    this.#maxEntries = maxEntries ?? 100_000
+    this.#maxBytes = maxBytes ?? 67_108_864
   }
 
   // Promises are for the outside only: nothing is awaited, so each method is one atomic step, and its answer at hand.

@@ -1,5 +1,4 @@
 import type { EventEmitter } from 'node:events'
-import { inspect } from 'node:util'
 import type {
   Acquisition,
   Claim,
@@ -10,7 +9,8 @@ import type {
   TransactionClient
 } from '../../../types/index.js'
 import { InvalidOption } from '../../errors.js'
-import { onlyKnown } from '../known-options.js'
+import { ANYTHING, checked, isPositiveInteger } from '../../option-rules.js'
+import { describe } from '../../util/describe.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
 import { Sweeper } from '../sweeper.js'
 import { claimFailure, explain, isContention } from './errors.js'
@@ -42,6 +42,46 @@ type Query = (config: { text: string; values?: unknown[]; types: typeof AS_TEXT 
 /** `schema.table` or `table`; what is derived from the table's name must not exceed PostgreSQL's 63 bytes. */
 const TABLE = /^(?:([A-Za-z_][A-Za-z0-9_]{0,62})\.)?([A-Za-z_][A-Za-z0-9_]{0,51})$/
 
+const RULES = {
+  pool: ANYTHING,
+  table: {
+    takes: 'a name of letters, digits and underscores, at most 52, perhaps after a schema and a dot',
+    accepts: (value: unknown) => typeof value === 'string' && TABLE.test(value)
+  },
+  sweepInterval: {
+    takes: 'a positive integer of milliseconds, or null for never',
+    accepts: (value: unknown) => value === null || isPositiveInteger(value)
+  }
+}
+
+const WANTED = 'new PostgresStore({ pool: new Pool({ connectionString }) }), with Pool of "pg"'
+
+function checkedOptions(options: PostgresStoreOptions): PostgresStoreOptions {
+  // Never what is in a text, which may be a password.
+  if (typeof options === 'string') throw new InvalidOption(`PostgresStore takes a pool, not a URL: ${WANTED}`)
+  const { pool, ...others } = options ?? {}
+  if (pool === undefined && 'connectionString' in others) {
+    throw new InvalidOption(`PostgresStore has no option "connectionString", it takes a pool: ${WANTED}`)
+  }
+  return checked<PostgresStoreOptions>(options ?? {}, RULES, { owner: 'PostgresStore ' })
+}
+
+function checkedPool(pool: PostgresPool): PostgresPool {
+  const refused = (takes: string) => new InvalidOption(`PostgresStore option "pool" takes ${takes}`)
+  if (typeof pool === 'string') throw refused(`a pool of pg, not a URL: ${WANTED}`)
+  if (typeof pool === 'object' && pool !== null && 'connectionParameters' in pool) {
+    throw refused(`a pool of pg, not a single client: ${WANTED}`)
+  }
+  const given = pool as Partial<PostgresPool> | undefined | null
+  if (![given?.query, given?.connect, given?.on].every((method) => typeof method === 'function')) {
+    throw refused(`a pool of pg, such as app.pg.pool of @fastify/postgres, got ${describe(pool)}`)
+  }
+  if ((pool as { options?: { binary?: unknown } }).options?.binary) throw refused('a pool without binary: true')
+  // Its statements cannot be several in one trip, and its notifications have another form.
+  if (isNative(pool)) throw refused(`a pool of pg itself, not of pg.native: ${WANTED}`)
+  return pool
+}
+
 /** How often a statement is repeated that has lost against others. */
 const MOST_TRIES = 20
 
@@ -61,46 +101,12 @@ export class PostgresStore implements IdempotencyStore {
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(options: PostgresStoreOptions) {
-    const { pool, table = 'idempotency_keys', sweepInterval = 60_000, ...unknown } = options ?? {}
-    const wanted = 'new PostgresStore({ pool: new Pool({ connectionString }) }), with Pool of "pg"'
-    // Never what is in a text, which may be a password.
-    if (typeof options === 'string') throw new InvalidOption(`PostgresStore takes a pool, not a URL: ${wanted}`)
-    if (typeof pool === 'string') {
-      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg, not a URL: ${wanted}`)
-    }
-    if (pool !== undefined || !('connectionString' in unknown)) {
-      onlyKnown('PostgresStore', unknown, ['pool', 'table', 'sweepInterval'])
-    } else {
-      throw new InvalidOption(`PostgresStore has no option "connectionString", it takes a pool: ${wanted}`)
-    }
-    if (typeof pool === 'object' && pool !== null && 'connectionParameters' in pool) {
-      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg, not a single client: ${wanted}`)
-    }
-    const given = pool as Partial<PostgresPool> | undefined | null
-    if (![given?.query, given?.connect, given?.on].every((method) => typeof method === 'function')) {
-      const what = 'a pool of pg, such as app.pg.pool of @fastify/postgres'
-      // Not what is in it, which may be a password.
-      throw new InvalidOption(`PostgresStore option "pool" takes ${what}, got ${describe(pool, -1)}`)
-    }
-    if ((pool as { options?: { binary?: unknown } }).options?.binary) {
-      throw new InvalidOption('PostgresStore option "pool" takes a pool without binary: true')
-    }
-    if (isNative(pool)) {
-      // Its statements cannot be several in one trip, and its notifications have another form.
-      throw new InvalidOption(`PostgresStore option "pool" takes a pool of pg itself, not of pg.native: ${wanted}`)
-    }
-    const [, schema, name] = (typeof table === 'string' && TABLE.exec(table)) || []
-    if (name === undefined) {
-      const what = 'a name of letters, digits and underscores, at most 52, perhaps after a schema and a dot'
-      throw new InvalidOption(`PostgresStore option "table" takes ${what}, got ${describe(table)}`)
-    }
-    if (sweepInterval !== null && !(Number.isSafeInteger(sweepInterval) && sweepInterval > 0)) {
-      const what = 'a positive integer of milliseconds, or null for never'
-      throw new InvalidOption(`PostgresStore option "sweepInterval" takes ${what}, got ${describe(sweepInterval)}`)
-    }
+    const { table = 'idempotency_keys', sweepInterval = 60_000, pool: given } = checkedOptions(options)
+    const pool = checkedPool(given)
+    const [, schema, name] = TABLE.exec(table) as RegExpExecArray
     survive(pool)
     this.#pool = pool as never
-    this.#sql = new PostgresSql(schema ?? null, name)
+    this.#sql = new PostgresSql(schema ?? null, name as string)
     this.#notifications = new PostgresNotifications(pool)
     this.#sweeper = sweepInterval === null ? null : new Sweeper(sweepInterval, this.#sweep)
   }
@@ -212,8 +218,4 @@ function survive(pool: PostgresPool): void {
 
 function limited(ms: number): number {
   return Math.min(ms, LONGEST_MS)
-}
-
-function describe(value: unknown, depth = 0): string {
-  return `${inspect(value, { depth, breakLength: Infinity }).slice(0, 80)} (${typeof value})`
 }

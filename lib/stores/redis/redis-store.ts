@@ -1,7 +1,7 @@
 import { isAscii } from 'node:buffer'
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../../types/index.js'
 import { InvalidOption, UnreadableAnswer } from '../../errors.js'
-import { onlyKnown } from '../known-options.js'
+import { checked, DURATION, TEXT } from '../../option-rules.js'
 import { decodeRecord, encodeRecord } from '../record-codec.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
 import { ClaimBatches, type Pipeline, type Result } from './batches.js'
@@ -31,6 +31,15 @@ export interface RedisStoreOptions {
    * @default 1_000
    */
   replicaTimeout?: number
+}
+
+const RULES = {
+  keyPrefix: TEXT,
+  replicas: {
+    takes: 'a number of replicas',
+    accepts: (value: unknown) => Number.isSafeInteger(value) && (value as number) >= 0
+  },
+  replicaTimeout: DURATION
 }
 
 const VERSION = '1'
@@ -74,28 +83,17 @@ export class RedisStore implements IdempotencyStore {
           `Redis of "ioredis"; got ${got}`
       )
     }
-    const { keyPrefix = 'idempotency:', replicas = 0, replicaTimeout = 1_000, ...unknown } = options
-    onlyKnown('RedisStore', unknown, ['keyPrefix', 'replicas', 'replicaTimeout'])
-    if (typeof keyPrefix !== 'string') {
-      throw new InvalidOption(`RedisStore option "keyPrefix" takes a string, got ${typeof keyPrefix}`)
-    }
-    if (!Number.isSafeInteger(replicas) || replicas < 0) {
-      throw new InvalidOption(`RedisStore option "replicas" takes a number of replicas, got ${String(replicas)}`)
-    }
+    const { keyPrefix, replicas, replicaTimeout } = checked<RedisStoreOptions>(options, RULES, { owner: 'RedisStore ' })
     const { isCluster = false } = client as { isCluster?: boolean }
-    if (replicas > 0 && isCluster) {
+    if (replicas && isCluster) {
       throw new InvalidOption(
         'RedisStore option "replicas" takes no Cluster, where WAIT has no one connection to go to'
       )
     }
-    if (!Number.isSafeInteger(replicaTimeout) || replicaTimeout <= 0) {
-      const what = `a positive integer of milliseconds, got ${String(replicaTimeout)} (${typeof replicaTimeout})`
-      throw new InvalidOption(`RedisStore option "replicaTimeout" takes ${what}`)
-    }
     this.#client = client
-    this.#prefix = keyPrefix
-    this.#replicas = replicas
-    this.#replicaTimeout = replicaTimeout
+    this.#prefix = keyPrefix ?? 'idempotency:'
+    this.#replicas = replicas ?? 0
+    this.#replicaTimeout = replicaTimeout ?? 1_000
     this.#subscriptions = new RedisSubscriptions(client)
     this.#batches = isCluster ? null : new ClaimBatches(client)
     this.#renewals = new Renewals(client, isCluster)
