@@ -6,7 +6,8 @@ import type {
   OperationSelector
 } from '../types/index.js'
 import { InvalidOption } from './errors.js'
-import { generateKey, parseKey, storageKey } from './http/key.js'
+import { generateKey, parseKey } from './http/key.js'
+import { storageKey } from './operation/storage-key.js'
 import { StoreInUse } from './operation/store-context.js'
 
 /** `app.idempotency`. */

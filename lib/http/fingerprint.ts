@@ -1,20 +1,11 @@
 import { inspect } from 'node:util'
 import type { FastifyRequest } from 'fastify'
-import type { Difference } from '../../types/index.js'
 import { InvalidOption } from '../errors.js'
+import { HINT_LENGTH } from '../operation/fingerprint.js'
 import type { Maybe } from '../util/sync-promise.js'
 import { digest, type FileLike, isPlain, isStream, OPAQUE, valueHash } from './canonical-json.js'
 import { isJson, isMultipart } from './content-type.js'
 import { formOf } from './multipart.js'
-
-/**
- * A fingerprint is `<head><hint>.<payload>`. The head is a hash of what the request is for and who sent it, known as
- * soon as the request has headers; the hint, a few characters of the hash of the first alone, tells in which of the
- * two others differ. The payload's hash may be missing while it is not known.
- */
-const SEPARATOR = '.'
-const HEAD_LENGTH = 22
-const HINT_LENGTH = 4
 
 /** What a payload's hash is made of starts with its kind, so that the kinds never meet. */
 const NO_BODY = '-'
@@ -88,27 +79,6 @@ export function constraintsOf(constraints: object | undefined): string {
   if (values.length === 0) return ''
   // What hides what is in it is at least described.
   return byValue(Object.fromEntries(values)) ?? inspect(constraints)
-}
-
-export function join(head: string, payload: string): string {
-  return `${head}${SEPARATOR}${payload}`
-}
-
-/** In what two fingerprints differ; `null` where they agree in all that both know. */
-export function difference(theirs: string, ours: string): Difference | null {
-  if (theirs === ours || theirs === '' || ours === '') return null
-  const [their, our] = [headIn(theirs), headIn(ours)]
-  if (their !== our) return their.slice(HEAD_LENGTH) === our.slice(HEAD_LENGTH) ? 'credentials' : 'target'
-  return knowsPayload(theirs) && knowsPayload(ours) ? 'payload' : null
-}
-
-function headIn(fingerprint: string): string {
-  return fingerprint.slice(0, fingerprint.indexOf(SEPARATOR))
-}
-
-/** Does the fingerprint say anything of the payload? */
-export function knowsPayload(fingerprint: string): boolean {
-  return fingerprint !== '' && !fingerprint.endsWith(SEPARATOR)
 }
 
 /**

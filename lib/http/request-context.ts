@@ -1,6 +1,6 @@
 import type { RequestIdempotency, TransactionClient } from '../../types/index.js'
 import type { Operation } from '../operation/operation.js'
-import { deriveKey } from './key.js'
+import { deriveKey } from '../operation/storage-key.js'
 
 /** `request.idempotency`: what a handler may see of its operation. */
 export class RequestContext implements RequestIdempotency {

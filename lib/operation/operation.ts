@@ -24,9 +24,9 @@ import {
   withRetryAfter
 } from '../errors.js'
 import { publish, type Subject } from '../events.js'
-import { difference, join } from '../http/fingerprint.js'
-import { storageKey } from '../http/key.js'
 import type { RequestSnapshot } from '../http/request-snapshot.js'
+import { composeFingerprint, difference } from '../operation/fingerprint.js'
+import { storageKey } from '../operation/storage-key.js'
 import type { Policy } from '../options.js'
 import type { Registration } from '../registration.js'
 import { kPeek, type Maybe, type Peekable, reveal } from '../util/sync-promise.js'
@@ -129,7 +129,7 @@ export class Operation implements Subject, Waiter, Renewable {
   }
 
   get fingerprint(): string {
-    return join(this.#head, this.#payload)
+    return composeFingerprint(this.#head, this.#payload)
   }
 
   get lease(): number {

@@ -23,7 +23,7 @@ const UNLIMITED: Permit = { patience: Number.POSITIVE_INFINITY }
 /**
  * Whether a store is known to be down, as its answers to this process tell: while it is, requests need not wait for it.
  *
- * It is down when a call has had no answer withTimeout its limit, or no connection, while no other call had one; or when calls
+ * It is down when a call has had no answer within its limit, or no connection, while no other call had one; or when calls
  * for several keys have failed one after the other. It is up again with the first answer, to whomever. So the failure of
  * one key closes the store to nobody: with others at work it stands against their answers, and without them the next
  * request is the probe. An answer that makes no sense, and that there is no room, are answers.

@@ -9,7 +9,7 @@ import idempotency, {
 } from '../../index.js'
 import { type IdempotentFetch, type IdempotentResponse, idempotentFetch } from '../../lib/client.js'
 import * as errors from '../../lib/errors.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { storeConformance } from '../../lib/testkit.js'
 import { build, codeOf, REPLAYED } from '../support/app.js'
 import { latch } from '../support/latch.js'

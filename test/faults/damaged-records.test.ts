@@ -1,7 +1,7 @@
 import t, { type Test } from 'tap'
 import { RedisStore } from '../../index.js'
 import { UnreadableAnswer } from '../../lib/errors.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { StoreInUse } from '../../lib/operation/store-context.js'
 import type { Acquisition } from '../../types/index.js'
 import { build } from '../support/app.js'

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { holds, now } from '../support/http-history.js'
 import { until } from '../support/latch.js'
 import { Load } from '../support/load.js'

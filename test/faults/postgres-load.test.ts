@@ -5,7 +5,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import type { Pool } from 'pg'
 import t, { type Test } from 'tap'
 import { type IdempotencyRouteOptions, PostgresStore } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, inject, REPLAYED } from '../support/app.js'
 import {
   type Exchange,

@@ -1,7 +1,7 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import t, { type Test } from 'tap'
 import { type IdempotencyEvent, type IdempotencyStore, MemoryStore } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, codeOf, inject } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 

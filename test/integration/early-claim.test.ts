@@ -2,7 +2,7 @@ import { once } from 'node:events'
 import { connect } from 'node:net'
 import t from 'tap'
 import { type Claim, type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, codeOf, inject, listen, post, REPLAYED, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 

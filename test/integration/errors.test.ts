@@ -10,7 +10,7 @@ import {
   MemoryStore,
   type StoredRecord
 } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, codeOf, inject, REPLAYED } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 

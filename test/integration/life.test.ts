@@ -5,7 +5,7 @@ import { setTimeout as sleep, setImmediate as tick } from 'node:timers/promises'
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
 import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, codeOf, inject, listen, post, REPLAYED, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 

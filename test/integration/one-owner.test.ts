@@ -1,6 +1,6 @@
 import t from 'tap'
 import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, codeOf, inject, REPLAYED } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 

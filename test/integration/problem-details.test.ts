@@ -3,7 +3,7 @@ import type { FastifyError } from 'fastify'
 import t from 'tap'
 import type { IdempotencyOptions, IdempotencyStore } from '../../index.js'
 import { MemoryStore } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, inject, REPLAYED } from '../support/app.js'
 import { latch } from '../support/latch.js'
 

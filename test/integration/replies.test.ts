@@ -4,7 +4,7 @@ import { PassThrough, Readable } from 'node:stream'
 import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import t, { type Test } from 'tap'
 import { type IdempotencyOptions, MemoryStore } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, codeOf, inject, listen, post, REPLAYED, type Reply, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 

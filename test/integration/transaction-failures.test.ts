@@ -4,7 +4,7 @@ import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import type { Pool, PoolClient, PoolConfig } from 'pg'
 import t, { type Test } from 'tap'
 import { PostgresStore, type TransactionClient } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, inject, listen, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 import {

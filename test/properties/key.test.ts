@@ -1,7 +1,8 @@
 import fc from 'fast-check'
 import type { FastifyRequest } from 'fastify'
 import t from 'tap'
-import { deriveKey, type KeyRules, keyInBody, keyInHeader, parseKey, storageKey } from '../../lib/http/key.js'
+import { type KeyRules, keyInBody, keyInHeader, parseKey } from '../../lib/http/key.js'
+import { deriveKey, storageKey } from '../../lib/operation/storage-key.js'
 
 const RULES: KeyRules = { header: 'idempotency-key', field: 'key', keyFormat: 'any', maxKeyLength: 255 }
 const UUID_V4 = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/

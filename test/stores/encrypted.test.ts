@@ -11,7 +11,7 @@ import {
   type TransactionAcquisition,
   type TransactionClaim
 } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, inject, REPLAYED } from '../support/app.js'
 import { startPostgres } from '../support/postgres.js'
 import { startRedis } from '../support/redis.js'

@@ -2,10 +2,10 @@ import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import type { FastifyRequest } from 'fastify'
 import type { Test } from 'tap'
 import { idempotencyEvents } from '../../lib/events.js'
-import { join } from '../../lib/http/fingerprint.js'
-import { storageKey } from '../../lib/http/key.js'
 import type { RequestSnapshot } from '../../lib/http/request-snapshot.js'
+import { composeFingerprint } from '../../lib/operation/fingerprint.js'
 import { Operation, type Verdict } from '../../lib/operation/operation.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { StoreInUse } from '../../lib/operation/store-context.js'
 import type { Policy } from '../../lib/options.js'
 import type { Registration } from '../../lib/registration.js'
@@ -21,7 +21,7 @@ export const TTL = 5_000
 
 /** Of an actor that says nothing else. */
 export const KEY = storageKey(null, 'k')
-export const OURS = join('head', 'payload')
+export const OURS = composeFingerprint('head', 'payload')
 export const RECORD: StoredReply = { ...reply(), fingerprint: OURS }
 
 export const running = (fingerprint = OURS): Acquisition => ({ state: 'running', fingerprint, leaseMs: LEASE })

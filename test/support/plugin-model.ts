@@ -1,4 +1,4 @@
-import { storageKey } from '../../lib/http/key.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import type { Absence, Exchange, History, Rules, Run } from './http-history.js'
 import {
   type Answer,

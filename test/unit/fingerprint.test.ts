@@ -5,15 +5,13 @@ import type { FastifyRequest } from 'fastify'
 import t from 'tap'
 import {
   constraintsOf,
-  difference,
   type HeadRules,
   headOf,
-  join,
-  knowsPayload,
   payloadFingerprint,
   payloadOf,
   payloadOfBody
 } from '../../lib/http/fingerprint.js'
+import { composeFingerprint, difference, knowsPayload } from '../../lib/operation/fingerprint.js'
 
 const JSON_TYPE = { 'content-type': 'application/json', 'content-length': '4' }
 const FORM_DATA = { 'content-type': 'multipart/form-data; boundary=----a', 'content-length': '100' }
@@ -173,7 +171,7 @@ t.test('no other header is part of the head', async (t) => {
 
 t.test('no client text reaches a fingerprint', async (t) => {
   const secret = request({ query: { a: 's.e.c.r.e.t' }, headers: { authorization: 'secret.secret' }, body: 'secret' })
-  t.match(join(headOf(secret, RULES, 'secret.secret'), payload('secret')), /^[\w-]{26}\.[\w-]{22}$/)
+  t.match(composeFingerprint(headOf(secret, RULES, 'secret.secret'), payload('secret')), /^[\w-]{26}\.[\w-]{22}$/)
 })
 
 t.test('JSON is the same in whatever order its members are', async (t) => {
@@ -510,19 +508,19 @@ t.test('a function that gives neither text nor bytes is told so, and does not sw
 
 t.test('fingerprints differ when something differs that both know, and say what', async (t) => {
   const [ours, credentials, target] = ['0'.repeat(22), '1'.repeat(22), '2'.repeat(22)]
-  const a = join(`${ours}hint`, 'a')
-  const unknown = join(`${ours}hint`, '')
+  const a = composeFingerprint(`${ours}hint`, 'a')
+  const unknown = composeFingerprint(`${ours}hint`, '')
   for (const [x, y, expected] of [
     [a, a, null],
-    [a, join(`${ours}hint`, 'b'), 'payload'],
+    [a, composeFingerprint(`${ours}hint`, 'b'), 'payload'],
     [a, unknown, null],
     [unknown, unknown, null],
-    [a, join(`${credentials}hint`, 'a'), 'credentials'],
-    [a, join(`${credentials}hint`, 'b'), 'credentials'],
-    [unknown, join(`${credentials}hint`, 'a'), 'credentials'],
-    [unknown, join(`${credentials}hint`, ''), 'credentials'],
-    [a, join(`${target}tnih`, 'a'), 'target'],
-    [unknown, join(`${target}tnih`, 'b'), 'target'],
+    [a, composeFingerprint(`${credentials}hint`, 'a'), 'credentials'],
+    [a, composeFingerprint(`${credentials}hint`, 'b'), 'credentials'],
+    [unknown, composeFingerprint(`${credentials}hint`, 'a'), 'credentials'],
+    [unknown, composeFingerprint(`${credentials}hint`, ''), 'credentials'],
+    [a, composeFingerprint(`${target}tnih`, 'a'), 'target'],
+    [unknown, composeFingerprint(`${target}tnih`, 'b'), 'target'],
     [a, '', null],
     [unknown, '', null],
     ['', '', null]
@@ -535,7 +533,7 @@ t.test('fingerprints differ when something differs that both know, and say what'
 t.test('the fingerprints of real requests differ as the contract says', async (t) => {
   const of = (members: object, user: string | null = null) => {
     const made = request({ headers: JSON_TYPE, ...members })
-    return join(headOf(made, RULES, user), payloadOfBody(made) as string)
+    return composeFingerprint(headOf(made, RULES, user), payloadOfBody(made) as string)
   }
   const one = of({ body: { a: 1, b: 2 } })
   t.equal(difference(one, of({ body: { b: 2, a: 1 } })), null)
@@ -548,8 +546,8 @@ t.test('the fingerprints of real requests differ as the contract says', async (t
 })
 
 t.test('a fingerprint says whether it knows the payload', async (t) => {
-  t.equal(knowsPayload(join('head', 'payload')), true)
-  t.equal(knowsPayload(join('head', '')), false)
+  t.equal(knowsPayload(composeFingerprint('head', 'payload')), true)
+  t.equal(knowsPayload(composeFingerprint('head', '')), false)
   t.equal(knowsPayload(''), false)
 })
 

@@ -1,7 +1,7 @@
 import t from 'tap'
 import { type IdempotencyStore, MemoryStore } from '../../index.js'
-import { storageKey } from '../../lib/http/key.js'
 import { InstanceApi } from '../../lib/instance-api.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/
 const claim = { token: 't', fingerprint: 'f', leaseMs: 1_000, retainMs: 1_000, takeover: false }

@@ -1,15 +1,7 @@
 import type { FastifyRequest } from 'fastify'
 import t from 'tap'
-import {
-  deriveKey,
-  generateKey,
-  type KeyRules,
-  keyInBody,
-  keyInHeader,
-  keyInQuery,
-  parseKey,
-  storageKey
-} from '../../lib/http/key.js'
+import { generateKey, type KeyRules, keyInBody, keyInHeader, keyInQuery, parseKey } from '../../lib/http/key.js'
+import { deriveKey, storageKey } from '../../lib/operation/storage-key.js'
 
 const RULES: KeyRules = { header: 'idempotency-key', field: 'key', keyFormat: 'any', maxKeyLength: 255 }
 const UUID = '9b2f6a54-0d4c-4e5b-8c1d-2f3a4b5c6d7e'

@@ -1,7 +1,7 @@
 import t from 'tap'
 import { UnreadableAnswer } from '../../lib/errors.js'
-import { join } from '../../lib/http/fingerprint.js'
-import { storageKey } from '../../lib/http/key.js'
+import { composeFingerprint } from '../../lib/operation/fingerprint.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
 import { LocalCache } from '../../lib/stores/memory/local-cache.js'
 import { atHand } from '../../lib/util/sync-promise.js'
 import type { Acquisition } from '../../types/index.js'
@@ -32,7 +32,7 @@ import { reply, tombstone } from '../support/store-fixtures.js'
 
 /* How an operation comes to its verdict: what it asks the store, and what it makes of the answers. */
 
-const HEAD_ONLY = join('head', '')
+const HEAD_ONLY = composeFingerprint('head', '')
 
 const acquired = (attempt = 1): Acquisition => ({ state: 'acquired', attempt })
 const abandoned = (fingerprint = OURS): Acquisition => ({ state: 'abandoned', fingerprint, attempt: 1 })
@@ -138,9 +138,9 @@ onBoth(t, 'a tombstone is told', async (t, s) => {
 const OTHER_TARGET = `${'x'.repeat(22)}hint`
 
 for (const [what, found] of Object.entries({
-  running: running(join(OTHER_TARGET, '')),
-  abandoned: abandoned(join(OTHER_TARGET, '')),
-  completed: completed({ ...reply(), fingerprint: join(OTHER_TARGET, 'payload') })
+  running: running(composeFingerprint(OTHER_TARGET, '')),
+  abandoned: abandoned(composeFingerprint(OTHER_TARGET, '')),
+  completed: completed({ ...reply(), fingerprint: composeFingerprint(OTHER_TARGET, 'payload') })
 })) {
   onBoth(t, `another request under a key that is ${what} is told so, before its body is read too`, async (t, s) => {
     for (const step of ['reserve', 'claim'] as const) {
@@ -751,7 +751,7 @@ onBoth(
 
 onBoth(t, 'a key that the store says is another’s is not the one’s who believes to have it here', async (t, s) => {
   await s.actor().operation.claim()
-  s.store.answers.acquire = [running(join('another', ''))]
+  s.store.answers.acquire = [running(composeFingerprint('another', ''))]
   t.match(await outcome(() => s.actor({ head: 'another' }).operation.claim()), IN_PROGRESS)
 })
 

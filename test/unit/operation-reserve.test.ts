@@ -1,6 +1,6 @@
 import t from 'tap'
 import { StoreFull } from '../../lib/errors.js'
-import { join } from '../../lib/http/fingerprint.js'
+import { composeFingerprint } from '../../lib/operation/fingerprint.js'
 import type { Acquisition } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {
@@ -22,7 +22,7 @@ import {
 
 /* Keys that are claimed before their requests have been read; and claims that are left to living owners. */
 
-const HEAD_ONLY = join('head', '')
+const HEAD_ONLY = composeFingerprint('head', '')
 const ABANDONED = { code: 'FST_IDEMPOTENCY_ABANDONED', statusCode: 409 }
 const acquired = (attempt = 1): Acquisition => ({ state: 'acquired', attempt })
 const abandoned = (): Acquisition => ({ state: 'abandoned', fingerprint: OURS, attempt: 1 })

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { join } from '../../lib/http/fingerprint.js'
+import { composeFingerprint } from '../../lib/operation/fingerprint.js'
 import { latch } from '../support/latch.js'
 import {
   type Actor,
@@ -77,7 +77,7 @@ onBoth(
     const a = s.actor({ policy: { waits: true } })
     t.equal(await a.operation.claim(), 'run')
     t.match(s.store.asked, [
-      ['begin', KEY, { fingerprint: join('head', ''), leaseMs: LEASE, retainMs: 60_000, takeover: false }]
+      ['begin', KEY, { fingerprint: composeFingerprint('head', ''), leaseMs: LEASE, retainMs: 60_000, takeover: false }]
     ])
     t.match(s.store.asked, [['begin', KEY, { wake: true, timeoutMs: STORE_TIMEOUT }]])
     t.equal(s.store.asked.length, 1)
