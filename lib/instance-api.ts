@@ -8,7 +8,7 @@ import type {
 import { InvalidOption } from './errors.js'
 import { generateKey, parseKey } from './http/key.js'
 import { storageKey } from './operation/storage-key.js'
-import { StoreInUse } from './operation/store-context.js'
+import { StoreContext } from './operation/store-context.js'
 
 /** `app.idempotency`. */
 export class InstanceApi implements InstanceIdempotency {
@@ -41,7 +41,7 @@ export class InstanceApi implements InstanceIdempotency {
   async delete(key: string, { scope }: OperationSelector = {}): Promise<boolean> {
     if (this.store.delete === undefined) throw new Error('This idempotency store has no delete()')
     const stored = this.#storageKey(key, scope)
-    StoreInUse.of(this.store).live.get(stored)?.forget()
+    StoreContext.of(this.store).live.get(stored)?.forget()
     return this.store.delete(stored)
   }
 

@@ -1,7 +1,7 @@
 import type { FastifyInstance } from 'fastify'
 import type { Unfinished } from './http/captured-stream.js'
-import type { Operation } from './operation/operation.js'
-import { StoreInUse } from './operation/store-context.js'
+import type { Host, Ongoing } from './operation/host.js'
+import { StoreContext } from './operation/store-context.js'
 import { type Globals, inherited, type Policy, type RegistrationOptions } from './options.js'
 import { warnOfSiblings } from './stores/memory/siblings.js'
 import { waitAtMost } from './util/timeout.js'
@@ -28,10 +28,10 @@ export function globalsOf(instance: FastifyInstance): Globals | undefined {
 }
 
 /** One `app.register(idempotency)`: what it covers, and what is going on in it. */
-export class Registration {
+export class Registration implements Host {
   readonly options: RegistrationOptions
   /** The requests that hold a claim, wait for one, or still have a reply to store. */
-  readonly operations = new Set<Operation>()
+  readonly operations = new Set<Ongoing>()
   /** The streamed replies whose sources are open. */
   readonly streams = new Set<Unfinished>()
   /** Nothing is waited for any more, and nothing is repeated. */
@@ -39,7 +39,7 @@ export class Registration {
   #closing = false
   #longestLease = 0
   #idle: (() => void) | null = null
-  readonly #stores = new Set<StoreInUse>()
+  readonly #stores = new Set<StoreContext>()
 
   constructor(options: RegistrationOptions) {
     this.options = options
@@ -58,13 +58,13 @@ export class Registration {
   }
 
   use(store: Policy['store']): void {
-    const inUse = StoreInUse.of(store)
+    const inUse = StoreContext.of(store)
     if (this.#stores.has(inUse)) return
     this.#stores.add(inUse)
     inUse.enter()
   }
 
-  ended(operation: Operation): void {
+  ended(operation: Ongoing): void {
     this.operations.delete(operation)
     if (this.operations.size === 0) this.#idle?.()
   }

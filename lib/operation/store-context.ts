@@ -1,17 +1,17 @@
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
-import type { Operation } from './operation.js'
+import type { HeldClaim } from './held-claim.js'
 import { StoreHealth } from './store-health.js'
 import { WaitingRoom } from './waiting.js'
 
 const FIRST_PAUSE_MS = 50
 const LONGEST_PAUSE_MS = 1_000
 /** A claim that was never given back lapses by itself: forgetting the oldest is safe. */
-const MAX_DISOWNED = 10_000
+const MAX_ORPHANS = 10_000
 /** How many claims are given back at a time, as long as the store answers. */
-const MAX_LANES = 16
+const MAX_CONCURRENCY = 16
 
 /** A claim that may have been written, and that nobody needs. */
-interface Disowned {
+interface OrphanedClaim {
   readonly key: string
   readonly token: string
   readonly timeout: number
@@ -22,12 +22,12 @@ interface Disowned {
   isUnderWay: boolean
 }
 
-const inUse = new WeakMap<IdempotencyStore, StoreInUse>()
+const inUse = new WeakMap<IdempotencyStore, StoreContext>()
 
 /** What this process knows of one store: shared by all registrations and routes that use it. */
-export class StoreInUse {
-  /** The operations of this process that hold a claim, by storage key. */
-  readonly live = new Map<string, Operation>()
+export class StoreContext {
+  /** The claims that this process holds, by storage key. */
+  readonly live = new Map<string, HeldClaim>()
   /** What is being asked about keys that are wanted in a transaction: the answer, `null` when it was the key itself. */
   readonly asking = new Map<string, Promise<Acquisition | null>>()
   readonly waiting: WaitingRoom
@@ -35,9 +35,9 @@ export class StoreInUse {
   reservations = 0
   readonly health = new StoreHealth()
   readonly #store: IdempotencyStore
-  readonly #disowned = new Set<Disowned>()
-  /** Loops that give claims back. */
-  #lanes = 0
+  readonly #orphans = new Set<OrphanedClaim>()
+  /** How many loops give claims back. */
+  #concurrency = 0
   #users = 0
 
   private constructor(store: IdempotencyStore) {
@@ -45,10 +45,10 @@ export class StoreInUse {
     this.waiting = new WaitingRoom(store)
   }
 
-  static of(store: IdempotencyStore): StoreInUse {
+  static of(store: IdempotencyStore): StoreContext {
     let known = inUse.get(store)
     if (known === undefined) {
-      known = new StoreInUse(store)
+      known = new StoreContext(store)
       inUse.set(store, known)
     }
     return known
@@ -62,32 +62,32 @@ export class StoreInUse {
   /** One registration less; the last one closes the store. */
   async leave(): Promise<void> {
     if (--this.#users > 0) return
-    for (const claim of this.#disowned) this.#drop(claim, false)
+    for (const claim of this.#orphans) this.#drop(claim, false)
     await this.#store.close?.()
   }
 
   /** Gives a claim back in the background, as soon as the store can be reached. `false` when that is not tried any more. */
-  disown(key: string, token: string, timeout: number, unused: boolean): Promise<boolean> {
+  giveBack(key: string, token: string, timeout: number, unused: boolean): Promise<boolean> {
     const given = new Promise<boolean>((done) => {
-      this.#disowned.add({ key, token, timeout, unused, done, isUnderWay: false })
+      this.#orphans.add({ key, token, timeout, unused, done, isUnderWay: false })
     })
-    for (const oldest of this.#disowned) {
-      if (this.#disowned.size <= MAX_DISOWNED) break
+    for (const oldest of this.#orphans) {
+      if (this.#orphans.size <= MAX_ORPHANS) break
       this.#drop(oldest, false)
     }
-    if (this.#lanes === 0) void this.#giveBack()
+    if (this.#concurrency === 0) void this.#releaseOrphans()
     return given
   }
 
-  #drop(claim: Disowned, given: boolean): void {
-    this.#disowned.delete(claim)
+  #drop(claim: OrphanedClaim, given: boolean): void {
+    this.#orphans.delete(claim)
     claim.done(given)
   }
 
-  async #giveBack(): Promise<void> {
-    this.#lanes++
+  async #releaseOrphans(): Promise<void> {
+    this.#concurrency++
     let pause = FIRST_PAUSE_MS
-    for (const claim of this.#disowned) {
+    for (const claim of this.#orphans) {
       if (claim.isUnderWay) continue
       claim.isUnderWay = true
       try {
@@ -96,18 +96,18 @@ export class StoreInUse {
         this.#drop(claim, true)
         pause = FIRST_PAUSE_MS
         // One after the other, what a slow store has gathered would take longer than the leases.
-        if (this.#lanes < MAX_LANES) void this.#giveBack()
+        if (this.#concurrency < MAX_CONCURRENCY) void this.#releaseOrphans()
       } catch {
         claim.isUnderWay = false
         // To the end of the line, which this loop comes to as well: one key must not hold up the others.
-        if (this.#disowned.delete(claim)) this.#disowned.add(claim)
+        if (this.#orphans.delete(claim)) this.#orphans.add(claim)
         // One is enough to find out that the store is back.
-        if (this.#lanes > 1) break
+        if (this.#concurrency > 1) break
         await sleep(pause)
         pause = Math.min(pause * 2, LONGEST_PAUSE_MS)
       }
     }
-    this.#lanes--
+    this.#concurrency--
   }
 }
 
@@ -119,10 +119,10 @@ export function sleep(ms: number): Promise<void> {
 }
 
 /** Repeats a step until the store answers; `null` when there is no more point in it. */
-export async function insist<T>(step: () => Promise<T>, pointless: () => boolean): Promise<T | null> {
+export async function retryUntil<T>(step: () => Promise<T>, isPointless: () => boolean): Promise<T | null> {
   for (let pause = FIRST_PAUSE_MS; ; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
     await sleep(pause)
-    if (pointless()) return null
+    if (isPointless()) return null
     try {
       return await step()
     } catch {

@@ -2,7 +2,7 @@ import t, { type Test } from 'tap'
 import { RedisStore } from '../../index.js'
 import { UnreadableAnswer } from '../../lib/errors.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { StoreInUse } from '../../lib/operation/store-context.js'
+import { StoreContext } from '../../lib/operation/store-context.js'
 import type { Acquisition } from '../../types/index.js'
 import { build } from '../support/app.js'
 import { until } from '../support/latch.js'
@@ -174,7 +174,7 @@ t.test('a request that found a value of another type leaves nothing to be given 
     await until(() => releases === n, { message: 'the claim to be given up' })
   }
   // Whoever comes next has nobody before it, which would be asked for again and again.
-  await StoreInUse.of(store).disown('another', 'token', 60_000, true)
+  await StoreContext.of(store).giveBack('another', 'token', 60_000, true)
   t.equal(releases, 4, 'each was asked for once')
 })
 

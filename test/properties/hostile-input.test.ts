@@ -6,7 +6,7 @@ import { MemoryStore } from '../../index.js'
 import { UnreadableAnswer } from '../../lib/errors.js'
 import { type KeyRules, keyInBody, keyInHeader, keyInQuery, parseKey } from '../../lib/http/key.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { StoreInUse } from '../../lib/operation/store-context.js'
+import { StoreContext } from '../../lib/operation/store-context.js'
 import { decodeRecord, encodeRecord, readLength, writeLength } from '../../lib/stores/record-codec.js'
 import type { StoredHeader, StoredRecord } from '../../types/index.js'
 import { build, codeOf, listen, post, REPLAYED, start } from '../support/app.js'
@@ -534,7 +534,7 @@ t.test('thousands of keys of one client are answered, and what is kept of them s
     const { entries, bytes } = await kept()
     t.ok(entries > 0 && entries <= maxEntries && bytes <= maxBytes, `${entries} entries, ${bytes} bytes`)
   }
-  t.equal(StoreInUse.of(store).live.size, 0, 'no operation is left')
+  t.equal(StoreContext.of(store).live.size, 0, 'no operation is left')
 })
 
 t.test('more operations at a time than the store holds are refused, and none of the others is forgotten', async (t) => {
@@ -589,11 +589,11 @@ t.test('duplicates that wait and hang up leave nothing behind', async (t) => {
     await until(() => arrived === keys.length + round * waiters.length && listening === keys.length)
     for (const waiter of waiters) waiter.hangUp()
     await until(() => closed === round * waiters.length && listening === 0, { message: 'nobody to listen any more' })
-    t.equal(StoreInUse.of(store).live.size, keys.length, 'the owners go on')
+    t.equal(StoreContext.of(store).live.size, keys.length, 'the owners go on')
   }
   gate.open()
   for (const owner of owners) t.equal((await owner).text, 'done')
   t.equal(runs, keys.length)
-  t.equal(StoreInUse.of(store).live.size, 0, 'no operation is left')
+  t.equal(StoreContext.of(store).live.size, 0, 'no operation is left')
   t.equal((await post(port, { key: 'key 0' })).headers[REPLAYED], 'true')
 })

@@ -4,9 +4,10 @@ import type { Test } from 'tap'
 import { idempotencyEvents } from '../../lib/events.js'
 import type { RequestSnapshot } from '../../lib/http/request-snapshot.js'
 import { composeFingerprint } from '../../lib/operation/fingerprint.js'
+import type { HeldClaim } from '../../lib/operation/held-claim.js'
 import { Operation, type Verdict } from '../../lib/operation/operation.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { StoreInUse } from '../../lib/operation/store-context.js'
+import { StoreContext } from '../../lib/operation/store-context.js'
 import type { Policy } from '../../lib/options.js'
 import type { Registration } from '../../lib/registration.js'
 import { atHand } from '../../lib/util/sync-promise.js'
@@ -125,7 +126,7 @@ interface Cast {
 export interface Scene {
   readonly store: ScriptedStore
   readonly registration: Registration
-  readonly inUse: StoreInUse
+  readonly inUse: StoreContext
   /** The time of timers, leases and limits. */
   readonly time: VirtualTime
   actor(cast?: Cast): Actor
@@ -177,7 +178,7 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
   return {
     store,
     registration,
-    inUse: StoreInUse.of(given.store),
+    inUse: StoreContext.of(given.store),
     time,
     registrationOf,
     actor(cast = {}) {
@@ -210,6 +211,11 @@ export function onBoth(t: Test, name: string, test: (t: Test, scene: Scene) => P
   for (const shows of [true, false]) {
     t.test(`${name} (${shows ? 'at hand' : 'promised'})`, (t) => test(t, scene(t, { shows, policy })))
   }
+}
+
+/** The claim that an actor holds. */
+export function claimOf({ inUse }: Scene, { operation }: Actor): HeldClaim {
+  return inUse.live.get(operation.storageKey) as HeldClaim
 }
 
 /** What a step gives or throws, at once or later. */

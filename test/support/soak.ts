@@ -6,7 +6,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
 import idempotency, { type IdempotencyStore } from '../../index.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { StoreInUse } from '../../lib/operation/store-context.js'
+import { StoreContext } from '../../lib/operation/store-context.js'
 import { SERVICE } from './app.js'
 import { Random } from './random.js'
 
@@ -158,7 +158,7 @@ export class Soak {
 
   /** What the plugin itself still remembers of requests. */
   get remembered(): number {
-    const inUse = this.#options.stores.map((store) => StoreInUse.of(store))
+    const inUse = this.#options.stores.map((store) => StoreContext.of(store))
     return inUse.reduce((sum, { live, asking }) => sum + live.size + asking.size, 0)
   }
 

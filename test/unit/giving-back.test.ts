@@ -1,5 +1,5 @@
 import t from 'tap'
-import { StoreInUse } from '../../lib/operation/store-context.js'
+import { StoreContext } from '../../lib/operation/store-context.js'
 import type { IdempotencyStore } from '../../types/index.js'
 import { type Latch, latch, until } from '../support/latch.js'
 
@@ -11,7 +11,7 @@ function store() {
     asked.push({ key, answer })
     return answer.promise
   }
-  return { asked, inUse: StoreInUse.of({ release } as unknown as IdempotencyStore) }
+  return { asked, inUse: StoreContext.of({ release } as unknown as IdempotencyStore) }
 }
 
 const LONG = 60_000
@@ -19,7 +19,7 @@ const LONG = 60_000
 t.test('many claims are given back side by side by a store that answers, and each once', async (t) => {
   const { asked, inUse } = store()
   const keys = Array.from({ length: 100 }, (_, n) => `key ${n}`)
-  const given = Promise.all(keys.map((key) => inUse.disown(key, 'token', LONG, true)))
+  const given = Promise.all(keys.map((key) => inUse.giveBack(key, 'token', LONG, true)))
   t.equal(asked.length, 1, 'nobody knows yet whether it answers')
   let most = 0
   for (let settled = 0; settled < keys.length; ) {
@@ -37,7 +37,7 @@ t.test('many claims are given back side by side by a store that answers, and eac
 t.test('a store that has stopped answering is asked for one claim at a time, until it is back', async (t) => {
   const { asked, inUse } = store()
   const keys = Array.from({ length: 20 }, (_, n) => `key ${n}`)
-  const given = Promise.all(keys.map((key) => inUse.disown(key, 'token', LONG, true)))
+  const given = Promise.all(keys.map((key) => inUse.giveBack(key, 'token', LONG, true)))
   asked[0]?.answer.open(true)
   await until(() => asked.length >= 3)
   const failed = asked.slice(1)

@@ -4,6 +4,7 @@ import { latch } from '../support/latch.js'
 import {
   type Actor,
   away,
+  claimOf,
   completed,
   failing,
   IN_PROGRESS,
@@ -445,7 +446,7 @@ onBoth(t, 'a first attempt that arrives late does not count twice', async (t, s)
 
 onBoth(t, 'a reply whose key was deleted is not remembered, nor is its claim renewed', async (t, s) => {
   const a = await unstored(s)
-  a.operation.forget()
+  claimOf(s, a).forget()
   s.store.answers.complete = [false]
   s.store.answers.acquire = [{ state: 'acquired', attempt: 1 }]
   s.store.asked.length = 0
@@ -458,7 +459,7 @@ onBoth(t, 'a reply whose key was deleted is not remembered, nor is its claim ren
 
 onBoth(t, 'a reply that cannot be stored when its key was deleted before is nobody’s', async (t, s) => {
   const a = await atWork(s)
-  a.operation.forget()
+  claimOf(s, a).forget()
   s.store.answers.complete = [failing(away)]
   await a.operation.complete(RECORD)
   const before = s.store.asked.length
@@ -476,7 +477,7 @@ t.test('a key that is deleted while a lost claim is claimed anew does not come b
   s.store.answers.complete = [false]
   s.store.answers.get = [() => seen.promise]
   const done = a.operation.complete(RECORD)
-  a.operation.forget()
+  claimOf(s, a).forget()
   seen.open(null)
   await done
   t.strictSame(s.store.names, ['acquire', 'complete', 'get'])
@@ -489,7 +490,7 @@ t.test('a key that is deleted while a lost claim is claimed anew does not come b
   const over = b.operation.complete(RECORD)
   await s.time.pass(0)
   t.strictSame(s.store.names, ['complete', 'get', 'acquire'])
-  b.operation.forget()
+  claimOf(s, b).forget()
   claimed.open({ state: 'acquired', attempt: 1 })
   await over
   t.strictSame(s.store.names, ['complete', 'get', 'acquire', 'release'])
@@ -560,12 +561,13 @@ for (const reruns of [true, false]) {
     `a claim that cannot be given back ${reruns ? 'lapses' : 'does not lapse where that would call it abandoned'}`,
     async (t, s) => {
       const a = await atWork(s)
+      const claim = claimOf(s, a)
       s.store.answers.release = [failing(away)]
       await a.operation.release()
       await s.time.pass(LEASE + 100)
       t.equal(s.store.calls('renew').length, reruns ? 0 : 3)
       // Somebody else has asked in the meantime, and may have had it renewed.
-      a.operation.renew()
+      claim.renew()
       await s.time.pass(0)
       t.equal(s.store.calls('renew').length, reruns ? 0 : 4)
       s.store.answers.release = [true]
@@ -591,12 +593,13 @@ onBoth(t, 'whoever has the key after its owner keeps it when the owner is done',
   s.store.answers.release = [never]
   const done = a.operation.release()
   const b = await atWork(s)
+  const claim = claimOf(s, b)
   await s.time.pass(STORE_TIMEOUT + 10)
   s.store.answers.release = [true]
   await done
   await s.time.pass(STORE_TIMEOUT + 1_100)
   t.equal(a.operation.phase, 'over')
-  t.equal(s.inUse.live.get(KEY), b.operation)
+  t.equal(claimOf(s, b), claim)
 })
 
 onBoth(t, 'a claim that turns out to be needless is given back', async (t, s) => {
@@ -616,13 +619,14 @@ onBoth(t, 'a claim is renewed three times in a lease, for as long as it is held'
   t.equal(s.store.calls('renew').length, 0)
   await s.time.pass(20)
   t.strictSame(s.store.calls('renew'), [[KEY, s.store.tokens[0], LEASE]])
+  const claim = claimOf(s, a)
   a.operation.start()
   await s.time.pass(LEASE)
   t.equal(s.store.calls('renew').length, 4)
   await a.operation.complete(RECORD)
   await s.time.pass(LEASE)
   t.equal(s.store.calls('renew').length, 4)
-  a.operation.renew()
+  claim.renew()
   await s.time.pass(0)
   t.equal(s.store.calls('renew').length, 4)
 })

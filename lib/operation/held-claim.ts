@@ -1,0 +1,54 @@
+import type { Acquisition, IdempotencyEventName, StoredRecord, TransactionClient } from '../../types/index.js'
+import type { Policy } from '../options.js'
+import type { Maybe } from '../util/sync-promise.js'
+
+/** What a claim needs of the operation that holds it. */
+export interface Claimant {
+  readonly policy: Policy
+  readonly storageKey: string
+  readonly fingerprint: string
+  /** The handler has not started yet, may start (`held`) or runs, its reply is being stored, or all that is over. */
+  readonly phase: string
+  /** May the handler start under the claim, or does it run? */
+  readonly isHeld: boolean
+  /** The server has closed: nothing is repeated any more. */
+  readonly isClosed: boolean
+  /** A step has failed. */
+  report(error: unknown): void
+  unavailable(cause: unknown): Error
+  tell(event: IdempotencyEventName): void
+  stored(record: StoredRecord): void
+  /** The end of a transaction was refused: nothing of it is there. */
+  undone(error: unknown): void
+  /** Another has the key now: whatever the handler still does, it does for the second time. */
+  lost(): void
+  /** The claim needs no care any more. */
+  end(): void
+}
+
+/** A claim that an operation holds: under a lease, or in a transaction. */
+export interface HeldClaim {
+  /** What the handler may use of the transaction; `null` where there is none. */
+  readonly client: TransactionClient | null
+  /** How it gets lost, for the log. */
+  readonly loss: string
+  /** Not any more, while it is being given back. */
+  readonly isReleasing: boolean
+  /** From now on it is kept. */
+  hold(): void
+  /** Ends it with a record. See `Operation.complete`. */
+  complete(record: StoredRecord, failed: boolean): Maybe<void>
+  /**
+   * Gives the key back: nothing is stored, and a retry runs.
+   * @param unused The handler has not run under it.
+   */
+  release(unused: boolean): Promise<void>
+  /** Tells the store that this process is alive, and keeps on doing so. */
+  renew(): void
+  /** The server has closed, or the operation is over: nothing more is done for it. */
+  letGo(): void
+  /** The key was deleted on purpose: it is not to be claimed anew. */
+  forget(): void
+  /** What another request of this process finds. */
+  asFound(): Acquisition
+}

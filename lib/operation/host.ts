@@ -1,0 +1,18 @@
+/** What a registration knows of an operation that is going on. */
+export interface Ongoing {
+  /** The server closes: a duplicate that waits gets its answer now. */
+  stopWaiting(): void
+  /** The server has closed: nothing more is done for it. */
+  abandon(): void
+}
+
+/** What an operation asks of its registration. */
+export interface Host {
+  /** The operations that hold a claim, wait for one, or still have a reply to store. */
+  readonly operations: Set<Ongoing>
+  /** The server takes no requests any more. */
+  readonly closing: boolean
+  /** Nothing is waited for any more, and nothing is repeated. */
+  readonly closed: boolean
+  ended(operation: Ongoing): void
+}

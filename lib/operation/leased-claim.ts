@@ -1,0 +1,271 @@
+import type { Acquisition, Claim, StoredRecord } from '../../types/index.js'
+import { UnreadableAnswer } from '../errors.js'
+import { type Maybe, reveal } from '../util/sync-promise.js'
+import { promiseTry } from '../util/timeout.js'
+import type { Claimant, HeldClaim } from './held-claim.js'
+import { cancelRenewal, type Renewable, scheduleRenewal } from './leases.js'
+import { isAcquisition, toBoolean } from './store-answers.js'
+import { retryUntil, type StoreContext } from './store-context.js'
+
+/**
+ * A claim under a lease, by an owner's token. It is renewed until its operation has ended, stored or given back; what
+ * the store does not take goes on in the background, and counts in this process until another may have the key.
+ */
+export class LeasedClaim implements HeldClaim, Renewable {
+  readonly client = null
+  readonly loss = 'to another owner'
+  renewal: Renewable['renewal'] = null
+  isReleasing = false
+  /** What could not be stored yet. */
+  unstored: StoredRecord | null = null
+  readonly #claimant: Claimant
+  readonly #context: StoreContext
+  #token: string
+  /** When the store was last asked to begin the lease: it ends no sooner than a lease later. Monotonic milliseconds. */
+  #leasedAt: number
+  /** The attempt to store what could not be stored that is under way. */
+  #storing: Promise<boolean> | null = null
+  /** The operator wants the key to be forgotten. */
+  #isForgotten = false
+  /** What other requests of this process are asking about the key meanwhile; one of them may leave its claim to this one. */
+  #rivals: Set<Promise<unknown>> | null = null
+
+  constructor(claimant: Claimant, context: StoreContext, token: string, leasedAt: number) {
+    this.#claimant = claimant
+    this.#context = context
+    this.#token = token
+    this.#leasedAt = leasedAt
+  }
+
+  get lease(): number {
+    return this.#claimant.policy.lease
+  }
+
+  /** The store cannot have let the lease lapse yet: the key is this operation's. */
+  get isLeased(): boolean {
+    return performance.now() - this.#leasedAt < this.lease
+  }
+
+  /** Does the handler run, or its reply wait to be stored, under a claim that counts? */
+  get isOwner(): boolean {
+    return !this.isReleasing && this.#isWanted()
+  }
+
+  hold(): void {
+    scheduleRenewal(this)
+  }
+
+  complete(record: StoredRecord): Maybe<void> {
+    const stored = reveal(this.#call(() => this.#complete(record)))
+    if (stored instanceof Promise) return this.#completeLater(stored, record)
+    this.#completed(stored, record)
+  }
+
+  async release(unused: boolean): Promise<void> {
+    const { storageKey, policy } = this.#claimant
+    this.isReleasing = true
+    cancelRenewal(this)
+    try {
+      const released = toBoolean(await this.#call(() => policy.store.release(storageKey, this.#token, unused)))
+      if (released) this.#claimant.tell('released')
+      else this.#claimant.lost()
+    } catch (error) {
+      this.#claimant.report(error)
+      // Where a lapsed claim is not taken over it would be called abandoned, which it is not.
+      if (!policy.reruns) scheduleRenewal(this)
+      void this.#orphan(unused).then((given) => {
+        this.#claimant.end()
+        if (given) this.#claimant.tell('released')
+      })
+      return
+    }
+    this.#claimant.end()
+  }
+
+  renew(): void {
+    void this.#renew()
+  }
+
+  letGo(): void {
+    cancelRenewal(this)
+  }
+
+  forget(): void {
+    this.#isForgotten = true
+    this.unstored = null
+  }
+
+  asFound(): Acquisition {
+    return { state: 'running', fingerprint: this.#claimant.fingerprint, leaseMs: this.lease }
+  }
+
+  /** The record that could not be stored, as the store would give it. */
+  asStored(record: StoredRecord): Acquisition {
+    return { state: 'completed', record, ttlMs: this.#claimant.policy.ttl }
+  }
+
+  /** Tries once more to store what could not be stored. All who need to know at the same time share one attempt. */
+  storeAgain(record: StoredRecord): Promise<boolean> {
+    this.#storing ??= this.#storeAgain(record)
+    return this.#storing
+  }
+
+  /** Another request of this process asks for the key. */
+  meet(rival: Promise<unknown>): void {
+    const rivals = this.#rivals ?? new Set()
+    this.#rivals = rivals.add(rival)
+    const forget = () => rivals.delete(rival)
+    rival.then(forget, forget)
+  }
+
+  /** Another request of this process has got the key, and leaves it to this claim, under the token that it has now. */
+  async adopt(token: string): Promise<void> {
+    const { policy, storageKey } = this.#claimant
+    this.#token = token
+    const askedAt = performance.now()
+    try {
+      // By the same token, so that nobody comes between: from now on it is this fingerprint that is compared.
+      await this.#call(() => policy.store.acquire(storageKey, this.#claim()))
+      this.#leasedAt = askedAt
+    } catch (error) {
+      this.#claimant.report(error)
+    }
+  }
+
+  async #completeLater(answer: Promise<boolean>, record: StoredRecord): Promise<void> {
+    let stored: boolean
+    try {
+      stored = await answer
+    } catch (error) {
+      this.#claimant.report(error)
+      // The key was deleted: its record is not replayed to duplicates any more.
+      if (!this.#isForgotten) {
+        this.unstored = record
+        scheduleRenewal(this)
+      }
+      const isPointless = () => this.#claimant.isClosed || this.#isOver()
+      void retryUntil(() => this.storeAgain(record), isPointless).then((stored) => this.#completed(stored, record))
+      return
+    }
+    this.#completed(stored, record)
+  }
+
+  #completed(stored: boolean | null, record: StoredRecord): void {
+    this.unstored = null
+    if (this.#isOver()) return
+    this.#claimant.end()
+    if (stored === null) return
+    if (stored) this.#claimant.stored(record)
+    else this.#claimant.lost()
+  }
+
+  #complete(record: StoredRecord): Promise<boolean> {
+    const { policy, storageKey } = this.#claimant
+    const stored = promiseTry(() => policy.store.complete(storageKey, this.#token, record, policy.ttl))
+    return reveal(stored) === true ? stored : this.#completeAnew(stored, record)
+  }
+
+  async #completeAnew(stored: Promise<boolean>, record: StoredRecord): Promise<boolean> {
+    const { policy, storageKey } = this.#claimant
+    const token = this.#token
+    if (toBoolean(await stored)) return true
+    // Under another token now, another request of this process has left the claim to this one.
+    const isOwner = token !== this.#token || (await this.#reclaim(token))
+    return isOwner && toBoolean(await policy.store.complete(storageKey, this.#token, record, policy.ttl))
+  }
+
+  async #storeAgain(record: StoredRecord): Promise<boolean> {
+    const { policy, storageKey } = this.#claimant
+    try {
+      const limit = Math.max(policy.lease / 3, policy.storeTimeout)
+      const stored = await this.#context.health.ask(storageKey, limit, () => this.#complete(record))
+      this.#completed(stored, record)
+      return stored
+    } finally {
+      this.#storing = null
+    }
+  }
+
+  async #renew(): Promise<void> {
+    const { policy, storageKey } = this.#claimant
+    if (this.#isOver() || (this.isReleasing && policy.reruns)) return
+    try {
+      const askedAt = performance.now()
+      const token = this.#token
+      const isRenewed = toBoolean(await this.#call(() => policy.store.renew(storageKey, token, policy.lease)))
+      const renewed = isRenewed || token !== this.#token
+      this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
+      // Once the claim is ending, the last step finds out by itself.
+      if (!renewed && this.#isHeld() && !(await this.#call(() => this.#reclaim(token))) && this.#isHeld()) {
+        this.#claimant.end()
+        this.#claimant.lost()
+      }
+    } catch (error) {
+      if (!this.#isOver()) this.#claimant.report(error)
+    }
+    const isEnding = this.unstored !== null || (this.isReleasing && !policy.reruns)
+    if (!this.#claimant.isClosed && !this.#isOver() && (this.#isHeld() || isEnding)) scheduleRenewal(this)
+  }
+
+  /**
+   * A store that lost its data does not know the claim any more, although nobody else has taken it: then it is
+   * claimed anew, in one atomic step that fails if anybody else was faster. If that was another request of this process,
+   * it leaves its claim to this one.
+   * @param token Of the claim that the store does not know.
+   */
+  async #reclaim(token: string): Promise<boolean> {
+    if (await this.#claimAnew()) return true
+    if (this.#rivals !== null) await Promise.allSettled(this.#rivals)
+    return token !== this.#token && this.#isWanted()
+  }
+
+  async #claimAnew(): Promise<boolean> {
+    const { policy, storageKey } = this.#claimant
+    const { store } = policy
+    if (store.get === undefined || (await store.get(storageKey)) !== null || !this.#isWanted()) return false
+    const askedAt = performance.now()
+    const found = await store.acquire(storageKey, this.#claim())
+    if (!isAcquisition(found)) throw new UnreadableAnswer()
+    if (found.state !== 'acquired') return false
+    this.#leasedAt = askedAt
+    if (!this.#isWanted()) void this.#orphan(false)
+    return this.#isWanted()
+  }
+
+  #claim(): Claim {
+    const { fingerprint, policy } = this.#claimant
+    return {
+      token: this.#token,
+      fingerprint,
+      leaseMs: policy.lease,
+      retainMs: policy.retain,
+      takeover: false
+    }
+  }
+
+  #orphan(unused: boolean): Promise<boolean> {
+    const { policy, storageKey } = this.#claimant
+    return this.#context.giveBack(storageKey, this.#token, policy.storeTimeout, unused)
+  }
+
+  /** What the store says, within its limit. */
+  #call<T>(call: () => Promise<T>): Promise<T> {
+    const { policy, storageKey } = this.#claimant
+    return this.#context.health.ask(storageKey, policy.storeTimeout, call)
+  }
+
+  // Methods, because these change while others are awaited, which the compiler does not see.
+
+  /** An attempt that takes long may come to its end when its claim is needed no more: stored, or deleted on purpose. */
+  #isWanted(): boolean {
+    return !this.#isForgotten && !this.#isOver()
+  }
+
+  #isHeld(): boolean {
+    return this.#claimant.isHeld
+  }
+
+  #isOver(): boolean {
+    return this.#claimant.phase === 'over'
+  }
+}
