@@ -1,6 +1,6 @@
-import { keepsPromise, type Promised } from './testkit/bench.js'
 import { claims } from './testkit/claims.js'
 import { copies } from './testkit/copies.js'
+import { type Case, runCase } from './testkit/harness.js'
 import { interruptions } from './testkit/interruptions.js'
 import { lifetimes } from './testkit/lifetimes.js'
 import { looking } from './testkit/looking.js'
@@ -20,7 +20,7 @@ export type {
   StoreUnderTest
 } from './testkit/types.js'
 
-const topics: Record<ConformanceTopic, readonly Promised[]> = {
+const topics: Record<ConformanceTopic, readonly Case[]> = {
   claims,
   ownership,
   releases,
@@ -49,7 +49,7 @@ export function storeConformance(factory: StoreFactory, options: ConformanceOpti
     promises.map((promised) => ({
       name: promised.name,
       about: about as ConformanceTopic,
-      run: () => keepsPromise(promised, factory, timeout)
+      run: () => runCase(promised, factory, timeout)
     }))
   )
 }

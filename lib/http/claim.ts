@@ -2,13 +2,13 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 import { Operation, type Verdict } from '../operation/operation.js'
 import type { Policy } from '../options.js'
 import type { Registration } from '../registration.js'
-import type { Maybe } from '../util/sync-promise.js'
+import type { MaybePromise } from '../util/sync-promise.js'
 import { isClosed, stop, watchClient } from './client-close.js'
 import { Exchange, exchangeOf, kExchange } from './exchange.js'
-import { payloadOf as hashOf } from './fingerprint.js'
+import { hashPayload } from './fingerprint.js'
 import { snapshot } from './headers.js'
 import { keyAnywhere, missKey, parseKey } from './key.js'
-import { payloadOf, putOn } from './replay.js'
+import { putOn, replayPayload } from './replay.js'
 import { RequestContext } from './request-context.js'
 import { kSnapshot, RequestSnapshot } from './request-snapshot.js'
 import { scopeOf } from './scope.js'
@@ -16,7 +16,7 @@ import { scopeOf } from './scope.js'
 type GetKey = NonNullable<Policy['getKey']>
 type Scope = NonNullable<Policy['scope']>
 /** The reply, if it is on its way now. */
-type Answer = Maybe<FastifyReply | undefined>
+type Answer = MaybePromise<FastifyReply | undefined>
 
 /**
  * From a key to a verdict: finds the key, opens its operation, claims it, and lets the handler run, replays or refuses. A
@@ -32,7 +32,7 @@ export class Claims {
   }
 
   /** Claims a key that can be seen already, for one lease, where the option `hook` names an early phase. */
-  reserve(request: FastifyRequest, reply: FastifyReply): Maybe<void> {
+  reserve(request: FastifyRequest, reply: FastifyReply): MaybePromise<void> {
     const { getKey, scope } = this.#policy
     const snapshot = request[kSnapshot]
     if (snapshot === null) return
@@ -123,7 +123,7 @@ export class Claims {
     const { fingerprint } = this.#policy
     const payload = operation.request[kSnapshot]?.payload ?? ''
     if (typeof fingerprint === 'function') {
-      return this.#decideKnowing(exchange, Promise.resolve(fingerprint(operation.request)).then(hashOf))
+      return this.#decideKnowing(exchange, Promise.resolve(fingerprint(operation.request)).then(hashPayload))
     }
     if (payload instanceof Promise) return this.#decideKnowing(exchange, payload)
     operation.learn(payload)
@@ -148,7 +148,7 @@ export class Claims {
     if (stored === null) return undefined
     exchange.replay(stored, snapshot(reply))
     putOn(reply, stored, this.#policy.replayHeader)
-    return reply.send(payloadOf(stored))
+    return reply.send(replayPayload(stored))
   }
 }
 

@@ -3,7 +3,7 @@ import type { FastifyReply } from 'fastify'
 import type { StoredRecord } from '../../types/index.js'
 import { statusOf } from '../errors.js'
 import type { Operation } from '../operation/operation.js'
-import type { Maybe } from '../util/sync-promise.js'
+import type { MaybePromise } from '../util/sync-promise.js'
 import { type Exchange, isFailure, type Running } from './exchange.js'
 import { isFinalReply } from './finality.js'
 import { type Headers, restoreAll } from './headers.js'
@@ -18,7 +18,7 @@ export function storeThenSend(
   running: Running,
   payload: Payload,
   record: StoredRecord | null
-): Maybe<Payload> {
+): MaybePromise<Payload> {
   const { operation } = exchange
   exchange.store()
   const ended =

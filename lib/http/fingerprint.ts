@@ -2,10 +2,11 @@ import { inspect } from 'node:util'
 import type { FastifyRequest } from 'fastify'
 import { InvalidOption } from '../errors.js'
 import { HINT_LENGTH } from '../operation/fingerprint.js'
-import type { Maybe } from '../util/sync-promise.js'
-import { digest, type FileLike, isPlain, isStream, OPAQUE, valueHash } from './canonical-json.js'
+import type { MaybePromise } from '../util/sync-promise.js'
 import { isJson, isMultipart } from './content-type.js'
+import { type FileLike, isPlain, isStream, OPAQUE } from './kinds-of-values.js'
 import { formOf } from './multipart.js'
+import { digest, valueHash } from './value-hash.js'
 
 /** What a payload's hash is made of starts with its kind, so that the kinds never meet. */
 const NO_BODY = '-'
@@ -85,7 +86,7 @@ export function constraintsOf(constraints: object | undefined): string {
  * The hash of what a user's function made of a request; empty for an empty result.
  * @throws FST_IDEMPOTENCY_INVALID_OPTION for anything else, which would compare nothing and not say so.
  */
-export function payloadOf(result: unknown): string {
+export function hashPayload(result: unknown): string {
   if (typeof result === 'string') return result === '' ? '' : digest(result)
   if (ArrayBuffer.isView(result)) {
     const bytes = new Uint8Array(result.buffer, result.byteOffset, result.byteLength)
@@ -99,7 +100,7 @@ export function payloadOf(result: unknown): string {
  * their bytes, multipart bodies by fields and file contents. Empty when the body is not at hand, as with a stream that
  * the handler reads itself, or hides what is in it.
  */
-export function payloadOfBody(request: FastifyRequest): Maybe<string> {
+export function payloadOfBody(request: FastifyRequest): MaybePromise<string> {
   const body: unknown = request.body
   if (body === undefined || body === null) {
     if (!hasBody(request)) return digest(NO_BODY)
@@ -123,7 +124,7 @@ function byValue(value: unknown, files: FileLike[] | null = null): string | null
 }
 
 /** The files of a form, or of what else a parser has made of the body, are read as well: that takes time. */
-function withFiles(body: unknown): Maybe<string> {
+function withFiles(body: unknown): MaybePromise<string> {
   const files: FileLike[] = []
   const hash = byValue(body, files) ?? ''
   return files.length === 0 || hash === '' ? hash : withContent(hash, files)

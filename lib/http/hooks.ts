@@ -2,7 +2,7 @@ import type { FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
 import { TransactionBroken } from '../errors.js'
 import type { Policy } from '../options.js'
 import type { Registration } from '../registration.js'
-import type { Maybe } from '../util/sync-promise.js'
+import type { MaybePromise } from '../util/sync-promise.js'
 import { warn } from '../warnings.js'
 import { Claims } from './claim.js'
 import { type Exchange, exchangeOf, kExchange, kRefusal, type Replaying, SKIPPED } from './exchange.js'
@@ -12,7 +12,7 @@ import { restore } from './headers.js'
 import { keyInHead, missKey } from './key.js'
 import type { Payload } from './payload.js'
 import { problemInPlaceOf, refuse } from './problem-details.js'
-import { hasType, payloadOf, putOn, takeOff } from './replay.js'
+import { hasType, putOn, replayPayload, takeOff } from './replay.js'
 import { kSnapshot, RequestSnapshot } from './request-snapshot.js'
 import { storeReply } from './store-reply.js'
 
@@ -65,7 +65,7 @@ export class RouteHooks {
   /** Last preHandler hook: claims the key, and gives the verdict. */
   readonly claim = (request: FastifyRequest, reply: FastifyReply, done: Done): unknown => {
     if (!this.#covers(request) || request[kExchange] === SKIPPED) return done()
-    let answer: Maybe<FastifyReply | undefined>
+    let answer: MaybePromise<FastifyReply | undefined>
     try {
       answer = this.#claims.claim(request, reply)
     } catch (error) {
@@ -167,7 +167,7 @@ export class RouteHooks {
     // So is the type that Fastify gave to a payload that had none.
     if (!hasType(stored)) restore(reply, 'content-type', headersBefore)
     putOn(reply, stored, this.#policy.replayHeader)
-    return payloadOf(stored) ?? (payload === undefined || payload === null ? undefined : '')
+    return replayPayload(stored) ?? (payload === undefined || payload === null ? undefined : '')
   }
 
   async #guard(request: FastifyRequest, reply: FastifyReply, work: Promise<unknown>): Promise<unknown> {

@@ -2,8 +2,8 @@ import { randomUUID } from 'node:crypto'
 import type { FastifyRequest } from 'fastify'
 import { parseItem } from 'structured-headers'
 import { KeyInvalid, KeyMissing } from '../errors.js'
-import { isStream } from './canonical-json.js'
 import { isMultipart } from './content-type.js'
+import { isStream } from './kinds-of-values.js'
 import { isField } from './multipart.js'
 
 /** Where a route looks for its key, and what it accepts as one. */

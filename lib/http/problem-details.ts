@@ -25,7 +25,7 @@ const answered = new WeakSet<Refusal>()
  * Fastify's own error handler asks an error for its headers when it answers with it. That is how one can tell,
  * whatever handlers the error went through before. Not enumerable, so that loggers do not ask as well.
  */
-export function watchAnswer(refusal: Refusal): void {
+export function watchHeaders(refusal: Refusal): void {
   const { headers = {} } = refusal
   Object.defineProperty(refusal, 'headers', {
     configurable: true,
@@ -41,7 +41,7 @@ export function watchAnswer(refusal: Refusal): void {
 }
 
 /** Is it Fastify's serialisation of this error that is being sent? Nobody else knows the length so early. */
-export function isAnswer(reply: FastifyReply, refusal: Refusal): boolean {
+export function wasSentByFastify(reply: FastifyReply, refusal: Refusal): boolean {
   return answered.has(refusal) && reply.statusCode === refusal.statusCode && reply.hasHeader('content-length')
 }
 
@@ -51,7 +51,7 @@ export function refuse(policy: Policy, request: FastifyRequest, reply: FastifyRe
     const { documentationUrl, problemDetails } = policy
     request[kRefusal] = error
     if (error.headers !== undefined) reply.headers(error.headers)
-    if (problemDetails) watchAnswer(error)
+    if (problemDetails) watchHeaders(error)
     if (documentationUrl !== null) {
       const links = [reply.getHeader('link') ?? [], `<${documentationUrl}>; rel="describedby"`].flat()
       reply.header('link', links.join(', '))
@@ -66,7 +66,7 @@ export function refuse(policy: Policy, request: FastifyRequest, reply: FastifyRe
  */
 export function problemInPlaceOf(request: FastifyRequest, reply: FastifyReply, policy: Policy): string | null {
   const refusal = request[kRefusal]
-  if (refusal === null || !isAnswer(reply, refusal)) return null
+  if (refusal === null || !wasSentByFastify(reply, refusal)) return null
   reply.removeHeader('content-length').header('content-type', PROBLEM_TYPE)
   return problemOf(refusal, policy.documentationUrl)
 }

@@ -23,7 +23,7 @@ export function takeOff(reply: FastifyReply, stored: StoredReply, replayHeader: 
 }
 
 /** The stored payload, of the kind that it had when it was stored; `undefined` for none. */
-export function payloadOf({ body, text }: StoredReply): string | Buffer | undefined {
+export function replayPayload({ body, text }: StoredReply): string | Buffer | undefined {
   if (body.length === 0) return undefined
   return text ? body.toString() : body
 }

@@ -1,6 +1,6 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { Policy } from '../options.js'
-import type { Maybe } from '../util/sync-promise.js'
+import type { MaybePromise } from '../util/sync-promise.js'
 import type { Unfinished } from './captured-stream.js'
 import { endByStatus, storeThenSend } from './end-claim.js'
 import type { Exchange, Running } from './exchange.js'
@@ -21,7 +21,7 @@ export function storeReply(
   payload: Payload,
   policy: Policy,
   open: Set<Unfinished>
-): Maybe<Payload> {
+): MaybePromise<Payload> {
   const { operation, reply } = exchange
   const { fingerprint, request } = operation
   if (running.reply === 'overtaken') {

@@ -1,5 +1,5 @@
 import type { TombstoneReason } from '../../types/index.js'
-import type { Maybe } from '../util/sync-promise.js'
+import type { MaybePromise } from '../util/sync-promise.js'
 import { CapturedStream, type CaptureOptions, type StreamFate, type Unfinished } from './captured-stream.js'
 import { giveBack, sendAfter } from './end-claim.js'
 import { type Exchange, isFailure, type Running } from './exchange.js'
@@ -22,7 +22,7 @@ export function storeStream(
   payload: Payload,
   final: boolean,
   open: Set<Unfinished>
-): Maybe<Payload> {
+): MaybePromise<Payload> {
   const { operation, reply, isLate } = exchange
   const { policy, fingerprint } = operation
   const { headersBefore } = running

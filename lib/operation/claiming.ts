@@ -1,9 +1,10 @@
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord, TransactionAcquisition } from '../../types/index.js'
 import { StoreTimeout, UnreadableAnswer } from '../errors.js'
-import { kPeek, type Maybe, type Peekable, reveal } from '../util/sync-promise.js'
+import { kPeek, type MaybePromise, type Peekable, peek } from '../util/sync-promise.js'
 import { promiseTry, withTimeout } from '../util/timeout.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import { LeasedClaim } from './leased-claim.js'
+import { tellFailure } from './report.js'
 import { isAcquisition, isClaimedKey } from './store-answers.js'
 import type { StoreContext } from './store-context.js'
 import type { Permit } from './store-health.js'
@@ -42,7 +43,7 @@ export class Claiming {
    * Asks the store. Of those in this process who want the same key in a transaction one at a time does: it takes a
    * connection to ask, and the owner may have the last one.
    */
-  ask(takeover: boolean): Maybe<Found> {
+  ask(takeover: boolean): MaybePromise<Found> {
     return this.#claimant.policy.transaction ? this.#askInTurn(takeover) : this.#askStore(takeover)
   }
 
@@ -64,7 +65,7 @@ export class Claiming {
     try {
       await withTimeout(policy.storeTimeout, () => policy.store.release(storageKey, this.#token, true))
     } catch (error) {
-      this.#claimant.report(error)
+      tellFailure(this.#claimant, this.#context.health, error)
       this.#giveBack(this.#token)
     }
   }
@@ -100,7 +101,7 @@ export class Claiming {
     }
   }
 
-  #askStore(takeover: boolean): Maybe<Found> {
+  #askStore(takeover: boolean): MaybePromise<Found> {
     const { health, live } = this.#context
     const other = live.get(this.#claimant.storageKey)
     // The reply is there, only the store does not have it yet.
@@ -110,7 +111,7 @@ export class Claiming {
     const permit = health.admit()
     if (permit === null) return this.#knownHere() ?? this.#goWithout(owner, health.error)
     const answer = promiseTry(() => this.#acquire(takeover))
-    const found = reveal(answer)
+    const found = peek(answer)
     if (found instanceof Promise || !isAcquisition(found)) {
       const asked = this.#awaitAnswer(answer, owner, permit)
       if (owner instanceof LeasedClaim) owner.meet(asked)
@@ -146,7 +147,7 @@ export class Claiming {
   }
 
   /** What the answer means to this process, which knows more than the store. `owner`: who had the key here before. */
-  #understand(found: Found, owner: HeldClaim | undefined): Maybe<Found> {
+  #understand(found: Found, owner: HeldClaim | undefined): MaybePromise<Found> {
     const { storageKey } = this.#claimant
     const { live } = this.#context
     if ('transaction' in found) {
@@ -173,7 +174,7 @@ export class Claiming {
   }
 
   /** The owner's reply counts for as long as nobody else can have the key: after that the store has to take it first. */
-  #askOwner(owner: LeasedClaim, record: StoredRecord, takeover: boolean): Maybe<Found> {
+  #askOwner(owner: LeasedClaim, record: StoredRecord, takeover: boolean): MaybePromise<Found> {
     this.isRemembered = owner.isLeased
     return this.isRemembered ? owner.asStored(record) : this.#askBoth(owner, record, takeover)
   }
@@ -187,7 +188,7 @@ export class Claiming {
       if (permit === null) throw health.error
       stored = await withTimeout(Math.min(policy.storeTimeout, permit.patience), () => owner.storeAgain(record))
     } catch (error) {
-      this.#claimant.report(error)
+      tellFailure(this.#claimant, this.#context.health, error)
       if (!policy.bypasses) throw new StoreFailure('The key could not be asked for', { cause: error })
       // Rather than to run once more.
       stored = true
@@ -203,7 +204,7 @@ export class Claiming {
 
   /** The store has failed, or is known to be down. */
   async #goWithout(owner: HeldClaim | undefined, error: unknown): Promise<Found> {
-    this.#claimant.report(error)
+    tellFailure(this.#claimant, this.#context.health, error)
     if (owner !== undefined) return owner.asFound()
     throw new StoreFailure('The key could not be asked for', { cause: error })
   }

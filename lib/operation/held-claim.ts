@@ -1,25 +1,17 @@
-import type { Acquisition, IdempotencyEventName, StoredRecord, TransactionClient } from '../../types/index.js'
+import type { Acquisition, StoredRecord, TransactionClient } from '../../types/index.js'
+import type { Subject } from '../events.js'
 import type { Policy } from '../options.js'
-import type { Maybe } from '../util/sync-promise.js'
+import type { MaybePromise } from '../util/sync-promise.js'
 
 /** What a claim needs of the operation that holds it. */
-export interface Claimant {
+export interface Claimant extends Subject {
   readonly policy: Policy
-  readonly storageKey: string
   readonly fingerprint: string
-  /** The handler has not started yet, may start (`held`) or runs, its reply is being stored, or all that is over. */
   readonly phase: string
   /** May the handler start under the claim, or does it run? */
   readonly isHeld: boolean
   /** The server has closed: nothing is repeated any more. */
   readonly isClosed: boolean
-  /** A step has failed. */
-  report(error: unknown): void
-  unavailable(cause: unknown): Error
-  tell(event: IdempotencyEventName): void
-  stored(record: StoredRecord): void
-  /** The end of a transaction was refused: nothing of it is there. */
-  undone(error: unknown): void
   /** Another has the key now: whatever the handler still does, it does for the second time. */
   lost(): void
   /** The claim needs no care any more. */
@@ -37,7 +29,7 @@ export interface HeldClaim {
   /** From now on it is kept. */
   hold(): void
   /** Ends it with a record. See `Operation.complete`. */
-  complete(record: StoredRecord, failed: boolean): Maybe<void>
+  complete(record: StoredRecord, failed: boolean): MaybePromise<void>
   /**
    * Gives the key back: nothing is stored, and a retry runs.
    * @param unused The handler has not run under it.

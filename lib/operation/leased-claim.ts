@@ -1,9 +1,10 @@
 import type { Acquisition, Claim, StoredRecord } from '../../types/index.js'
 import { UnreadableAnswer } from '../errors.js'
-import { type Maybe, reveal } from '../util/sync-promise.js'
+import { type MaybePromise, peek } from '../util/sync-promise.js'
 import { promiseTry } from '../util/timeout.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import { cancelRenewal, type Renewable, scheduleRenewal } from './leases.js'
+import { tell, tellFailure, tellStored } from './report.js'
 import { isAcquisition, toBoolean } from './store-answers.js'
 import { retryUntil, type StoreContext } from './store-context.js'
 
@@ -55,8 +56,8 @@ export class LeasedClaim implements HeldClaim, Renewable {
     scheduleRenewal(this)
   }
 
-  complete(record: StoredRecord): Maybe<void> {
-    const stored = reveal(this.#call(() => this.#complete(record)))
+  complete(record: StoredRecord): MaybePromise<void> {
+    const stored = peek(this.#call(() => this.#complete(record)))
     if (stored instanceof Promise) return this.#completeLater(stored, record)
     this.#completed(stored, record)
   }
@@ -67,15 +68,15 @@ export class LeasedClaim implements HeldClaim, Renewable {
     cancelRenewal(this)
     try {
       const released = toBoolean(await this.#call(() => policy.store.release(storageKey, this.#token, unused)))
-      if (released) this.#claimant.tell('released')
+      if (released) tell(this.#claimant, 'released')
       else this.#claimant.lost()
     } catch (error) {
-      this.#claimant.report(error)
+      tellFailure(this.#claimant, this.#context.health, error)
       // Where a lapsed claim is not taken over it would be called abandoned, which it is not.
       if (!policy.reruns) scheduleRenewal(this)
       void this.#orphan(unused).then((given) => {
         this.#claimant.end()
-        if (given) this.#claimant.tell('released')
+        if (given) tell(this.#claimant, 'released')
       })
       return
     }
@@ -128,7 +129,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
       await this.#call(() => policy.store.acquire(storageKey, this.#claim()))
       this.#leasedAt = askedAt
     } catch (error) {
-      this.#claimant.report(error)
+      tellFailure(this.#claimant, this.#context.health, error)
     }
   }
 
@@ -137,7 +138,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
     try {
       stored = await answer
     } catch (error) {
-      this.#claimant.report(error)
+      tellFailure(this.#claimant, this.#context.health, error)
       // The key was deleted: its record is not replayed to duplicates any more.
       if (!this.#isForgotten) {
         this.unstored = record
@@ -155,14 +156,14 @@ export class LeasedClaim implements HeldClaim, Renewable {
     if (this.#isOver()) return
     this.#claimant.end()
     if (stored === null) return
-    if (stored) this.#claimant.stored(record)
+    if (stored) tellStored(this.#claimant, record)
     else this.#claimant.lost()
   }
 
   #complete(record: StoredRecord): Promise<boolean> {
     const { policy, storageKey } = this.#claimant
     const stored = promiseTry(() => policy.store.complete(storageKey, this.#token, record, policy.ttl))
-    return reveal(stored) === true ? stored : this.#completeAnew(stored, record)
+    return peek(stored) === true ? stored : this.#completeAnew(stored, record)
   }
 
   async #completeAnew(stored: Promise<boolean>, record: StoredRecord): Promise<boolean> {
@@ -201,7 +202,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
         this.#claimant.lost()
       }
     } catch (error) {
-      if (!this.#isOver()) this.#claimant.report(error)
+      if (!this.#isOver()) tellFailure(this.#claimant, this.#context.health, error)
     }
     const isEnding = this.unstored !== null || (this.isReleasing && !policy.reruns)
     if (!this.#claimant.isClosed && !this.#isOver() && (this.#isHeld() || isEnding)) scheduleRenewal(this)

@@ -1,29 +1,14 @@
 import type { FastifyRequest } from 'fastify'
-import type {
-  Acquisition,
-  IdempotencyEventName,
-  StoredRecord,
-  StoredReply,
-  TransactionClient
-} from '../../types/index.js'
-import {
-  Abandoned,
-  InProgress,
-  isFull,
-  keyReused,
-  NotReplayable,
-  StoreUnavailable,
-  UnreadableAnswer,
-  withRetryAfter
-} from '../errors.js'
-import { publish, type Subject } from '../events.js'
+import type { Acquisition, StoredRecord, StoredReply, TransactionClient } from '../../types/index.js'
+import { isFull, UnreadableAnswer } from '../errors.js'
 import type { Policy } from '../options.js'
-import type { Maybe } from '../util/sync-promise.js'
+import type { MaybePromise } from '../util/sync-promise.js'
 import { Claiming, type Found, StoreFailure } from './claiming.js'
-import { type Decision, decide } from './decide.js'
+import { decide } from './decide.js'
 import { composeFingerprint } from './fingerprint.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import type { Host, Ongoing } from './host.js'
+import { inProgress, refusal, tell, tellFailure, tellLost, unavailable } from './report.js'
 import { storageKey } from './storage-key.js'
 import { StoreContext } from './store-context.js'
 import type { Waiter } from './waiting.js'
@@ -58,7 +43,7 @@ export interface Caller {
 const MOST_RESERVATIONS = 1_000
 
 /** The life of one keyed request: from the claim of its key to the end of the claim. Knows nothing of replies. */
-export class Operation implements Subject, Waiter, Claimant, Ongoing {
+export class Operation implements Claimant, Waiter, Ongoing {
   readonly request: FastifyRequest
   readonly policy: Policy
   readonly key: string
@@ -145,7 +130,7 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
    * is forgotten when that has passed, and never takes over: nothing is lost with a request that does not come to its
    * handler. `'later'`: ask `claim` when everything is known.
    */
-  reserve(): Maybe<Verdict> {
+  reserve(): MaybePromise<Verdict> {
     this.#host.operations.add(this)
     if (this.#isGone) return this.#judged('gone')
     // Anybody can make reservations: those who run must not have to stand back behind them.
@@ -155,7 +140,7 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
   }
 
   /** Claims the key, and gives the verdict: everything that can be known of the request is known. */
-  claim(): Maybe<Verdict> {
+  claim(): MaybePromise<Verdict> {
     this.#host.operations.add(this)
     if (this.#isGone) return this.#judged('gone')
     const found = this.#found
@@ -176,8 +161,9 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
 
   /** The claim was lost before the handler could start: with its connection, or to another. */
   refuseLost(): never {
-    if (this.transaction !== null) throw this.unavailable(new Error('The connection of the transaction was lost'))
-    throw this.#conflict(withRetryAfter(new InProgress(), 1))
+    if (this.transaction !== null)
+      throw unavailable(this.policy, new Error('The connection of the transaction was lost'))
+    throw inProgress(this)
   }
 
   /**
@@ -186,7 +172,7 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
    * not known.
    * @param failed The reply is that of an error: of a transaction nothing but the record is committed.
    */
-  complete(record: StoredRecord, failed = false): Maybe<void> {
+  complete(record: StoredRecord, failed = false): MaybePromise<void> {
     if (!this.isHeld) return
     if (this.discarded) return this.release()
     this.phase = 'ending'
@@ -220,43 +206,18 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
 
   /* For duplicates that wait */
 
-  async look(): Promise<Found> {
+  async poll(): Promise<Found> {
     return this.#claiming.ask(false)
   }
 
-  disown(): void {
+  drop(): void {
     this.#claiming.drop()
   }
 
   /* For the claim */
 
-  /** A step has failed, or was not tried because the store is known to be down: each is an event, an outage one error. */
-  report(error: unknown): void {
-    publish('store-error', this, error)
-    this.#context.health.report(error, this.request.log, this.#bindings())
-  }
-
-  unavailable(cause: unknown): Error {
-    return withRetryAfter(new StoreUnavailable({ cause }), Math.ceil(this.policy.storeTimeout / 1_000))
-  }
-
-  tell(event: IdempotencyEventName, error?: unknown): void {
-    publish(event, this, error)
-    this.request.log.debug(this.#bindings(), `idempotency ${event}`)
-  }
-
-  stored(record: StoredRecord): void {
-    this.tell(record.kind === 'reply' ? 'stored' : 'tombstoned')
-  }
-
-  undone(error: unknown): void {
-    publish('released', this)
-    this.request.log.warn({ ...this.#bindings(), err: error }, 'idempotency transaction rolled back at its end')
-  }
-
   lost(): void {
-    publish('lease-lost', this)
-    this.request.log.warn(this.#bindings(), `idempotency claim lost ${this.#claim?.loss}`)
+    tellLost(this, this.#claim?.loss ?? '')
     this.#controller ??= new AbortController()
     this.#controller.abort()
   }
@@ -273,7 +234,7 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
   /* Verdicts */
 
   /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
-  #judge(found: Maybe<Found>, knowsAll: boolean): Maybe<Verdict> {
+  #judge(found: MaybePromise<Found>, knowsAll: boolean): MaybePromise<Verdict> {
     if (found instanceof Promise) return this.#judgeLater(found, knowsAll)
     try {
       const verdict = this.#decide(found, knowsAll)
@@ -310,13 +271,13 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
     const { cause } = error
     const isUnreadable = cause instanceof UnreadableAnswer && !cause.isFree
     const isTaken = this.#isTaken || this.#context.live.has(this.storageKey) || isUnreadable
-    if (!this.policy.bypasses || isTaken || isFull(cause)) throw this.unavailable(cause)
+    if (!this.policy.bypasses || isTaken || isFull(cause)) throw unavailable(this.policy, cause)
     this.phase = 'unprotected'
-    this.tell('bypassed', cause)
+    tell(this, 'bypassed', cause)
     return 'run'
   }
 
-  #decide(found: Acquisition, knowsAll: boolean): Maybe<Verdict> {
+  #decide(found: Acquisition, knowsAll: boolean): MaybePromise<Verdict> {
     if (found.state !== 'acquired') {
       if (this.#isGone) return 'gone'
       this.#leaveReserved()
@@ -337,11 +298,11 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
       case 'take over':
         return this.#takeOver()
       case 'refuse':
-        throw this.#refuse(decision)
+        throw refusal(this, decision)
     }
   }
 
-  #hold(attempt: number): Maybe<Verdict> {
+  #hold(attempt: number): MaybePromise<Verdict> {
     this.#leaveReserved()
     const claim = this.#claiming.take()
     this.#claim = claim
@@ -349,12 +310,12 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
     this.phase = 'held'
     this.#context.live.set(this.storageKey, claim)
     claim.hold()
-    this.tell('acquired')
-    if (attempt > 1) this.tell('takeover')
+    tell(this, 'acquired')
+    if (attempt > 1) tell(this, 'takeover')
     return this.#isGone ? this.release().then(() => 'gone') : 'run'
   }
 
-  #reserved(): Maybe<Verdict> {
+  #reserved(): MaybePromise<Verdict> {
     this.phase = 'reserved'
     this.#context.reservations++
     return this.#isGone ? this.#unreserve().then(() => 'gone') : 'later'
@@ -380,14 +341,14 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
   #replay(reply: StoredReply): Verdict {
     this.reply = reply
     this.replayed = true
-    this.tell('replayed')
+    tell(this, 'replayed')
     return 'replay'
   }
 
   async #wait(): Promise<Verdict> {
     const result = this.#host.closing ? 'left' : await this.#context.waiting.wait(this)
     if (result === 'left' && this.#isGone) return 'gone'
-    if (result === 'timeout' || result === 'left') throw this.#conflict(withRetryAfter(new InProgress(), 1))
+    if (result === 'timeout' || result === 'left') throw inProgress(this)
     return this.#decide(result, true)
   }
 
@@ -396,33 +357,9 @@ export class Operation implements Subject, Waiter, Claimant, Ongoing {
     // Asked again and again, it would say so for ever.
     if (found.state === 'abandoned') {
       const cause = new UnreadableAnswer('The idempotency store does not give what nobody has')
-      this.report(cause)
+      tellFailure(this, this.#context.health, cause)
       throw new StoreFailure('The key could not be asked for', { cause })
     }
     return this.#decide(found, true)
-  }
-
-  #refuse(refusal: Extract<Decision, { do: 'refuse' }>): Error {
-    switch (refusal.with) {
-      case 'KEY_REUSED':
-        publish('mismatch', this, undefined, refusal.differs)
-        this.request.log.debug({ ...this.#bindings(), differs: refusal.differs }, 'idempotency mismatch')
-        return keyReused(refusal.differs)
-      case 'NOT_REPLAYABLE':
-        return this.#conflict(new NotReplayable())
-      case 'IN_PROGRESS':
-        return this.#conflict(withRetryAfter(new InProgress(), 1))
-      case 'ABANDONED':
-        return this.#conflict(new Abandoned())
-    }
-  }
-
-  #conflict(error: Error): Error {
-    this.tell('conflict', error)
-    return error
-  }
-
-  #bindings(): object {
-    return { idempotency: { key: this.storageKey, route: this.policy.route, attempt: this.attempt } }
   }
 }

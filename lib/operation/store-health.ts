@@ -1,6 +1,6 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { isNoOutage, StoreTimeout } from '../errors.js'
-import { isAtHand } from '../util/sync-promise.js'
+import { isResolved } from '../util/sync-promise.js'
 import { withTimeout } from '../util/timeout.js'
 
 /**
@@ -75,7 +75,7 @@ export class StoreHealth {
       },
       failed: (error) => this.#fail(key, error, before, permit)
     })
-    if (isAtHand(answer)) this.answered()
+    if (isResolved(answer)) this.answered()
     if (permit.patience >= ms) return answer
     return withTimeout(permit.patience, () => answer)
   }

@@ -8,6 +8,7 @@ import type {
 import { withTimeout } from '../util/timeout.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import { cancelRenewal, type Renewable, scheduleRenewal } from './leases.js'
+import { tell, tellFailure, tellStored, tellUndone, unavailable } from './report.js'
 import type { StoreContext } from './store-context.js'
 
 /**
@@ -70,19 +71,19 @@ export class TransactionalClaim implements HeldClaim, Renewable {
       const commit = () => this.#transaction.complete(record, policy.ttl, failed)
       outcome = await this.#context.health.ask(storageKey, policy.storeTimeout, commit)
     } catch (error) {
-      this.#claimant.report(error)
+      tellFailure(this.#claimant, this.#context.health, error)
       // One that does not answer must not keep its connection for ever.
       this.#transaction.abandon()
       // Whatever has become of it, the key is no longer this operation's. Perhaps that has been noticed before.
       if (!this.#isLossTold) this.#claimant.lost()
-      throw this.#claimant.unavailable(error)
+      throw unavailable(policy, error)
     } finally {
       this.#claimant.end()
     }
     if (outcome.state === 'committed') {
-      this.#claimant.stored(record)
+      tellStored(this.#claimant, record)
     } else {
-      this.#claimant.undone(outcome.error)
+      tellUndone(this.#claimant, outcome.error)
       throw outcome.error
     }
   }
@@ -93,11 +94,11 @@ export class TransactionalClaim implements HeldClaim, Renewable {
     try {
       await withTimeout(this.#claimant.policy.storeTimeout, () => this.#transaction.rollback())
     } catch (error) {
-      this.#claimant.report(error)
+      tellFailure(this.#claimant, this.#context.health, error)
       // It needs no more than that its connection ends.
       this.#transaction.abandon()
     }
-    this.#claimant.tell('released')
+    tell(this.#claimant, 'released')
     this.#claimant.end()
   }
 

@@ -37,9 +37,9 @@ export interface Waiter {
   /** May it take over a claim whose owner died? */
   readonly takesOver: boolean
   /** Asks the store once, and claims the key if it is free. */
-  look(): Promise<Acquisition>
+  poll(): Promise<Acquisition>
   /** A claim that came too late for this waiter. */
-  disown(): void
+  drop(): void
 }
 
 /** The duplicates of this process that wait on one store. */
@@ -196,7 +196,7 @@ class Queue {
   readonly #places = new Set<Place>()
   #watching = false
   #subscription: AbortController | null = null
-  #stirred = false
+  #notified = false
   #wake: (() => void) | null = null
 
   constructor(room: WaitingRoom, key: string) {
@@ -235,7 +235,7 @@ class Queue {
       this.#subscribe()
       let found: Acquisition
       try {
-        found = await first.waiter.look()
+        found = await first.waiter.poll()
       } catch (error) {
         for (const place of this.#places) place.fail(error)
         continue
@@ -253,7 +253,7 @@ class Queue {
         // One goes to take it over; the others must not all try.
         if (this.#first()?.end(found)) await this.#rest(SHORT_PAUSE_MS, null, false)
       } else if (!first.end(found)) {
-        first.waiter.disown()
+        first.waiter.drop()
       }
     }
     // The end of this queue: who comes now gets a new one.
@@ -272,14 +272,14 @@ class Queue {
     if (store.changed === undefined || this.#subscription !== null) return
     const subscription = new AbortController()
     this.#subscription = subscription
-    this.#stirred = false
-    const stir = () => {
-      this.#stirred = true
+    this.#notified = false
+    const notify = () => {
+      this.#notified = true
       this.#subscription = null
       this.#wake?.()
     }
     // A subscription that fails is tried again with the next look.
-    promiseTry(() => (store as Required<IdempotencyStore>).changed(this.key, subscription.signal)).then(stir, () => {
+    promiseTry(() => (store as Required<IdempotencyStore>).changed(this.key, subscription.signal)).then(notify, () => {
       this.#subscription = null
       this.#wake?.()
     })
@@ -293,10 +293,10 @@ class Queue {
     const until = (ms: number) => Math.min(Math.ceil(from + ms - performance.now()), LONGEST_DELAY)
     const isTold = () => this.#subscription !== null
     if (isTold()) await this.#rest(until(Math.min(SAFETY_POLL_MS, lease)), null)
-    if (isTold() && (await this.#rest(until(lease), safetyLine))) return this.#stirred
+    if (isTold() && (await this.#rest(until(lease), safetyLine))) return this.#notified
     if (!isTold()) await this.#rest(until(Math.min(POLL_MS, lease)), null)
     await this.#rest(null, pressingLine)
-    return this.#stirred
+    return this.#notified
   }
 
   async #breathe(): Promise<void> {
@@ -309,7 +309,7 @@ class Queue {
    * any more, and, if it may, when there is news of the subscription.
    */
   #rest(ms: number | null, line: Line | null, wakeable = true): Promise<boolean> {
-    if (this.#places.size === 0 || (wakeable && this.#stirred)) return Promise.resolve(false)
+    if (this.#places.size === 0 || (wakeable && this.#notified)) return Promise.resolve(false)
     if (ms !== null && ms <= 0) return Promise.resolve(false)
     return new Promise((resolve) => {
       let timer: NodeJS.Timeout | undefined

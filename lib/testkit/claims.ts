@@ -1,7 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { setImmediate as immediate } from 'node:timers/promises'
 import type { Acquisition } from '../../types/index.js'
-import { promised } from './bench.js'
 import {
   abandoned,
   answers,
@@ -21,17 +20,18 @@ import {
   take,
   until
 } from './fixtures.js'
+import { conformanceCase } from './harness.js'
 
 // What acquire does: it takes a key, or says what holds it, in one step.
 
 export const claims = [
-  promised('a free key is acquired, with attempt 1', async ({ store, second }) => {
+  conformanceCase('a free key is acquired, with attempt 1', async ({ store, second }) => {
     for (const client of [store, second]) {
       for (const takeover of [false, true]) answers(await client.acquire(newKey(), claim({ takeover })), FRESH)
     }
   }),
 
-  promised(
+  conformanceCase(
     'a key that another token holds is running, with its fingerprint and what is left of its lease',
     async ({ store, second }) => {
       const key = newKey()
@@ -47,37 +47,40 @@ export const claims = [
     }
   ),
 
-  promised('the same token acquires again what it holds, with the same attempt', async ({ store, second }) => {
+  conformanceCase('the same token acquires again what it holds, with the same attempt', async ({ store, second }) => {
     const key = newKey()
     const again = claim()
     for (const client of [store, second, store]) answers(await client.acquire(key, again), FRESH)
     answers(await second.acquire(key, claim({ takeover: true })), { state: 'running' })
   }),
 
-  promised('the same token acquires again what it holds after its lease has lapsed', async ({ store, second }) => {
-    for (const takeover of [false, true]) {
-      const key = newKey()
-      const token = await lapsed(store, key)
-      answers(await store.acquire(key, claim({ token, takeover })), FRESH)
-      answers(await second.acquire(key, claim({ takeover: true })), { state: 'running' }, 'a key with a new lease')
+  conformanceCase(
+    'the same token acquires again what it holds after its lease has lapsed',
+    async ({ store, second }) => {
+      for (const takeover of [false, true]) {
+        const key = newKey()
+        const token = await lapsed(store, key)
+        answers(await store.acquire(key, claim({ token, takeover })), FRESH)
+        answers(await second.acquire(key, claim({ takeover: true })), { state: 'running' }, 'a key with a new lease')
+      }
     }
-  }),
+  ),
 
-  promised('whoever acquires again is remembered for the retainMs of then', async ({ store, second }) => {
+  conformanceCase('whoever acquires again is remembered for the retainMs of then', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key, { retainMs: 1 })
     answers(await store.acquire(key, claim({ token, leaseMs: SHORT })), FRESH)
     answers(await abandoned(second, key), { state: 'abandoned', attempt: 1 })
   }),
 
-  promised('whoever acquires again is compared by the fingerprint of then', async ({ store, second }) => {
+  conformanceCase('whoever acquires again is compared by the fingerprint of then', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key, { fingerprint: 'the head' })
     answers(await store.acquire(key, claim({ token, fingerprint: 'head and body' })), FRESH)
     answers(await second.acquire(key, claim()), { state: 'running', fingerprint: 'head and body' })
   }),
 
-  promised('a claim that nothing is lost with is free when its lease has lapsed', async ({ store, second }) => {
+  conformanceCase('a claim that nothing is lost with is free when its lease has lapsed', async ({ store, second }) => {
     const key = newKey()
     await take(store, key, { leaseMs: SHORT, retainMs: 0 })
     const found = await until(async () => {
@@ -87,7 +90,7 @@ export const claims = [
     answers(found, FRESH)
   }),
 
-  promised('of 100 parallel claims by two clients exactly one is acquired', async ({ store, second }) => {
+  conformanceCase('of 100 parallel claims by two clients exactly one is acquired', async ({ store, second }) => {
     const key = newKey()
     const tokens = Array.from({ length: 100 }, (_, n) => `token ${n}`)
     const found = await parallel(100, [store, second], (client, n) => {
@@ -99,7 +102,7 @@ export const claims = [
     for (const other of found) if (other.state === 'running') equal(other.fingerprint, owner, 'what is running')
   }),
 
-  promised('of parallel claims of many keys exactly one of each key is acquired', async ({ store, second }) => {
+  conformanceCase('of parallel claims of many keys exactly one of each key is acquired', async ({ store, second }) => {
     const keys = Array.from({ length: 10 }, newKey)
     const found = await parallel(100, [store, second], (client, n) => client.acquire(keyAt(keys, n >> 1), claim()))
     for (const n of keys.keys())
@@ -109,16 +112,19 @@ export const claims = [
       )
   }),
 
-  promised('parallel claims with the same token are all acquired, with the same attempt', async ({ store, second }) => {
-    const key = newKey()
-    const again = claim()
-    for (const found of await parallel(10, [store, second], (client) => client.acquire(key, again))) {
-      answers(found, FRESH)
+  conformanceCase(
+    'parallel claims with the same token are all acquired, with the same attempt',
+    async ({ store, second }) => {
+      const key = newKey()
+      const again = claim()
+      for (const found of await parallel(10, [store, second], (client) => client.acquire(key, again))) {
+        answers(found, FRESH)
+      }
+      answers(await second.acquire(key, claim()), { state: 'running' })
     }
-    answers(await second.acquire(key, claim()), { state: 'running' })
-  }),
+  ),
 
-  promised('a claim lapses after its lease, not before', async ({ store, second }) => {
+  conformanceCase('a claim lapses after its lease, not before', async ({ store, second }) => {
     const key = newKey()
     const leaseMs = 150
     const before = performance.now()
@@ -127,15 +133,18 @@ export const claims = [
     passed(leaseMs, before, 'the lease has lapsed')
   }),
 
-  promised('a lapsed claim is abandoned, and stays so for those who do not take over', async ({ store, second }) => {
-    const key = newKey()
-    await lapsed(store, key, { fingerprint: 'the dead' })
-    for (const client of [store, second, store, second]) {
-      answers(await client.acquire(key, claim()), { state: 'abandoned', fingerprint: 'the dead', attempt: 1 })
+  conformanceCase(
+    'a lapsed claim is abandoned, and stays so for those who do not take over',
+    async ({ store, second }) => {
+      const key = newKey()
+      await lapsed(store, key, { fingerprint: 'the dead' })
+      for (const client of [store, second, store, second]) {
+        answers(await client.acquire(key, claim()), { state: 'abandoned', fingerprint: 'the dead', attempt: 1 })
+      }
     }
-  }),
+  ),
 
-  promised('whoever takes over an abandoned claim has the next attempt', async ({ store, second }) => {
+  conformanceCase('whoever takes over an abandoned claim has the next attempt', async ({ store, second }) => {
     const key = newKey()
     await lapsed(store, key)
     for (const attempt of [2, 3, 4]) {
@@ -146,24 +155,27 @@ export const claims = [
     }
   }),
 
-  promised('whoever asks to take over finds a key running until it is theirs, and never abandoned', async (bench) => {
-    // Many moments of lapse, at each of which somebody is likely to ask.
-    for (let round = 0; round < 20; round++) {
-      const key = newKey()
-      await take(bench.store, key, { fingerprint: 'the dead', leaseMs: 5 })
-      const found = await parallel(8, [bench.store, bench.second], async (client) => {
-        const heir = claim({ fingerprint: 'the heir', takeover: true })
-        for (;;) {
-          const found = await client.acquire(key, heir)
-          if (found.state !== 'running' || found.fingerprint !== 'the dead') return found
-          await immediate()
-        }
-      })
-      oneAcquired(found, 2)
+  conformanceCase(
+    'whoever asks to take over finds a key running until it is theirs, and never abandoned',
+    async (harness) => {
+      // Many moments of lapse, at each of which somebody is likely to ask.
+      for (let round = 0; round < 20; round++) {
+        const key = newKey()
+        await take(harness.store, key, { fingerprint: 'the dead', leaseMs: 5 })
+        const found = await parallel(8, [harness.store, harness.second], async (client) => {
+          const heir = claim({ fingerprint: 'the heir', takeover: true })
+          for (;;) {
+            const found = await client.acquire(key, heir)
+            if (found.state !== 'running' || found.fingerprint !== 'the dead') return found
+            await immediate()
+          }
+        })
+        oneAcquired(found, 2)
+      }
     }
-  }),
+  ),
 
-  promised('whoever took over acquires again with the same attempt', async ({ store, second }) => {
+  conformanceCase('whoever took over acquires again with the same attempt', async ({ store, second }) => {
     const key = newKey()
     const { heir } = await overtaken(store, second, key)
     for (const client of [store, second]) {
@@ -171,13 +183,13 @@ export const claims = [
     }
   }),
 
-  promised('of 50 parallel takeovers by two clients exactly one is acquired', async ({ store, second }) => {
+  conformanceCase('of 50 parallel takeovers by two clients exactly one is acquired', async ({ store, second }) => {
     const key = newKey()
     await lapsed(store, key)
     oneAcquired(await parallel(50, [store, second], (client) => client.acquire(key, claim({ takeover: true }))), 2)
   }),
 
-  promised('a claim that was taken over is running for its former owner', async ({ store, second }) => {
+  conformanceCase('a claim that was taken over is running for its former owner', async ({ store, second }) => {
     const key = newKey()
     const { token } = await overtaken(store, second, key)
     for (const takeover of [true, false]) {
@@ -186,7 +198,7 @@ export const claims = [
     }
   }),
 
-  promised('an abandoned claim is remembered for retainMs, then forgotten', async ({ store, second }) => {
+  conformanceCase('an abandoned claim is remembered for retainMs, then forgotten', async ({ store, second }) => {
     const key = newKey()
     const [leaseMs, retainMs] = [50, 250]
     const before = performance.now()
@@ -207,7 +219,7 @@ export const claims = [
     passed(leaseMs + retainMs, before, 'the claim was forgotten')
   }),
 
-  promised('keys do not know of each other', async ({ store, second }) => {
+  conformanceCase('keys do not know of each other', async ({ store, second }) => {
     const keys = Array.from({ length: 20 }, newKey)
     const token = randomUUID()
     for (const key of keys) await take(store, key, { token })

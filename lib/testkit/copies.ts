@@ -1,5 +1,4 @@
 import type { Acquisition, IdempotencyStore, StoredRecord } from '../../types/index.js'
-import { promised, promisedWith } from './bench.js'
 import {
   abandoned,
   answers,
@@ -14,6 +13,7 @@ import {
   take,
   tombstone
 } from './fixtures.js'
+import { caseWith, conformanceCase } from './harness.js'
 
 // What a store was given and what it gives belong to the caller, who may do with them as it likes.
 
@@ -62,7 +62,7 @@ function spoil(record: StoredRecord): void {
 
 export const copies = [
   ...samples.flatMap(([name, make]) => [
-    promised(`what is done to ${name} after it was stored does not change it`, async ({ store, second }) => {
+    conformanceCase(`what is done to ${name} after it was stored does not change it`, async ({ store, second }) => {
       const key = newKey()
       const token = await take(store, key)
       const record = make()
@@ -72,7 +72,7 @@ export const copies = [
       for (const client of [store, second]) replays(await client.acquire(key, claim()), make())
     }),
 
-    promised(`what is done to ${name} that was replayed does not change it`, async ({ store, second }) => {
+    conformanceCase(`what is done to ${name} that was replayed does not change it`, async ({ store, second }) => {
       const key = newKey()
       await finish(store, key, make())
       for (const client of [store, second, store]) {
@@ -83,7 +83,7 @@ export const copies = [
     })
   ]),
 
-  promisedWith('get', 'what is done to what get has given does not change it', async ({ store, second }) => {
+  caseWith('get', 'what is done to what get has given does not change it', async ({ store, second }) => {
     const [running, done] = [newKey(), newKey()]
     await take(store, running, { fingerprint: 'at work' })
     await finish(store, done, samples[0]?.[1]())
@@ -98,7 +98,7 @@ export const copies = [
   }),
 
   ...before.map(([name, prepare, attempt]) =>
-    promised(
+    conformanceCase(
       `what is done to a claim of ${name} key after it was made does not change it`,
       async ({ store, second }) => {
         const key = newKey()
@@ -115,7 +115,7 @@ export const copies = [
     )
   ),
 
-  promised('what is done to an answer about a claim does not change it', async ({ store, second }) => {
+  conformanceCase('what is done to an answer about a claim does not change it', async ({ store, second }) => {
     const key = newKey()
     const mine = claim({ fingerprint: 'mine' })
     for (const client of [store, second, store]) {

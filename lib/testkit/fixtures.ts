@@ -3,7 +3,7 @@ import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { isDeepStrictEqual } from 'node:util'
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply, Tombstone } from '../../types/index.js'
-import { Rejection, shown, within } from './bench.js'
+import { Rejection, shown, within } from './harness.js'
 
 /** Longer than any case: what has this lease does not lapse. */
 export const LONG = 60_000

@@ -1,5 +1,4 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { promised, promisedWith } from './bench.js'
 import {
   answered,
   answers,
@@ -15,12 +14,13 @@ import {
   soon,
   take
 } from './fixtures.js'
+import { caseWith, conformanceCase } from './harness.js'
 
 // Connections break, and a store goes on. Tried where the factory can break them.
 
 export const interruptions = [
-  promised('a store whose connections broke answers again, and holds what it held', async (bench) => {
-    const { store, second, interrupt } = bench
+  conformanceCase('a store whose connections broke answers again, and holds what it held', async (harness) => {
+    const { store, second, interrupt } = harness
     if (interrupt === undefined) return
     const [running, done] = [newKey(), newKey()]
     const token = await take(store, running)
@@ -34,7 +34,7 @@ export const interruptions = [
     equal(await answered(() => store.complete(running, token, reply(), LONG)), true, 'complete by the owner')
   }),
 
-  promisedWith(
+  caseWith(
     'changed',
     'whoever listens hears of what happens to the key although the connections broke meanwhile',
     async ({ store, second, signal, interrupt }) => {
@@ -50,7 +50,7 @@ export const interruptions = [
     }
   ),
 
-  promisedWith(
+  caseWith(
     'changed',
     'one can listen again after the connections broke',
     async ({ store, second, signal, interrupt }) => {

@@ -1,6 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
-import { promised } from './bench.js'
 import {
   answers,
   claim,
@@ -24,6 +23,7 @@ import {
   take,
   until
 } from './fixtures.js'
+import { conformanceCase } from './harness.js'
 
 // How long claims and records live, by the clock of the store.
 
@@ -56,25 +56,28 @@ async function oneOfMany(clients: readonly [IdempotencyStore, IdempotencyStore],
 }
 
 export const lifetimes = [
-  promised('a record lives for its ttl from the completion on, not from the claim', async ({ store, second }) => {
-    const key = newKey()
-    const ttlMs = 200
-    const token = await take(store, key, { leaseMs: 30 })
-    await sleep(60)
-    const before = performance.now()
-    await store.complete(key, token, reply(), ttlMs)
-    const next = claim()
-    const expired = async () => {
-      const found = await second.acquire(key, next)
-      if (found.state === 'completed') return false
-      answers(found, FRESH, 'a key whose record has expired')
-      return true
+  conformanceCase(
+    'a record lives for its ttl from the completion on, not from the claim',
+    async ({ store, second }) => {
+      const key = newKey()
+      const ttlMs = 200
+      const token = await take(store, key, { leaseMs: 30 })
+      await sleep(60)
+      const before = performance.now()
+      await store.complete(key, token, reply(), ttlMs)
+      const next = claim()
+      const expired = async () => {
+        const found = await second.acquire(key, next)
+        if (found.state === 'completed') return false
+        answers(found, FRESH, 'a key whose record has expired')
+        return true
+      }
+      await until(expired, { message: 'a record to expire' })
+      passed(ttlMs, before, 'the record has expired')
     }
-    await until(expired, { message: 'a record to expire' })
-    passed(ttlMs, before, 'the record has expired')
-  }),
+  ),
 
-  promised('a completed key tells what is left of its ttl', async ({ store, second }) => {
+  conformanceCase('a completed key tells what is left of its ttl', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key, { leaseMs: DAY, retainMs: DAY })
     await sleep(SHORT)
@@ -83,7 +86,7 @@ export const lifetimes = [
     for (const client of [store, second]) left(await ttlOf(client, key), LONG, before)
   }),
 
-  promised('a repeated completion does not prolong the life of the record', async ({ store, second }) => {
+  conformanceCase('a repeated completion does not prolong the life of the record', async ({ store, second }) => {
     const key = newKey()
     const token = await finish(store, key)
     await sleep(60)
@@ -93,7 +96,7 @@ export const lifetimes = [
     }
   }),
 
-  promised('replaying does not prolong the life of the record', async ({ store, second }) => {
+  conformanceCase('replaying does not prolong the life of the record', async ({ store, second }) => {
     const key = newKey()
     const token = await finish(store, key)
     await sleep(60)
@@ -105,30 +108,39 @@ export const lifetimes = [
     }
   }),
 
-  promised('of many parallel claims at the moment of expiry exactly one is acquired', async ({ store, second }) => {
-    const key = newKey()
-    await finish(store, key, reply(), 40)
-    await oneOfMany([store, second], key, 1)
-  }),
+  conformanceCase(
+    'of many parallel claims at the moment of expiry exactly one is acquired',
+    async ({ store, second }) => {
+      const key = newKey()
+      await finish(store, key, reply(), 40)
+      await oneOfMany([store, second], key, 1)
+    }
+  ),
 
-  promised('of many parallel takeovers at the moment of lapse exactly one is acquired', async ({ store, second }) => {
-    const key = newKey()
-    await take(store, key, { leaseMs: 40 })
-    await oneOfMany([store, second], key, 2)
-  }),
+  conformanceCase(
+    'of many parallel takeovers at the moment of lapse exactly one is acquired',
+    async ({ store, second }) => {
+      const key = newKey()
+      await take(store, key, { leaseMs: 40 })
+      await oneOfMany([store, second], key, 2)
+    }
+  ),
 
-  promised('whoever has let a record expire has no say in what the next owner does', async ({ store, second }) => {
-    const key = newKey()
-    const old = await finish(store, key, reply(), SHORT)
-    const owner = claim({ fingerprint: 'the next' })
-    const expired = async () => (await second.acquire(key, owner)).state === 'acquired'
-    await until(expired, { message: 'a record to expire' })
-    equal(await store.renew(key, old, LONG), false, 'renew by the former owner')
-    equal(await store.release(key, old), false, 'release by the former owner')
-    await store.complete(key, old, reply(), LONG)
-    answers(await store.acquire(key, claim()), { state: 'running', fingerprint: 'the next' })
-    equal(await second.renew(key, owner.token, LONG), true, 'renew by the next owner')
-  }),
+  conformanceCase(
+    'whoever has let a record expire has no say in what the next owner does',
+    async ({ store, second }) => {
+      const key = newKey()
+      const old = await finish(store, key, reply(), SHORT)
+      const owner = claim({ fingerprint: 'the next' })
+      const expired = async () => (await second.acquire(key, owner)).state === 'acquired'
+      await until(expired, { message: 'a record to expire' })
+      equal(await store.renew(key, old, LONG), false, 'renew by the former owner')
+      equal(await store.release(key, old), false, 'release by the former owner')
+      await store.complete(key, old, reply(), LONG)
+      answers(await store.acquire(key, claim()), { state: 'running', fingerprint: 'the next' })
+      equal(await second.renew(key, owner.token, LONG), true, 'renew by the next owner')
+    }
+  ),
 
   ...(
     [
@@ -137,7 +149,7 @@ export const lifetimes = [
       ['the largest integer', Number.MAX_SAFE_INTEGER]
     ] as const
   ).map(([name, ttlMs]) =>
-    promised(`a ttl of ${name} is kept`, async ({ store, second }) => {
+    conformanceCase(`a ttl of ${name} is kept`, async ({ store, second }) => {
       const key = newKey()
       // A ttl is also what claims are remembered for.
       const token = await take(store, key, { retainMs: ttlMs })
@@ -153,7 +165,7 @@ export const lifetimes = [
     })
   ),
 
-  promised('a lease of 40 days does not lapse', async ({ store, second }) => {
+  conformanceCase('a lease of 40 days does not lapse', async ({ store, second }) => {
     const key = newKey()
     const before = performance.now()
     const token = await take(store, key, { leaseMs: 40 * DAY })
@@ -167,14 +179,14 @@ export const lifetimes = [
     }
   }),
 
-  promised('an abandoned claim that is remembered for 40 days can be taken over', async ({ store, second }) => {
+  conformanceCase('an abandoned claim that is remembered for 40 days can be taken over', async ({ store, second }) => {
     const key = newKey()
     await lapsed(store, key, { retainMs: 40 * DAY })
     const heir = claim({ takeover: true, retainMs: 40 * DAY })
     answers(await second.acquire(key, heir), { state: 'acquired', attempt: 2 })
   }),
 
-  promised('without a ttl a record never expires', async ({ store, second }) => {
+  conformanceCase('without a ttl a record never expires', async ({ store, second }) => {
     let key = ''
     const completed = async (ms: number) => {
       key = newKey()
@@ -190,7 +202,7 @@ export const lifetimes = [
     }
   }),
 
-  promised('a record outlives the claim that it came from', async ({ store, second }) => {
+  conformanceCase('a record outlives the claim that it came from', async ({ store, second }) => {
     let key = ''
     const completed = async (ms: number) => {
       key = newKey()

@@ -1,5 +1,4 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { promisedWith } from './bench.js'
 import {
   answers,
   claim,
@@ -20,18 +19,19 @@ import {
   tombstone,
   until
 } from './fixtures.js'
+import { caseWith } from './harness.js'
 
 // What is done beside requests: get, delete, close.
 
 export const looking = [
-  promisedWith('get', 'get gives null for a key that nobody claimed, and does not claim it', async (bench) => {
-    const { store, second } = bench
+  caseWith('get', 'get gives null for a key that nobody claimed, and does not claim it', async (harness) => {
+    const { store, second } = harness
     const key = newKey()
     for (const client of [store, second]) equal(await client.get(key), null, 'get')
     answers(await store.acquire(key, claim()), FRESH)
   }),
 
-  promisedWith('get', 'get shows a running claim, and leaves it so', async ({ store, second }) => {
+  caseWith('get', 'get shows a running claim, and leaves it so', async ({ store, second }) => {
     const key = newKey()
     const before = performance.now()
     const token = await take(store, key, { fingerprint: 'at work' })
@@ -43,7 +43,7 @@ export const looking = [
     equal(await store.renew(key, token, LONG), true, 'renew by the owner')
   }),
 
-  promisedWith('get', 'get does not prolong a lease', async ({ store, second }) => {
+  caseWith('get', 'get does not prolong a lease', async ({ store, second }) => {
     const key = newKey()
     await take(store, key, { leaseMs: 50, fingerprint: 'the dead' })
     const found = await until(
@@ -56,7 +56,7 @@ export const looking = [
     answers((found as Exclude<typeof found, false>).found, { state: 'abandoned', fingerprint: 'the dead', attempt: 1 })
   }),
 
-  promisedWith('get', 'get shows an abandoned claim and its attempt, and leaves it so', async ({ store, second }) => {
+  caseWith('get', 'get shows an abandoned claim and its attempt, and leaves it so', async ({ store, second }) => {
     const [key, later] = [newKey(), newKey()]
     await lapsed(store, key, { fingerprint: 'the dead' })
     for (const client of [second, store, second]) {
@@ -73,7 +73,7 @@ export const looking = [
     answers(found || null, { state: 'abandoned', fingerprint: 'the heir', attempt: 2 })
   }),
 
-  promisedWith('get', 'get shows a record and what is left of its ttl', async ({ store, second }) => {
+  caseWith('get', 'get shows a record and what is left of its ttl', async ({ store, second }) => {
     for (const record of [reply(), tombstone('hijacked')]) {
       for (const ttlMs of [LONG, null]) {
         const key = newKey()
@@ -90,7 +90,7 @@ export const looking = [
     }
   }),
 
-  promisedWith('get', 'get does not prolong the life of a record', async ({ store, second }) => {
+  caseWith('get', 'get does not prolong the life of a record', async ({ store, second }) => {
     const key = newKey()
     await finish(store, key)
     await sleep(60)
@@ -102,7 +102,7 @@ export const looking = [
     }
   }),
 
-  promisedWith('get', 'get gives null for a key that was released, expired or forgotten', async ({ store, second }) => {
+  caseWith('get', 'get gives null for a key that was released, expired or forgotten', async ({ store, second }) => {
     const [released, expired, forgotten] = [newKey(), newKey(), newKey()]
     await store.release(released, await take(store, released))
     for (const client of [store, second]) equal(await client.get(released), null, 'get of a released key')
@@ -117,7 +117,7 @@ export const looking = [
     }
   }),
 
-  promisedWith('delete', 'delete of a key that holds nothing is false', async ({ store, second }) => {
+  caseWith('delete', 'delete of a key that holds nothing is false', async ({ store, second }) => {
     const [unknown, released, expired] = [newKey(), newKey(), newKey()]
     equal(await second.delete(unknown), false, 'delete of a key that nobody claimed')
     await store.release(released, await take(store, released))
@@ -128,7 +128,7 @@ export const looking = [
     equal(await second.delete(expired), false, 'delete of a key whose record has expired')
   }),
 
-  promisedWith('delete', 'delete forgets a record', async ({ store, second }) => {
+  caseWith('delete', 'delete forgets a record', async ({ store, second }) => {
     for (const ttlMs of [LONG, null]) {
       const key = newKey()
       const token = await finish(store, key, reply(), ttlMs)
@@ -140,14 +140,14 @@ export const looking = [
     }
   }),
 
-  promisedWith('delete', 'delete forgets an abandoned claim, and its attempts', async ({ store, second }) => {
+  caseWith('delete', 'delete forgets an abandoned claim, and its attempts', async ({ store, second }) => {
     const key = newKey()
     await lapsed(store, key)
     equal(await second.delete(key), true, 'delete')
     answers(await store.acquire(key, claim({ takeover: true })), FRESH)
   }),
 
-  promisedWith('delete', 'delete takes a running claim from its owner', async ({ store, second }) => {
+  caseWith('delete', 'delete takes a running claim from its owner', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key)
     equal(await second.delete(key), true, 'delete')
@@ -157,7 +157,7 @@ export const looking = [
     answers(await second.acquire(key, claim()), FRESH)
   }),
 
-  promisedWith('delete', 'delete leaves other keys as they are', async ({ store, second }) => {
+  caseWith('delete', 'delete leaves other keys as they are', async ({ store, second }) => {
     const [gone, running, done] = [newKey(), newKey(), newKey()]
     await finish(store, gone)
     await take(store, running)
@@ -167,14 +167,14 @@ export const looking = [
     replays(await store.acquire(done, claim()), reply(), 'another key')
   }),
 
-  promisedWith('close', 'close can be called again and again', async ({ store }) => {
+  caseWith('close', 'close can be called again and again', async ({ store }) => {
     const key = newKey()
     await finish(store, key)
     for (let n = 0; n < 3; n++) await store.close()
     await Promise.all([store.close(), store.close()])
   }),
 
-  promisedWith('close', 'close lets go of one client only, and of no data', async ({ store, second }) => {
+  caseWith('close', 'close lets go of one client only, and of no data', async ({ store, second }) => {
     if (second === store) return
     const [running, done] = [newKey(), newKey()]
     const token = await take(store, running)

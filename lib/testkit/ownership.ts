@@ -1,7 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
-import { promised } from './bench.js'
 import {
   abandoned,
   answers,
@@ -23,6 +22,7 @@ import {
   take,
   until
 } from './fixtures.js'
+import { conformanceCase } from './harness.js'
 
 // What the owner's token may do with a key, and that no other may.
 
@@ -59,7 +59,7 @@ async function refused(store: IdempotencyStore, key: string, token: string): Pro
 }
 
 const eachStep = ({ name, by, effect }: Step) => [
-  promised(`${name} by the owner is true, by whichever client it comes`, async ({ store, second }) => {
+  conformanceCase(`${name} by the owner is true, by whichever client it comes`, async ({ store, second }) => {
     for (const client of [store, second]) {
       const key = newKey()
       equal(await by(client, key, await take(store, key)), true, name)
@@ -71,7 +71,7 @@ const eachStep = ({ name, by, effect }: Step) => [
     }
   }),
 
-  promised(`${name} by another token is false and changes nothing`, async ({ store, second }) => {
+  conformanceCase(`${name} by another token is false and changes nothing`, async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key, { fingerprint: 'the owner' })
     for (const client of [store, second]) {
@@ -81,21 +81,21 @@ const eachStep = ({ name, by, effect }: Step) => [
     equal(await store.renew(key, token, LONG), true, 'renew by the owner')
   }),
 
-  promised(`${name} of a lapsed claim that nobody took is true`, async ({ store, second }) => {
+  conformanceCase(`${name} of a lapsed claim that nobody took is true`, async ({ store, second }) => {
     const key = newKey()
     const token = await lapsed(store, key)
     equal(await by(store, key, token), true, name)
     effect(await second.acquire(key, claim()))
   }),
 
-  promised(`${name} of an abandoned claim by another token is false and changes nothing`, async ({ store }) => {
+  conformanceCase(`${name} of an abandoned claim by another token is false and changes nothing`, async ({ store }) => {
     const key = newKey()
     await lapsed(store, key, { fingerprint: 'the dead' })
     equal(await by(store, key, randomUUID()), false, name)
     answers(await store.acquire(key, claim()), { state: 'abandoned', fingerprint: 'the dead', attempt: 1 })
   }),
 
-  promised(`${name} after a takeover is false and changes nothing`, async ({ store, second }) => {
+  conformanceCase(`${name} after a takeover is false and changes nothing`, async ({ store, second }) => {
     const key = newKey()
     const { token, heir } = await overtaken(store, second, key)
     equal(await by(store, key, token), false, name)
@@ -103,28 +103,34 @@ const eachStep = ({ name, by, effect }: Step) => [
     equal(await second.renew(key, heir, LONG), true, 'renew by the heir')
   }),
 
-  promised(`${name} of a key that nobody claimed is false and changes nothing`, async ({ store, second }) => {
+  conformanceCase(`${name} of a key that nobody claimed is false and changes nothing`, async ({ store, second }) => {
     const key = newKey()
     equal(await by(store, key, randomUUID()), false, name)
     answers(await second.acquire(key, claim()), FRESH)
   }),
 
-  promised(`${name} by another token after the completion is false and changes nothing`, async ({ store, second }) => {
-    const key = newKey()
-    const kept = reply({ fingerprint: 'kept' })
-    await finish(store, key, kept)
-    equal(await by(second, key, randomUUID()), false, name)
-    replays(await store.acquire(key, claim()), kept)
-  }),
+  conformanceCase(
+    `${name} by another token after the completion is false and changes nothing`,
+    async ({ store, second }) => {
+      const key = newKey()
+      const kept = reply({ fingerprint: 'kept' })
+      await finish(store, key, kept)
+      equal(await by(second, key, randomUUID()), false, name)
+      replays(await store.acquire(key, claim()), kept)
+    }
+  ),
 
-  promised(`${name} by another token after the release is false and changes nothing`, async ({ store, second }) => {
-    const key = newKey()
-    await store.release(key, await take(store, key))
-    for (const client of [store, second]) equal(await by(client, key, randomUUID()), false, name)
-    answers(await second.acquire(key, claim()), FRESH)
-  }),
+  conformanceCase(
+    `${name} by another token after the release is false and changes nothing`,
+    async ({ store, second }) => {
+      const key = newKey()
+      await store.release(key, await take(store, key))
+      for (const client of [store, second]) equal(await by(client, key, randomUUID()), false, name)
+      answers(await second.acquire(key, claim()), FRESH)
+    }
+  ),
 
-  promised(`${name} of a claim that was forgotten is false and changes nothing`, async ({ store, second }) => {
+  conformanceCase(`${name} of a claim that was forgotten is false and changes nothing`, async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key, { leaseMs: 1, retainMs: SHORT })
     await sleep(SHORT + 50)
@@ -136,7 +142,7 @@ const eachStep = ({ name, by, effect }: Step) => [
 export const ownership = [
   ...steps.flatMap(eachStep),
 
-  promised('a renewed claim lives for the new lease from the renewal on', async ({ store, second }) => {
+  conformanceCase('a renewed claim lives for the new lease from the renewal on', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key, { leaseMs: SHORT })
     const leaseMs = 200
@@ -146,7 +152,7 @@ export const ownership = [
     passed(leaseMs, before, 'the new lease has lapsed')
   }),
 
-  promised('a lapsed claim that was renewed is safe from takeovers again', async ({ store, second }) => {
+  conformanceCase('a lapsed claim that was renewed is safe from takeovers again', async ({ store, second }) => {
     const key = newKey()
     const token = await lapsed(store, key, { fingerprint: 'back again' })
     await store.renew(key, token, LONG)
@@ -154,14 +160,14 @@ export const ownership = [
     answers(found, { state: 'running', fingerprint: 'back again' })
   }),
 
-  promised('renewing keeps the attempt', async ({ store, second }) => {
+  conformanceCase('renewing keeps the attempt', async ({ store, second }) => {
     const key = newKey()
     const { heir } = await overtaken(store, second, key)
     await store.renew(key, heir, 1)
     answers(await abandoned(store, key), { state: 'abandoned', fingerprint: 'the heir', attempt: 2 })
   }),
 
-  promised(
+  conformanceCase(
     'a claim that was renewed outlives the time for which it was to be remembered',
     async ({ store, second }) => {
       let key = ''
@@ -176,18 +182,21 @@ export const ownership = [
     }
   ),
 
-  promised('renewing after the completion or the release is false and changes nothing', async ({ store, second }) => {
-    const [done, given] = [newKey(), newKey()]
-    const token = await finish(store, done)
-    equal(await store.renew(done, token, LONG), false, 'renew after the completion')
-    replays(await second.acquire(done, claim()), reply())
-    await take(store, given, { token })
-    await store.release(given, token)
-    equal(await store.renew(given, token, LONG), false, 'renew after the release')
-    answers(await second.acquire(given, claim()), FRESH)
-  }),
+  conformanceCase(
+    'renewing after the completion or the release is false and changes nothing',
+    async ({ store, second }) => {
+      const [done, given] = [newKey(), newKey()]
+      const token = await finish(store, done)
+      equal(await store.renew(done, token, LONG), false, 'renew after the completion')
+      replays(await second.acquire(done, claim()), reply())
+      await take(store, given, { token })
+      await store.release(given, token)
+      equal(await store.renew(given, token, LONG), false, 'renew after the release')
+      answers(await second.acquire(given, claim()), FRESH)
+    }
+  ),
 
-  promised(
+  conformanceCase(
     'a completed key is completed for everybody, its owner included, whoever wants to take over',
     async ({ store, second }) => {
       const key = newKey()
@@ -200,7 +209,7 @@ export const ownership = [
     }
   ),
 
-  promised(
+  conformanceCase(
     'completing again with the same token is true again, and the first record stays',
     async ({ store, second }) => {
       const key = newKey()
@@ -214,16 +223,19 @@ export const ownership = [
     }
   ),
 
-  promised('the record of whoever took over is not overwritten by the former owner', async ({ store, second }) => {
-    const key = newKey()
-    const { token, heir } = await overtaken(store, second, key)
-    const kept = reply({ fingerprint: 'the heir' })
-    equal(await second.complete(key, heir, kept, LONG), true, 'complete by the heir')
-    await refused(store, key, token)
-    replays(await store.acquire(key, claim()), kept)
-  }),
+  conformanceCase(
+    'the record of whoever took over is not overwritten by the former owner',
+    async ({ store, second }) => {
+      const key = newKey()
+      const { token, heir } = await overtaken(store, second, key)
+      const kept = reply({ fingerprint: 'the heir' })
+      equal(await second.complete(key, heir, kept, LONG), true, 'complete by the heir')
+      await refused(store, key, token)
+      replays(await store.acquire(key, claim()), kept)
+    }
+  ),
 
-  promised('completing after the release is false, and the key stays free', async ({ store, second }) => {
+  conformanceCase('completing after the release is false, and the key stays free', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key)
     await store.release(key, token)
@@ -231,27 +243,30 @@ export const ownership = [
     answers(await second.acquire(key, claim()), FRESH)
   }),
 
-  promised('releasing after the completion is false, and the record stays', async ({ store, second }) => {
+  conformanceCase('releasing after the completion is false, and the record stays', async ({ store, second }) => {
     const key = newKey()
     const token = await finish(store, key)
     equal(await store.release(key, token), false, 'release')
     replays(await second.acquire(key, claim()), reply())
   }),
 
-  promised('releasing again with the same token is true again while the key is free', async ({ store, second }) => {
-    const key = newKey()
-    const token = await take(store, key)
-    for (const client of [store, store, second]) equal(await client.release(key, token), true, 'release')
-    answers(await second.acquire(key, claim()), FRESH)
-  }),
+  conformanceCase(
+    'releasing again with the same token is true again while the key is free',
+    async ({ store, second }) => {
+      const key = newKey()
+      const token = await take(store, key)
+      for (const client of [store, store, second]) equal(await client.release(key, token), true, 'release')
+      answers(await second.acquire(key, claim()), FRESH)
+    }
+  ),
 
-  promised('releasing what another token has released is false', async ({ store, second }) => {
+  conformanceCase('releasing what another token has released is false', async ({ store, second }) => {
     const key = newKey()
     await store.release(key, await take(store, key))
     equal(await second.release(key, randomUUID()), false, 'release')
   }),
 
-  promised('the token that released a key can claim it again', async ({ store, second }) => {
+  conformanceCase('the token that released a key can claim it again', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key)
     await store.release(key, token)
@@ -259,26 +274,29 @@ export const ownership = [
     answers(await second.acquire(key, claim()), { state: 'running' })
   }),
 
-  promised('of 50 parallel claims of a released key exactly one is acquired', async ({ store, second }) => {
+  conformanceCase('of 50 parallel claims of a released key exactly one is acquired', async ({ store, second }) => {
     const key = newKey()
     await store.release(key, await take(store, key))
     oneAcquired(await parallel(50, [store, second], (client) => client.acquire(key, claim({ takeover: true }))), 1)
   }),
 
-  promised('whoever released a key has no say in what the next owner does with it', async ({ store, second }) => {
-    const key = newKey()
-    const old = await take(store, key)
-    await store.release(key, old)
-    const owner = await take(second, key, { fingerprint: 'the next' })
-    await refused(store, key, old)
-    answers(await store.acquire(key, claim()), { state: 'running', fingerprint: 'the next' })
-    const kept = reply({ fingerprint: 'the next' })
-    equal(await second.complete(key, owner, kept, LONG), true, 'complete by the next owner')
-    await refused(store, key, old)
-    replays(await store.acquire(key, claim()), kept)
-  }),
+  conformanceCase(
+    'whoever released a key has no say in what the next owner does with it',
+    async ({ store, second }) => {
+      const key = newKey()
+      const old = await take(store, key)
+      await store.release(key, old)
+      const owner = await take(second, key, { fingerprint: 'the next' })
+      await refused(store, key, old)
+      answers(await store.acquire(key, claim()), { state: 'running', fingerprint: 'the next' })
+      const kept = reply({ fingerprint: 'the next' })
+      equal(await second.complete(key, owner, kept, LONG), true, 'complete by the next owner')
+      await refused(store, key, old)
+      replays(await store.acquire(key, claim()), kept)
+    }
+  ),
 
-  promised('whoever was forgotten has no say in what the next owner does with it', async ({ store, second }) => {
+  conformanceCase('whoever was forgotten has no say in what the next owner does with it', async ({ store, second }) => {
     const key = newKey()
     const old = await take(store, key, { leaseMs: 1, retainMs: SHORT })
     const owner = claim({ fingerprint: 'the next' })

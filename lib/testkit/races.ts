@@ -1,6 +1,6 @@
 import type { IdempotencyStore } from '../../types/index.js'
-import { type Bench, promised } from './bench.js'
 import { answers, claim, equal, FRESH, LONG, lapsed, newKey, ok, parallel, replays, reply, take } from './fixtures.js'
+import { conformanceCase, type Harness } from './harness.js'
 
 // Two steps on one key at the same moment. One of them comes first, and what they answer has to agree on which.
 
@@ -8,7 +8,7 @@ type AtOnce = <A, B>(first: () => Promise<A>, second: () => Promise<B>) => Promi
 
 /** Some rounds, by one client or by two, with the one step or the other sent first. */
 async function rounds(
-  { store, second }: Bench,
+  { store, second }: Harness,
   race: (one: IdempotencyStore, other: IdempotencyStore, atOnce: AtOnce) => Promise<void>
 ): Promise<void> {
   const asTold: AtOnce = (first, second) => Promise.all([first(), second()])
@@ -25,8 +25,8 @@ async function rounds(
 const heir = () => claim({ fingerprint: 'the heir', takeover: true })
 
 export const races = [
-  promised('of a renewal and a takeover at the same moment exactly one succeeds', (bench) =>
-    rounds(bench, async (one, other, atOnce) => {
+  conformanceCase('of a renewal and a takeover at the same moment exactly one succeeds', (harness) =>
+    rounds(harness, async (one, other, atOnce) => {
       const key = newKey()
       const token = await lapsed(one, key)
       const [renewed, found] = await atOnce(
@@ -38,8 +38,8 @@ export const races = [
     })
   ),
 
-  promised('of a completion and a takeover at the same moment exactly one succeeds', (bench) =>
-    rounds(bench, async (one, other, atOnce) => {
+  conformanceCase('of a completion and a takeover at the same moment exactly one succeeds', (harness) =>
+    rounds(harness, async (one, other, atOnce) => {
       const key = newKey()
       const token = await lapsed(one, key)
       const [done, found] = await atOnce(
@@ -54,21 +54,23 @@ export const races = [
     })
   ),
 
-  promised('of a release and a takeover at the same moment the later one finds what the earlier one left', (bench) =>
-    rounds(bench, async (one, other, atOnce) => {
-      const key = newKey()
-      const token = await lapsed(one, key)
-      const [released, found] = await atOnce(
-        () => one.release(key, token),
-        () => other.acquire(key, heir())
-      )
-      answers(found, { state: 'acquired', attempt: released ? 1 : 2 }, `after release was ${released}`)
-      answers(await one.acquire(key, heir()), { state: 'running', fingerprint: 'the heir' })
-    })
+  conformanceCase(
+    'of a release and a takeover at the same moment the later one finds what the earlier one left',
+    (harness) =>
+      rounds(harness, async (one, other, atOnce) => {
+        const key = newKey()
+        const token = await lapsed(one, key)
+        const [released, found] = await atOnce(
+          () => one.release(key, token),
+          () => other.acquire(key, heir())
+        )
+        answers(found, { state: 'acquired', attempt: released ? 1 : 2 }, `after release was ${released}`)
+        answers(await one.acquire(key, heir()), { state: 'running', fingerprint: 'the heir' })
+      })
   ),
 
-  promised('of a completion and a release at the same moment exactly one succeeds', (bench) =>
-    rounds(bench, async (one, other, atOnce) => {
+  conformanceCase('of a completion and a release at the same moment exactly one succeeds', (harness) =>
+    rounds(harness, async (one, other, atOnce) => {
       const key = newKey()
       const token = await take(one, key)
       const [done, released] = await atOnce(
@@ -82,8 +84,8 @@ export const races = [
     })
   ),
 
-  promised('of several completions with the same token at the same moment one record stays', (bench) =>
-    rounds(bench, async (one, other, atOnce) => {
+  conformanceCase('of several completions with the same token at the same moment one record stays', (harness) =>
+    rounds(harness, async (one, other, atOnce) => {
       const key = newKey()
       const token = await take(one, key)
       const complete = (client: IdempotencyStore, fingerprint: string) => () =>
@@ -99,8 +101,8 @@ export const races = [
     })
   ),
 
-  promised('a renewal or a repeated claim at the same moment does not undo a completion', (bench) =>
-    rounds(bench, async (one, other, atOnce) => {
+  conformanceCase('a renewal or a repeated claim at the same moment does not undo a completion', (harness) =>
+    rounds(harness, async (one, other, atOnce) => {
       const [key, again] = [newKey(), claim()]
       answers(await one.acquire(key, again), FRESH)
       const [done] = await atOnce(
@@ -112,8 +114,8 @@ export const races = [
     })
   ),
 
-  promised('a renewal at the same moment does not undo a release', (bench) =>
-    rounds(bench, async (one, other, atOnce) => {
+  conformanceCase('a renewal at the same moment does not undo a release', (harness) =>
+    rounds(harness, async (one, other, atOnce) => {
       const key = newKey()
       const token = await take(one, key)
       const [released] = await atOnce(

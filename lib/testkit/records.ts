@@ -1,5 +1,4 @@
 import type { StoredRecord } from '../../types/index.js'
-import { promised } from './bench.js'
 import {
   answers,
   claim,
@@ -14,6 +13,7 @@ import {
   take,
   tombstone
 } from './fixtures.js'
+import { conformanceCase } from './harness.js'
 
 // What was completed comes back as it was, byte for byte.
 
@@ -69,7 +69,7 @@ const samples: [name: string, record: StoredRecord][] = [
 
 export const records = [
   ...samples.map(([name, record]) =>
-    promised(`${name} comes back as it was stored, every time`, async ({ store, second }) => {
+    conformanceCase(`${name} comes back as it was stored, every time`, async ({ store, second }) => {
       const key = newKey()
       await finish(store, key, record)
       for (const client of [store, second, store]) replays(await client.acquire(key, claim()), record)
@@ -77,14 +77,14 @@ export const records = [
     })
   ),
 
-  promised('the fingerprint of a completed key is the one of its record', async ({ store, second }) => {
+  conformanceCase('the fingerprint of a completed key is the one of its record', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key, { fingerprint: 'of the claim' })
     await store.complete(key, token, reply({ fingerprint: 'of the record' }), LONG)
     replays(await second.acquire(key, claim({ fingerprint: 'another' })), reply({ fingerprint: 'of the record' }))
   }),
 
-  promised(
+  conformanceCase(
     'a record that cannot be decoded is an error, and no answer and no free key, and others go on',
     async ({ store, second, spoil }) => {
       if (spoil === undefined) return

@@ -1,6 +1,5 @@
 import { randomUUID } from 'node:crypto'
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
-import { promised, promisedWith } from './bench.js'
 import {
   abandoned,
   answers,
@@ -20,6 +19,7 @@ import {
   take,
   until
 } from './fixtures.js'
+import { caseWith, conformanceCase } from './harness.js'
 
 // What a release leaves behind: nothing of a first attempt, and of a later one what is known of the attempts before.
 
@@ -44,7 +44,7 @@ async function takeOver(store: IdempotencyStore, key: string, attempt: number): 
 }
 
 export const releases = [
-  promised(
+  conformanceCase(
     'a claim that took over and is released is abandoned at once, with its attempt, and says that it has ended',
     async ({ store, second }) => {
       const key = newKey()
@@ -53,8 +53,8 @@ export const releases = [
     }
   ),
 
-  promised('whoever takes over what was released has the next attempt, and can complete it', async (bench) => {
-    const { store, second } = bench
+  conformanceCase('whoever takes over what was released has the next attempt, and can complete it', async (harness) => {
+    const { store, second } = harness
     const key = newKey()
     await ended(store, second, key)
     for (const attempt of [3, 4]) {
@@ -72,13 +72,16 @@ export const releases = [
     replays(await store.acquire(key, claim({ takeover: true })), reply())
   }),
 
-  promised('of 50 parallel takeovers of a released attempt exactly one is acquired', async ({ store, second }) => {
-    const key = newKey()
-    await ended(store, second, key)
-    oneAcquired(await parallel(50, [store, second], (client) => client.acquire(key, claim({ takeover: true }))), 3)
-  }),
+  conformanceCase(
+    'of 50 parallel takeovers of a released attempt exactly one is acquired',
+    async ({ store, second }) => {
+      const key = newKey()
+      await ended(store, second, key)
+      oneAcquired(await parallel(50, [store, second], (client) => client.acquire(key, claim({ takeover: true }))), 3)
+    }
+  ),
 
-  promised(
+  conformanceCase(
     'an attempt that was released is remembered for retainMs from the release on, then forgotten',
     async ({ store, second }) => {
       for (const unused of [false, true]) {
@@ -101,7 +104,7 @@ export const releases = [
     }
   ),
 
-  promised('whoever has released an attempt has no say in it any more', async ({ store, second }) => {
+  conformanceCase('whoever has released an attempt has no say in it any more', async ({ store, second }) => {
     const key = newKey()
     const token = await ended(store, second, key)
     for (const client of [store, second]) {
@@ -112,7 +115,7 @@ export const releases = [
     answers(await store.acquire(key, claim({ token, takeover: true })), { state: 'acquired', attempt: 3 })
   }),
 
-  promised(
+  conformanceCase(
     'releasing an attempt again with the same token is true again, and changes nothing',
     async ({ store, second }) => {
       const key = newKey()
@@ -128,7 +131,7 @@ export const releases = [
     }
   ),
 
-  promised('an attempt that took over and has lapsed can be released as well', async ({ store, second }) => {
+  conformanceCase('an attempt that took over and has lapsed can be released as well', async ({ store, second }) => {
     const key = newKey()
     const { heir } = await overtaken(store, second, key)
     equal(await second.renew(key, heir, 1), true, 'renew')
@@ -137,7 +140,7 @@ export const releases = [
     answers(await store.acquire(key, claim()), ENDED)
   }),
 
-  promised('only what was released says that it has ended', async ({ store, second }) => {
+  conformanceCase('only what was released says that it has ended', async ({ store, second }) => {
     const [dead, again] = [newKey(), newKey()]
     await lapsed(store, dead, { fingerprint: 'the dead' })
     answers(await second.acquire(dead, claim()), LAPSED)
@@ -148,14 +151,14 @@ export const releases = [
     answers(found, { ...LAPSED, attempt: 3 } as Acquisition, 'what took over, and lapsed,')
   }),
 
-  promised('a first attempt that is released unused leaves the key free', async ({ store, second }) => {
+  conformanceCase('a first attempt that is released unused leaves the key free', async ({ store, second }) => {
     const key = newKey()
     const token = await take(store, key)
     for (const client of [second, store]) equal(await client.release(key, token, true), true, 'release')
     answers(await second.acquire(key, claim()), FRESH)
   }),
 
-  promised(
+  conformanceCase(
     'a claim that took over and is released unused leaves the key abandoned as it was found',
     async ({ store, second }) => {
       const key = newKey()
@@ -173,16 +176,19 @@ export const releases = [
     }
   ),
 
-  promised('what had ended has ended again when whoever took it over releases it unused', async ({ store, second }) => {
-    const key = newKey()
-    await ended(store, second, key)
-    for (const client of [second, store]) {
-      equal(await client.release(key, await takeOver(client, key, 3), true), true, 'release')
-      for (const other of [store, second]) answers(await other.acquire(key, claim()), ENDED)
+  conformanceCase(
+    'what had ended has ended again when whoever took it over releases it unused',
+    async ({ store, second }) => {
+      const key = newKey()
+      await ended(store, second, key)
+      for (const client of [second, store]) {
+        equal(await client.release(key, await takeOver(client, key, 3), true), true, 'release')
+        for (const other of [store, second]) answers(await other.acquire(key, claim()), ENDED)
+      }
     }
-  }),
+  ),
 
-  promised('a claim that is repeated still knows what it took over', async ({ store, second }) => {
+  conformanceCase('a claim that is repeated still knows what it took over', async ({ store, second }) => {
     const key = newKey()
     await lapsed(store, key, { fingerprint: 'the dead' })
     const heir = claim({ takeover: true })
@@ -194,7 +200,7 @@ export const releases = [
     answers(await second.acquire(key, claim()), LAPSED)
   }),
 
-  promisedWith('get', 'get shows an attempt that was released, and leaves it so', async ({ store, second }) => {
+  caseWith('get', 'get shows an attempt that was released, and leaves it so', async ({ store, second }) => {
     const key = newKey()
     await ended(store, second, key)
     for (const client of [second, store, second]) answers(await client.get(key), ENDED)
@@ -205,7 +211,7 @@ export const releases = [
     answers(await second.get(dead), LAPSED)
   }),
 
-  promisedWith('delete', 'delete forgets an attempt that was released', async ({ store, second }) => {
+  caseWith('delete', 'delete forgets an attempt that was released', async ({ store, second }) => {
     const key = newKey()
     const token = await ended(store, second, key)
     equal(await store.delete(key), true, 'delete')

@@ -1,4 +1,3 @@
-import { type Bench, promised } from './bench.js'
 import {
   abandoned,
   answers,
@@ -14,6 +13,7 @@ import {
   take,
   until
 } from './fixtures.js'
+import { conformanceCase, type Harness } from './harness.js'
 
 // Keys, tokens and fingerprints are text. A store knows nothing of what it says, and loses nothing of it.
 
@@ -52,7 +52,7 @@ const alike = ['b', 'B', ' b', 'b ', 'b\n', 'b\u0000', 'é', 'e\u0301', 'É', '�
 const long = ['j', 'k', 'kk'].map((end) => 'k'.repeat(20_000) + end)
 
 /** Each of these is a key of its own, through all of its life. */
-async function apart({ store, second }: Bench, keys: string[]): Promise<void> {
+async function apart({ store, second }: Harness, keys: string[]): Promise<void> {
   const tokens: string[] = []
   for (const key of keys) {
     const mine = claim({ fingerprint: `of ${key}` })
@@ -72,7 +72,7 @@ async function apart({ store, second }: Bench, keys: string[]): Promise<void> {
 }
 
 /** No token passes for another. */
-async function strangers({ store, second }: Bench, tokens: string[]): Promise<void> {
+async function strangers({ store, second }: Harness, tokens: string[]): Promise<void> {
   await parallel(tokens.length, [store, second], async (client, n) => {
     const key = newKey()
     const token = tokens[n] as string
@@ -90,7 +90,7 @@ async function strangers({ store, second }: Bench, tokens: string[]): Promise<vo
   })
 }
 
-async function comeBack({ store, second }: Bench, fingerprints: string[]): Promise<void> {
+async function comeBack({ store, second }: Harness, fingerprints: string[]): Promise<void> {
   await parallel(fingerprints.length, [store, second], async (client, n) => {
     const key = newKey()
     const fingerprint = fingerprints[n] as string
@@ -102,17 +102,18 @@ async function comeBack({ store, second }: Bench, fingerprints: string[]): Promi
 }
 
 export const text = [
-  promised('keys are told apart whatever is in them', (bench) => apart(bench, around(newKey(), unusual))),
+  conformanceCase('keys are told apart whatever is in them', (harness) => apart(harness, around(newKey(), unusual))),
 
-  promised('keys are told apart that differ in case, in white space or in the form of a letter only', (bench) =>
-    apart(bench, around(newKey(), alike))
+  conformanceCase(
+    'keys are told apart that differ in case, in white space or in the form of a letter only',
+    (harness) => apart(harness, around(newKey(), alike))
   ),
 
-  promised('keys of 20,000 characters are told apart by the last of them', (bench) =>
-    apart(bench, around(newKey(), long))
+  conformanceCase('keys of 20,000 characters are told apart by the last of them', (harness) =>
+    apart(harness, around(newKey(), long))
   ),
 
-  promised('keys may be empty, or the names of other things', async ({ store, second }) => {
+  conformanceCase('keys may be empty, or the names of other things', async ({ store, second }) => {
     for (const key of ['', ' ', '*', '0', 'null', 'key', '__proto__', 'constructor', 'hasOwnProperty', 'toString']) {
       // Whoever else tries this on the same data has the same keys, and gives them back or lets them lapse.
       const mine = claim({ fingerprint: newKey(), leaseMs: 9_000, retainMs: 1, takeover: true })
@@ -123,19 +124,22 @@ export const text = [
     }
   }),
 
-  promised('tokens are told apart whatever is in them', (bench) => strangers(bench, unusual)),
+  conformanceCase('tokens are told apart whatever is in them', (harness) => strangers(harness, unusual)),
 
-  promised('tokens are told apart that differ in case, in white space or in the form of a letter only', (bench) =>
-    strangers(bench, alike)
+  conformanceCase(
+    'tokens are told apart that differ in case, in white space or in the form of a letter only',
+    (harness) => strangers(harness, alike)
   ),
 
-  promised('tokens of up to 255 bytes are told apart', (bench) =>
-    strangers(bench, ['t'.repeat(254), 't'.repeat(255), `${'t'.repeat(254)}T`, `${'é'.repeat(127)}t`])
+  conformanceCase('tokens of up to 255 bytes are told apart', (harness) =>
+    strangers(harness, ['t'.repeat(254), 't'.repeat(255), `${'t'.repeat(254)}T`, `${'é'.repeat(127)}t`])
   ),
 
-  promised('fingerprints come back whatever is in them', (bench) => comeBack(bench, ['', ...unusual, ...alike])),
+  conformanceCase('fingerprints come back whatever is in them', (harness) =>
+    comeBack(harness, ['', ...unusual, ...alike])
+  ),
 
-  promised('a fingerprint of 20,000 characters comes back', (bench) => comeBack(bench, ['f'.repeat(20_000)]))
+  conformanceCase('a fingerprint of 20,000 characters comes back', (harness) => comeBack(harness, ['f'.repeat(20_000)]))
 ]
 
 /** Keys that nobody else has, with each part in front and at the end. */

@@ -1,7 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
-import { type BenchWith, promisedWith } from './bench.js'
 import {
   answers,
   claim,
@@ -20,10 +19,11 @@ import {
   take,
   until
 } from './fixtures.js'
+import { caseWith, type HarnessWith } from './harness.js'
 
 // Whoever listens to a key hears that it has changed, from wherever and whenever that was.
 
-type Listening = BenchWith<'changed'>
+type Listening = HarnessWith<'changed'>
 
 interface End {
   /** As in "when the key is …". */
@@ -63,17 +63,17 @@ function pairs({ store, second }: Listening) {
 }
 
 const eachEnd = ({ name, by }: End) => {
-  const promisedOf = (sentence: string, keep: (bench: Listening) => Promise<void>) =>
-    promisedWith('changed', sentence, async (bench) => {
+  const promisedOf = (sentence: string, keep: (harness: Listening) => Promise<void>) =>
+    caseWith('changed', sentence, async (harness) => {
       // Where nothing can be deleted there is nothing to hear of that.
-      if (name !== 'deleted' || bench.store.delete) await keep(bench)
+      if (name !== 'deleted' || harness.store.delete) await keep(harness)
     })
   return [
-    promisedOf(`whoever listens hears when the key is ${name}, by whichever client`, async (bench) => {
-      const heard = pairs(bench).map(async ({ listener, owner }) => {
+    promisedOf(`whoever listens hears when the key is ${name}, by whichever client`, async (harness) => {
+      const heard = pairs(harness).map(async ({ listener, owner }) => {
         const key = newKey()
         const token = await take(owner, key)
-        const heard = listener.changed(key, bench.signal)
+        const heard = listener.changed(key, harness.signal)
         // With the subscription in place for certain, and without it in the next case.
         await sleep(50)
         equal(await by(owner, key, token), true, `the key being ${name}`)
@@ -82,12 +82,12 @@ const eachEnd = ({ name, by }: End) => {
       await Promise.all(heard)
     }),
 
-    promisedOf(`whoever listens hears when the key is ${name} immediately after the call`, async (bench) => {
+    promisedOf(`whoever listens hears when the key is ${name} immediately after the call`, async (harness) => {
       for (let round = 0; round < 8; round++) {
-        for (const { listener, owner } of pairs(bench)) {
+        for (const { listener, owner } of pairs(harness)) {
           const key = newKey()
           const token = await take(owner, key)
-          const heard = listener.changed(key, bench.signal)
+          const heard = listener.changed(key, harness.signal)
           // Some of the time that a subscription may take, and none of it.
           if (round > 3) await sleep(round - 3)
           const ended = later(by(owner, key, token))
@@ -97,8 +97,8 @@ const eachEnd = ({ name, by }: End) => {
       }
     }),
 
-    promisedOf(`each of several who listen hears when the key is ${name}`, async (bench) => {
-      const { store, second, signal } = bench
+    promisedOf(`each of several who listen hears when the key is ${name}`, async (harness) => {
+      const { store, second, signal } = harness
       const key = newKey()
       const token = await take(store, key)
       const heard = [store, store, second, store, second].map((client) => client.changed(key, signal))
@@ -113,12 +113,12 @@ const eachEnd = ({ name, by }: End) => {
 export const wakeUps = [
   ...ends.flatMap(eachEnd),
 
-  promisedWith('changed', 'whoever listens and looks in turn comes to see that the claim has ended', async (bench) => {
+  caseWith('changed', 'whoever listens and looks in turn comes to see that the claim has ended', async (harness) => {
     for (let round = 0; round < 4; round++) {
-      for (const { listener, owner } of pairs(bench)) {
+      for (const { listener, owner } of pairs(harness)) {
         const key = newKey()
         const token = await take(owner, key)
-        const seen = later(look(listener, key, bench.signal))
+        const seen = later(look(listener, key, harness.signal))
         if (round % 2 === 0) await sleep(round * 10)
         equal(await owner.complete(key, token, reply(), LONG), true, 'complete')
         replays(await soon(seen, 'the listener to see that the key is completed'), reply())
@@ -126,7 +126,7 @@ export const wakeUps = [
     }
   }),
 
-  promisedWith(
+  caseWith(
     'changed',
     'whoever listens hears nothing while nothing happens to the key',
     async ({ store, second, signal }) => {
@@ -146,7 +146,7 @@ export const wakeUps = [
     }
   ),
 
-  promisedWith('changed', 'listening ends at once where no claim is running', async ({ store, second, signal }) => {
+  caseWith('changed', 'listening ends at once where no claim is running', async ({ store, second, signal }) => {
     const [unknown, completed, released, abandoned, ended] = [newKey(), newKey(), newKey(), newKey(), newKey()]
     await finish(store, completed)
     await store.release(released, await take(store, released))
@@ -160,13 +160,13 @@ export const wakeUps = [
     }
   }),
 
-  promisedWith('changed', 'listening ends at once when the signal has aborted before', async ({ store, second }) => {
+  caseWith('changed', 'listening ends at once when the signal has aborted before', async ({ store, second }) => {
     const key = newKey()
     await take(store, key)
     for (const client of [store, second]) await soon(client.changed(key, AbortSignal.abort()), 'listening to end')
   }),
 
-  promisedWith('changed', 'listening ends when the signal aborts, and others go on', async ({ store, signal }) => {
+  caseWith('changed', 'listening ends when the signal aborts, and others go on', async ({ store, signal }) => {
     const key = newKey()
     const token = await take(store, key)
     let heard = 0
@@ -184,7 +184,7 @@ export const wakeUps = [
     await soon(Promise.all(others), 'the others to hear of the completion')
   }),
 
-  promisedWith('changed', 'one can listen to a key again and again', async ({ store, second, signal }) => {
+  caseWith('changed', 'one can listen to a key again and again', async ({ store, second, signal }) => {
     const key = newKey()
     for (let round = 0; round < 10; round++) {
       const token = await take(store, key)
@@ -194,7 +194,7 @@ export const wakeUps = [
     }
   }),
 
-  promisedWith(
+  caseWith(
     'changed',
     'whoever listens to a claim that is taken over hears of its end',
     async ({ store, second, signal }) => {
@@ -209,7 +209,7 @@ export const wakeUps = [
     }
   ),
 
-  promisedWith(
+  caseWith(
     'changed',
     'whoever listens to a claim that took over hears when it is released',
     async ({ store, second, signal }) => {
@@ -224,7 +224,7 @@ export const wakeUps = [
     }
   ),
 
-  promisedWith(
+  caseWith(
     'changed',
     'whoever listens to a claim that its owner claims and renews again hears of its end',
     async ({ store, second, signal }) => {

@@ -3,24 +3,24 @@ import type { Acquisition } from '../../types/index.js'
 const kValue = Symbol('fastify-idempotency.value')
 
 /** A value, or the promise of one. */
-export type Maybe<T> = T | Promise<T>
+export type MaybePromise<T> = T | Promise<T>
 
 /**
  * A fulfilled promise that shows its value, for those who have the answer at hand: nobody in this package waits for it.
  * To all others it is a promise like any other.
  */
-export function atHand<T>(value: T): Promise<T> {
+export function resolved<T>(value: T): Promise<T> {
   const promise = Promise.resolve(value) as Promise<T> & { [kValue]?: T }
   promise[kValue] = value
   return promise
 }
 
-export function isAtHand(promise: Promise<unknown>): boolean {
+export function isResolved(promise: Promise<unknown>): boolean {
   return kValue in promise
 }
 
 /** The value of a promise that shows it; any other promise as it is. */
-export function reveal<T>(promise: Promise<T>): Maybe<T> {
+export function peek<T>(promise: Promise<T>): MaybePromise<T> {
   return kValue in promise ? (promise[kValue] as T) : promise
 }
 

@@ -1,5 +1,5 @@
 import { StoreTimeout } from '../errors.js'
-import { isAtHand } from './sync-promise.js'
+import { isResolved } from './sync-promise.js'
 import { Timer } from './timer.js'
 
 /** Who wants to know whether a store call was answered in time. */
@@ -14,7 +14,7 @@ export interface Witness {
  */
 export function withTimeout<T>(ms: number, ask: () => Promise<T>, witness?: Witness): Promise<T> {
   const answer = promiseTry(ask)
-  if (isAtHand(answer)) return answer
+  if (isResolved(answer)) return answer
   return new Promise((resolve, reject) => {
     const fail = (error: unknown) => {
       witness?.failed(error)

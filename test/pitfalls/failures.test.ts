@@ -389,8 +389,8 @@ t.test('there is an end to how many may wait', async (t) => {
     storageKey: 'key',
     waitTimeout: 60_000,
     takesOver: false,
-    look: async () => ({ state: 'running', fingerprint: '', leaseMs: 60_000 }) as const,
-    disown() {}
+    poll: async () => ({ state: 'running', fingerprint: '', leaseMs: 60_000 }) as const,
+    drop() {}
   })
   const waiters = times(10_000, waiter)
   const results = waiters.map((one) => room.wait(one))

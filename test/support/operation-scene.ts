@@ -10,7 +10,7 @@ import { storageKey } from '../../lib/operation/storage-key.js'
 import { StoreContext } from '../../lib/operation/store-context.js'
 import type { Policy } from '../../lib/options.js'
 import type { Registration } from '../../lib/registration.js'
-import { atHand } from '../../lib/util/sync-promise.js'
+import { resolved } from '../../lib/util/sync-promise.js'
 import type { Acquisition, IdempotencyEvent, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
 import { reply } from './store-fixtures.js'
 import { VirtualTime } from './virtual-time.js'
@@ -97,7 +97,7 @@ export class ScriptedStore {
     const answer = answers.length > 1 ? answers.shift() : answers[0]
     const value = typeof answer === 'function' ? answer(...args) : answer
     if (value instanceof Promise) return value
-    return this.#shows ? atHand(value) : Promise.resolve(value)
+    return this.#shows ? resolved(value) : Promise.resolve(value)
   }
 }
 

@@ -1,6 +1,6 @@
 import t, { type Test } from 'tap'
 import { type IdempotencyStore, LocalCache, MemoryStore } from '../../index.js'
-import { isAtHand } from '../../lib/util/sync-promise.js'
+import { isResolved } from '../../lib/util/sync-promise.js'
 import type { Acquisition, TransactionAcquisition, TransactionClaim } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import { claim, newKey, reply, same, take, tombstone } from '../support/store-fixtures.js'
@@ -38,7 +38,7 @@ t.test('what was finished here is replayed without asking the store', async (t) 
   store.asked = []
   for (let n = 0; n < 3; n++) same(t, await cache.acquire(key, claim()), reply())
   t.strictSame(store.asked, [])
-  t.ok(isAtHand(cache.acquire(key, claim())), 'and without a promise that has to be waited for')
+  t.ok(isResolved(cache.acquire(key, claim())), 'and without a promise that has to be waited for')
 })
 
 t.test('who is turned away meanwhile makes no difference', async (t) => {
@@ -123,7 +123,7 @@ t.test('a reply does not outlive its ttl, nor is it asked for less of it than is
   t.match(await cache.acquire(key, claim()), { state: 'acquired' })
   const ever = await finish(cache, newKey(), null)
   t.match(await cache.acquire(ever, claim()), { state: 'completed', ttlMs: null })
-  t.ok(isAtHand(cache.acquire(ever, claim())), 'what is kept for ever is kept here, too')
+  t.ok(isResolved(cache.acquire(ever, claim())), 'what is kept for ever is kept here, too')
 })
 
 t.test('a repeated completion with another record does not change what is replayed', async (t) => {

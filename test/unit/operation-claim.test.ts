@@ -3,7 +3,7 @@ import { UnreadableAnswer } from '../../lib/errors.js'
 import { composeFingerprint } from '../../lib/operation/fingerprint.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
 import { LocalCache } from '../../lib/stores/memory/local-cache.js'
-import { atHand } from '../../lib/util/sync-promise.js'
+import { resolved } from '../../lib/util/sync-promise.js'
 import type { Acquisition } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {
@@ -821,7 +821,7 @@ t.test('a request that was let through unprotected does not start as a claim', a
 
 t.test('an answer at hand is not waited for, and one that is none is a failure', async (t) => {
   const s = scene(t, { shows: false })
-  s.store.answers.acquire = [() => atHand(undefined)]
+  s.store.answers.acquire = [() => resolved(undefined)]
   t.match(await outcome(() => s.actor().operation.claim()), {
     ...UNAVAILABLE,
     cause: { message: 'The idempotency store gave no valid answer' }

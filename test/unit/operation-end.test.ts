@@ -605,7 +605,7 @@ onBoth(t, 'whoever has the key after its owner keeps it when the owner is done',
 onBoth(t, 'a claim that turns out to be needless is given back', async (t, s) => {
   const a = s.actor()
   await a.operation.claim()
-  a.operation.disown()
+  a.operation.drop()
   await s.time.pass(0)
   t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
 })

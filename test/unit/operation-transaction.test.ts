@@ -234,7 +234,7 @@ for (const [what, rolledBack] of Object.entries({ fails: failing(away), 'is not 
 t.test('a transaction that turns out to be needless is rolled back, and nobody runs', async (t) => {
   const s = scene(t, { policy })
   const a = await atWork(s)
-  a.operation.disown()
+  a.operation.drop()
   t.strictSame(a.transaction.asked, [['rollback']])
   t.strictSame(s.store.names, ['begin'])
   t.equal(s.inUse.live.size, 0)

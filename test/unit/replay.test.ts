@@ -1,7 +1,7 @@
 import Fastify, { type FastifyReply } from 'fastify'
 import t from 'tap'
 import { restoreAll } from '../../lib/http/headers.js'
-import { hasType, payloadOf, putOn, takeOff } from '../../lib/http/replay.js'
+import { hasType, putOn, replayPayload, takeOff } from '../../lib/http/replay.js'
 import type { StoredReply } from '../../types/index.js'
 
 const STORED: StoredReply = {
@@ -71,7 +71,7 @@ t.test('restored headers are what they were: none more, none less, none changed 
 })
 
 t.test('a payload is of the kind that was stored, and none where nothing was', async (t) => {
-  t.equal(payloadOf(STORED), 'done')
-  t.strictSame(payloadOf({ ...STORED, text: false }), Buffer.from('done'))
-  for (const text of [true, false]) t.equal(payloadOf({ ...STORED, body: Buffer.alloc(0), text }), undefined)
+  t.equal(replayPayload(STORED), 'done')
+  t.strictSame(replayPayload({ ...STORED, text: false }), Buffer.from('done'))
+  for (const text of [true, false]) t.equal(replayPayload({ ...STORED, body: Buffer.alloc(0), text }), undefined)
 })

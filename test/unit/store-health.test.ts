@@ -1,7 +1,7 @@
 import t, { type Test } from 'tap'
 import { StoreTimeout, UnreadableAnswer } from '../../lib/errors.js'
 import { StoreHealth } from '../../lib/operation/store-health.js'
-import { atHand } from '../../lib/util/sync-promise.js'
+import { resolved } from '../../lib/util/sync-promise.js'
 import { latch } from '../support/latch.js'
 import { VirtualTime } from '../support/virtual-time.js'
 
@@ -120,7 +120,7 @@ t.test('a call that fails and is no probe lets nobody else ask', async (t) => {
 })
 
 t.test('with the first answer it is up again, whoever gets it', async (t) => {
-  for (const answer of [async () => true, () => atHand(false)]) {
+  for (const answer of [async () => true, () => resolved(false)]) {
     const { health, hang } = patient(t)
     await hang()
     await health.ask('renewal', LIMIT, answer)

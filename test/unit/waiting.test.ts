@@ -68,32 +68,32 @@ class Guest implements Waiter {
   result: WaitResult | Error | undefined
   readonly #store: Store
   readonly #name: string
-  readonly look: Waiter['look']
+  readonly poll: Waiter['poll']
 
   constructor(
     store: Store,
     name: string,
-    { storageKey = 'key', waitTimeout = WAIT_TIMEOUT, takesOver = true, look }: Partial<Waiter>
+    { storageKey = 'key', waitTimeout = WAIT_TIMEOUT, takesOver = true, poll }: Partial<Waiter>
   ) {
     this.#store = store
     this.#name = name
     this.storageKey = storageKey
     this.waitTimeout = waitTimeout
     this.takesOver = takesOver
-    this.look = () => {
+    this.poll = () => {
       store.calls.push(name)
-      return look === undefined ? this.#look() : look()
+      return poll === undefined ? this.#poll() : poll()
     }
   }
 
-  async #look(): Promise<Acquisition> {
+  async #poll(): Promise<Acquisition> {
     const { state } = this.#store
     if (state !== 'free') return state
     this.#store.state = running()
     return { state: 'acquired', attempt: 1 }
   }
 
-  disown(): void {
+  drop(): void {
     this.disowned++
   }
 
@@ -173,7 +173,7 @@ t.test('the subscription comes before the look, so that no change falls between 
   const store = new Store()
   const looking = latch<Acquisition>()
   let looks = 0
-  const guest = store.waiter('a', { look: async () => (++looks === 1 ? looking.promise : COMPLETED) })
+  const guest = store.waiter('a', { poll: async () => (++looks === 1 ? looking.promise : COMPLETED) })
   const waiting = guest.wait()
   t.strictSame(store.calls, ['changed', 'a'])
   store.become(COMPLETED)
@@ -265,7 +265,7 @@ t.test('leaving without waiting does nothing, and neither does leaving twice', a
 t.test('a claim that comes for somebody who has left is given back', async (t) => {
   const store = new Store()
   const looking = latch<Acquisition>()
-  const first = store.waiter('first', { look: () => looking.promise })
+  const first = store.waiter('first', { poll: () => looking.promise })
   const second = store.waiter('second')
   const waits = [first.wait(), second.wait()]
   first.leave()
@@ -283,7 +283,7 @@ t.test('nothing is given back when what came for somebody who has left is no cla
   for (const state of [COMPLETED, running(), { state: 'abandoned', fingerprint: 'f', attempt: 1 } as Acquisition]) {
     const store = new Store()
     const looking = latch<Acquisition>()
-    const guest = store.waiter('a', { look: () => looking.promise })
+    const guest = store.waiter('a', { poll: () => looking.promise })
     const waiting = guest.wait()
     guest.leave()
     t.equal(await waiting, 'left')
@@ -296,7 +296,7 @@ t.test('nothing is given back when what came for somebody who has left is no cla
 t.test('a reply that comes while the one who looks leaves is still for the others', async (t) => {
   const store = new Store()
   const looking = latch<Acquisition>()
-  const first = store.waiter('first', { look: () => looking.promise })
+  const first = store.waiter('first', { poll: () => looking.promise })
   const second = store.waiter('second')
   const waits = [first.wait(), second.wait()]
   first.leave()
@@ -325,7 +325,7 @@ t.test('when the last one has waited long enough the subscription ends', async (
 
 t.test('nobody who waits is left without an answer by a store that does not give one', async (t) => {
   const store = new Store()
-  t.equal(await store.waiter('a', { waitTimeout: 20, look: () => new Promise(() => {}) }).wait(), 'timeout')
+  t.equal(await store.waiter('a', { waitTimeout: 20, poll: () => new Promise(() => {}) }).wait(), 'timeout')
 })
 
 t.test('a store that cannot tell of changes is asked again every 100 ms', async (t) => {
@@ -384,7 +384,7 @@ t.test('a subscription that throws instead of rejecting is no worse', async (t) 
 t.test('a look that fails fails all who wait, and nobody who comes later', async (t) => {
   const store = new Store()
   const looking = latch<Acquisition>()
-  const guests = [store.waiter('a', { look: () => looking.promise }), store.waiter('b'), store.waiter('c')]
+  const guests = [store.waiter('a', { poll: () => looking.promise }), store.waiter('b'), store.waiter('c')]
   const waits = guests.map((guest) => guest.wait())
   const error = new Error('store down')
   looking.fail(error)
@@ -401,7 +401,7 @@ t.test('a look that throws at once fails all who wait as well', async (t) => {
   const thrower = () => {
     throw error
   }
-  const guests = [store.waiter('a', { look: thrower }), store.waiter('b', { look: thrower })]
+  const guests = [store.waiter('a', { poll: thrower }), store.waiter('b', { poll: thrower })]
   t.strictSame(await Promise.all(guests.map((guest) => guest.wait())), [error, error])
 })
 
@@ -424,7 +424,7 @@ t.test('when the lease of the owner is over somebody looks, without being told',
   const abandoned: Acquisition = { state: 'abandoned', fingerprint: 'f', attempt: 1 }
   let looks = 0
   // The wait is over before anybody would look again without a reason.
-  const guest = store.waiter('a', { waitTimeout: 600, look: async () => (++looks === 1 ? running(30) : abandoned) })
+  const guest = store.waiter('a', { waitTimeout: 600, poll: async () => (++looks === 1 ? running(30) : abandoned) })
   t.equal(await guest.wait(), abandoned)
 })
 
@@ -719,7 +719,7 @@ t.test('when the last one leaves while somebody looks the waiting ends with that
   const asked = hurry(t, 20)
   const store = new Store()
   const looking = latch<Acquisition>()
-  const guest = store.waiter('a', { look: () => looking.promise })
+  const guest = store.waiter('a', { poll: () => looking.promise })
   const waiting = guest.wait()
   guest.leave()
   t.equal(await waiting, 'left')
@@ -734,7 +734,7 @@ t.test('nothing is remembered of keys for which nobody waits any more', async (t
   const room = new WaitingRoom({} as IdempotencyStore)
   const waitFor = async (from: number) => {
     for (let n = from; n < from + 10_000; n++) {
-      const waiter = { waitTimeout: WAIT_TIMEOUT, takesOver: true, look: async () => COMPLETED, disown() {} }
+      const waiter = { waitTimeout: WAIT_TIMEOUT, takesOver: true, poll: async () => COMPLETED, drop() {} }
       await room.wait({ ...waiter, storageKey: `key ${n}` })
     }
     collect()

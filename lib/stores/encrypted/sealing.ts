@@ -11,7 +11,7 @@ import { UnreadableAnswer } from '../../errors.js'
 
 /*
  * What is sealed, as bytes: the version, four bytes that name the key, a random salt of 32, the ciphertext, and a tag of
- * 16. All that stands before the ciphertext is bound to it, like what the caller says it is about.
+ * 16. All that stands before the ciphertext is associatedData to it, like what the caller says it is about.
  *
  * Each has a key and a nonce of its own, by HKDF-SHA-256 (RFC 5869) of the secret and the salt, for AES-256-GCM. Under the
  * secret itself no more than 2^32 random nonces would be safe (NIST SP 800-38D §8.3): a busy service would be through with
@@ -50,7 +50,7 @@ export class Keyring {
     head[0] = VERSION
     head.writeUInt32BE(this.#current.name, NAME_AT)
     randomFillSync(head, SALT_AT)
-    return Buffer.concat([head, ...this.#current.encrypt(plain, head.subarray(SALT_AT), bound(head, about))])
+    return Buffer.concat([head, ...this.#current.encrypt(plain, head.subarray(SALT_AT), associatedData(head, about))])
   }
 
   /** @throws when these are not the bytes that were sealed, about the same. */
@@ -67,7 +67,7 @@ export class Keyring {
       const plain = secret.decrypt(
         sealed.subarray(TEXT_AT, end),
         head.subarray(SALT_AT),
-        bound(head, about),
+        associatedData(head, about),
         sealed.subarray(end)
       )
       if (plain !== null) return plain
@@ -114,7 +114,7 @@ export class Secret {
 }
 
 /** The version and the secret's name, and what the caller says. */
-function bound(head: Buffer, about: string): Buffer {
+function associatedData(head: Buffer, about: string): Buffer {
   return Buffer.concat([head.subarray(0, SALT_AT), Buffer.from(about)])
 }
 

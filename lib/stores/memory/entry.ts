@@ -1,5 +1,5 @@
 import type { Acquisition, StoredRecord, StoredReply, TombstoneReason } from '../../../types/index.js'
-import { Item } from './linked-map.js'
+import { Node } from './linked-map.js'
 
 /** What an entry takes beside its key, headers and body, roughly. */
 const ENTRY_OVERHEAD = 300
@@ -15,7 +15,7 @@ const NONE: FlatHeaders = []
 const EPOCH = Date.now()
 
 /** A finished operation in the memory of this process. Its record is nobody else's: it is copied in and out. */
-export class Kept extends Item {
+export class MemoryEntry extends Node {
   /** Monotonic milliseconds; infinite for ever. */
   readonly expires: number
   readonly fingerprint: string

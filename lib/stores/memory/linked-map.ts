@@ -1,5 +1,5 @@
 /** Something that stands on a shelf, between its neighbours. */
-export abstract class Item {
+export abstract class Node {
   readonly key: string
   /** Bytes, roughly. */
   readonly size: number
@@ -16,7 +16,7 @@ export abstract class Item {
  * Items by key and in order, with their size: all in constant time. The iterators of a Map are no way to its oldest
  * entry: a new one walks over everything that was deleted before, and a kept one keeps what it has not walked over.
  */
-export class Shelf<T extends Item> {
+export class LinkedMap<T extends Node> {
   readonly #items = new Map<string, T>()
   #oldest: T | null = null
   #newest: T | null = null

@@ -9,11 +9,11 @@ import type {
 import { InvalidOption } from '../../errors.js'
 import { BYTES, COUNT, checked, DURATION } from '../../option-rules.js'
 import { describeStore } from '../../util/describe.js'
-import { atHand, kPeek } from '../../util/sync-promise.js'
+import { kPeek, resolved } from '../../util/sync-promise.js'
 import { isInFrontOf } from '../innermost.js'
 import { A_STORE, isStore } from '../is-store.js'
-import { Kept, sizeOf } from './entry.js'
-import { Shelf } from './linked-map.js'
+import { MemoryEntry, sizeOf } from './entry.js'
+import { LinkedMap } from './linked-map.js'
 
 /** Bounds of a `LocalCache`. */
 export interface LocalCacheOptions {
@@ -36,7 +36,7 @@ export interface LocalCacheOptions {
 }
 
 /** A finished operation, and when the store is to be asked for it again, in monotonic milliseconds. */
-class Cached extends Kept {
+class CachedEntry extends MemoryEntry {
   readonly stale: number
 
   constructor(key: string, record: StoredRecord, expires: number, stale: number) {
@@ -74,7 +74,7 @@ export class LocalCache implements IdempotencyStore {
   readonly #maxBytes: number
   readonly #maxAge: number
   /** In the order of their last use. */
-  readonly #cached = new Shelf<Cached>()
+  readonly #cached = new LinkedMap<CachedEntry>()
   /** The claims that were made here, by their key: the record of one that has not been completed before is known. */
   readonly #claimed = new Map<string, string>()
   /** Changes whenever a key is deleted: what was asked before may be from before. */
@@ -101,7 +101,7 @@ export class LocalCache implements IdempotencyStore {
 
   acquire(key: string, claim: Claim): Promise<Acquisition> {
     const cached = this.#find(key)
-    return cached === null ? this.#acquire(key, claim, claim.token) : atHand<Acquisition>(cached)
+    return cached === null ? this.#acquire(key, claim, claim.token) : resolved<Acquisition>(cached)
   }
 
   /** What is kept here is replayed while the store is down, too. */
@@ -194,13 +194,13 @@ export class LocalCache implements IdempotencyStore {
   }
 
   /** `null` for what is too large. What the store says of time counts from when it was asked, at the earliest. */
-  #copy(key: string, record: StoredRecord, ttlMs: number | null, now: number): Cached | null {
+  #copy(key: string, record: StoredRecord, ttlMs: number | null, now: number): CachedEntry | null {
     if (sizeOf(key, record) > this.#maxBytes) return null
     const expires = ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs
-    return new Cached(key, record, expires, now + this.#maxAge)
+    return new CachedEntry(key, record, expires, now + this.#maxAge)
   }
 
-  #put(cached: Cached, asked: Asked): void {
+  #put(cached: CachedEntry, asked: Asked): void {
     // A key that was deleted meanwhile must not come back.
     if (asked.deletions !== this.#deletions) return
     this.#cached.put(cached)

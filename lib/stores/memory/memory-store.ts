@@ -1,10 +1,10 @@
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../../types/index.js'
 import { StoreFull } from '../../errors.js'
 import { BYTES, COUNT, checked } from '../../option-rules.js'
-import { atHand } from '../../util/sync-promise.js'
+import { resolved } from '../../util/sync-promise.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
-import { Kept, sizeOf } from './entry.js'
-import { Item, Shelf } from './linked-map.js'
+import { MemoryEntry, sizeOf } from './entry.js'
+import { LinkedMap, Node } from './linked-map.js'
 
 /** Bounds of a `MemoryStore`. */
 export interface MemoryStoreOptions {
@@ -43,7 +43,7 @@ interface Found {
 }
 
 /** A finished operation, and who finished it. */
-class Done extends Kept {
+class CompletedEntry extends MemoryEntry {
   readonly token: string
 
   constructor(key: string, token: string, record: StoredRecord, expires: number) {
@@ -53,7 +53,7 @@ class Done extends Kept {
 }
 
 /** Who released a key, which is free. */
-class Released extends Item {
+class Released extends Node {
   readonly token: string
   readonly expires: number
 
@@ -78,8 +78,8 @@ export class MemoryStore implements IdempotencyStore {
   readonly #maxEntries: number
   readonly #maxBytes: number
   readonly #claims = new Map<string, ClaimEntry>()
-  readonly #done = new Shelf<Done>()
-  readonly #released = new Shelf<Released>()
+  readonly #done = new LinkedMap<CompletedEntry>()
+  readonly #released = new LinkedMap<Released>()
   readonly #listeners = new Map<string, Set<() => void>>()
   /** No lease ends before. Leases are looked through only when one of them may have ended. */
   #leasesHold = Number.POSITIVE_INFINITY
@@ -97,7 +97,7 @@ export class MemoryStore implements IdempotencyStore {
 
   acquire(key: string, claim: Claim): Promise<Acquisition> {
     try {
-      return atHand(this.#acquire(key, claim))
+      return resolved(this.#acquire(key, claim))
     } catch (error) {
       return Promise.reject(error)
     }
@@ -113,7 +113,7 @@ export class MemoryStore implements IdempotencyStore {
 
   complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
     try {
-      return atHand(this.#complete(key, token, record, ttlMs))
+      return resolved(this.#complete(key, token, record, ttlMs))
     } catch (error) {
       return Promise.reject(error)
     }
@@ -216,7 +216,7 @@ export class MemoryStore implements IdempotencyStore {
     const { fingerprint, createdAt } = record
     const isTooLarge = sizeOf(key, record) > this.#maxBytes
     const kept: StoredRecord = isTooLarge ? { kind: 'tombstone', reason: 'too-large', fingerprint, createdAt } : record
-    this.#put(new Done(key, token, kept, ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs))
+    this.#put(new CompletedEntry(key, token, kept, ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs))
     this.#wake(key)
     return true
   }
@@ -233,7 +233,7 @@ export class MemoryStore implements IdempotencyStore {
     return held?.token === token && !held.givenBack ? held : undefined
   }
 
-  #doneOf(key: string, now: number): Done | undefined {
+  #doneOf(key: string, now: number): CompletedEntry | undefined {
     const done = this.#done.get(key)
     if (done === undefined || done.expires > now) return done
     this.#done.remove(done)
@@ -253,7 +253,7 @@ export class MemoryStore implements IdempotencyStore {
     if (released !== undefined) this.#released.remove(released)
   }
 
-  #put(done: Done): void {
+  #put(done: CompletedEntry): void {
     const isFull = () => this.#done.length >= this.#maxEntries || this.#done.bytes + done.size > this.#maxBytes
     for (let { oldest } = this.#done; oldest !== null && isFull(); oldest = this.#done.oldest) this.#done.remove(oldest)
     this.#done.put(done)

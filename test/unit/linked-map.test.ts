@@ -1,10 +1,10 @@
 import t from 'tap'
-import { Item, Shelf } from '../../lib/stores/memory/linked-map.js'
+import { LinkedMap, Node } from '../../lib/stores/memory/linked-map.js'
 
-class Book extends Item {}
+class Book extends Node {}
 
-function shelfOf(...keys: string[]): { shelf: Shelf<Book>; books: Record<string, Book> } {
-  const shelf = new Shelf<Book>()
+function shelfOf(...keys: string[]): { shelf: LinkedMap<Book>; books: Record<string, Book> } {
+  const shelf = new LinkedMap<Book>()
   const books: Record<string, Book> = {}
   for (const key of keys) {
     const book = new Book(key, key.length)
@@ -15,7 +15,7 @@ function shelfOf(...keys: string[]): { shelf: Shelf<Book>; books: Record<string,
 }
 
 /** The keys that a walk shows. */
-function walked(shelf: Shelf<Book>, count: number): string {
+function walked(shelf: LinkedMap<Book>, count: number): string {
   let keys = ''
   shelf.walk(count, ({ key }) => {
     keys += key

@@ -1,24 +1,24 @@
 import t from 'tap'
-import { atHand, isAtHand, isThenable, reveal } from '../../lib/util/sync-promise.js'
+import { isResolved, isThenable, peek, resolved } from '../../lib/util/sync-promise.js'
 
 t.test('an answer at hand shows its value, and is a promise like any other', async (t) => {
-  const promise = atHand('value')
+  const promise = resolved('value')
   t.ok(promise instanceof Promise)
-  t.ok(isAtHand(promise))
-  t.equal(reveal(promise), 'value')
+  t.ok(isResolved(promise))
+  t.equal(peek(promise), 'value')
   t.equal(await promise, 'value')
 })
 
 t.test('nothing is a value as well', async (t) => {
-  t.ok(isAtHand(atHand(undefined)))
-  t.equal(reveal(atHand(undefined)), undefined)
-  t.equal(reveal(atHand(false)), false)
+  t.ok(isResolved(resolved(undefined)))
+  t.equal(peek(resolved(undefined)), undefined)
+  t.equal(peek(resolved(false)), false)
 })
 
 t.test('any other promise is left as it is', async (t) => {
   const promise = Promise.resolve('value')
-  t.notOk(isAtHand(promise))
-  t.equal(reveal(promise), promise)
+  t.notOk(isResolved(promise))
+  t.equal(peek(promise), promise)
 })
 
 t.test('what can be waited for is known by its `then`', async (t) => {

@@ -5,7 +5,7 @@ import type { Acquisition, IdempotencyStore } from '../../types/index.js'
 import type { StoreFactory, StoreUnderTest } from './types.js'
 
 /** Where a promise is put to the test. */
-export interface Bench {
+export interface Harness {
   readonly store: IdempotencyStore
   /** Another client on the same data, where there is one. */
   readonly second: IdempotencyStore
@@ -18,31 +18,31 @@ export interface Bench {
 }
 
 /** A promise of every store, and how it is tried. */
-export interface Promised {
+export interface Case {
   readonly name: string
   /** Rejects when the promise is broken. */
-  readonly keep: (bench: Bench) => Promise<void>
+  readonly keep: (harness: Harness) => Promise<void>
 }
 
-export function promised(name: string, keep: Promised['keep']): Promised {
+export function conformanceCase(name: string, keep: Case['keep']): Case {
   return { name, keep }
 }
 
 type OptionalMethod = 'changed' | 'get' | 'delete' | 'close'
 
 /** The same on clients that have one of the methods that a store need not have. */
-export type BenchWith<M extends OptionalMethod> = Bench & {
+export type HarnessWith<M extends OptionalMethod> = Harness & {
   readonly [client in 'store' | 'second']: IdempotencyStore & Required<Pick<IdempotencyStore, M>>
 }
 
 /** A promise that is made with a method which a store need not have. */
-export function promisedWith<M extends OptionalMethod>(
+export function caseWith<M extends OptionalMethod>(
   method: M,
   name: string,
-  keep: (bench: BenchWith<M>) => Promise<void>
-): Promised {
-  return promised(name, async (bench) => {
-    if (bench.store[method] !== undefined) await keep(bench as BenchWith<M>)
+  keep: (harness: HarnessWith<M>) => Promise<void>
+): Case {
+  return conformanceCase(name, async (harness) => {
+    if (harness.store[method] !== undefined) await keep(harness as HarnessWith<M>)
   })
 }
 
@@ -50,7 +50,7 @@ export function promisedWith<M extends OptionalMethod>(
 export class Rejection extends AssertionError {}
 
 /** Makes a store, tries the promise on it, and disposes of it: all within the limit. */
-export async function keepsPromise({ name, keep }: Promised, factory: StoreFactory, limit: number): Promise<void> {
+export async function runCase({ name, keep }: Case, factory: StoreFactory, limit: number): Promise<void> {
   const over = new AbortController()
   setMaxListeners(0, over.signal)
   const unanswered: string[] = []
@@ -59,7 +59,7 @@ export async function keepsPromise({ name, keep }: Promised, factory: StoreFacto
     made = subject
     return subject
   })
-  const kept = making.then((subject) => keep(benchOf(subject, unanswered, over.signal)))
+  const kept = making.then((subject) => keep(harnessOf(subject, unanswered, over.signal)))
   const what = () => (made ? pending(unanswered) : 'the factory to give a store')
   const failure = await outcome(within(limit, kept, what))
   over.abort()
@@ -84,7 +84,7 @@ async function disposed(subject: StoreUnderTest): Promise<void> {
   else for (const client of new Set([subject.store, subject.second])) await client?.close?.()
 }
 
-function benchOf(subject: StoreUnderTest, unanswered: string[], signal: AbortSignal): Bench {
+function harnessOf(subject: StoreUnderTest, unanswered: string[], signal: AbortSignal): Harness {
   const { store, second = store, interrupt, spoil } = subject
   const first = watched(store, unanswered, signal)
   return {

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { Kept, sizeOf } from '../../lib/stores/memory/entry.js'
+import { MemoryEntry, sizeOf } from '../../lib/stores/memory/entry.js'
 import type { StoredRecord, StoredReply } from '../../types/index.js'
 import { reply, tombstone } from '../support/store-fixtures.js'
 
@@ -7,8 +7,8 @@ import { reply, tombstone } from '../support/store-fixtures.js'
 
 type Headers = StoredReply['headers']
 
-const kept = (record: StoredRecord, expires = 1_000) => new Kept('key', record, expires)
-const headersOf = (entry: Kept) => (entry.at(0).record as StoredReply).headers
+const kept = (record: StoredRecord, expires = 1_000) => new MemoryEntry('key', record, expires)
+const headersOf = (entry: MemoryEntry) => (entry.at(0).record as StoredReply).headers
 
 t.test('what is kept comes back as it was', async (t) => {
   for (const record of [

@@ -1,0 +1,70 @@
+import type { IdempotencyEventName, StoredRecord } from '../../types/index.js'
+import { Abandoned, InProgress, keyReused, NotReplayable, StoreUnavailable, withRetryAfter } from '../errors.js'
+import { publish, type Subject } from '../events.js'
+import type { Policy } from '../options.js'
+import type { Decision } from './decide.js'
+import type { StoreHealth } from './store-health.js'
+
+/* What is told of an operation: to the subscribers of events, to the log, and to the client that is refused. */
+
+/** An event, which the log has too, for who looks for details. */
+export function tell(subject: Subject, event: IdempotencyEventName, error?: unknown): void {
+  publish(event, subject, error)
+  subject.request.log.debug(bindings(subject), `idempotency ${event}`)
+}
+
+export function tellStored(subject: Subject, record: StoredRecord): void {
+  tell(subject, record.kind === 'reply' ? 'stored' : 'tombstoned')
+}
+
+/** A step has failed, or was not tried because the store is known to be down: each is an event, an outage one error. */
+export function tellFailure(subject: Subject, health: StoreHealth, error: unknown): void {
+  publish('store-error', subject, error)
+  health.report(error, subject.request.log, bindings(subject))
+}
+
+/** The end of a transaction was refused: nothing of it is there. */
+export function tellUndone(subject: Subject, error: unknown): void {
+  publish('released', subject)
+  subject.request.log.warn({ ...bindings(subject), err: error }, 'idempotency transaction rolled back at its end')
+}
+
+export function tellLost(subject: Subject, loss: string): void {
+  publish('lease-lost', subject)
+  subject.request.log.warn(bindings(subject), `idempotency claim lost ${loss}`)
+}
+
+/** The error that refuses a duplicate. */
+export function refusal(subject: Subject, refused: Extract<Decision, { do: 'refuse' }>): Error {
+  switch (refused.with) {
+    case 'KEY_REUSED': {
+      const { differs } = refused
+      publish('mismatch', subject, undefined, differs)
+      subject.request.log.debug({ ...bindings(subject), differs }, 'idempotency mismatch')
+      return keyReused(differs)
+    }
+    case 'NOT_REPLAYABLE':
+      return conflict(subject, new NotReplayable())
+    case 'IN_PROGRESS':
+      return inProgress(subject)
+    case 'ABANDONED':
+      return conflict(subject, new Abandoned())
+  }
+}
+
+export function inProgress(subject: Subject): Error {
+  return conflict(subject, withRetryAfter(new InProgress(), 1))
+}
+
+export function unavailable({ storeTimeout }: Policy, cause: unknown): Error {
+  return withRetryAfter(new StoreUnavailable({ cause }), Math.ceil(storeTimeout / 1_000))
+}
+
+function conflict(subject: Subject, error: Error): Error {
+  tell(subject, 'conflict', error)
+  return error
+}
+
+function bindings({ storageKey, policy, attempt }: Subject): object {
+  return { idempotency: { key: storageKey, route: policy.route, attempt } }
+}
