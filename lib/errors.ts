@@ -1,6 +1,8 @@
 import createError, { type FastifyError } from '@fastify/error'
 import type { Difference } from '../types/index.js'
 
+/* Every error that the plugin makes, one line for each code, and what errors of others tell. */
+
 /** An error of the plugin's own that answers a request. */
 export interface Refusal extends FastifyError {
   statusCode: number

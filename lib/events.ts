@@ -1,6 +1,8 @@
 import { type Channel, channel } from 'node:diagnostics_channel'
 import type { Difference, IdempotencyEvent, IdempotencyEventName } from '../types/index.js'
 
+/* The diagnostics channels. A subscriber never changes a request. */
+
 /** The events of the diagnostics channels `fastify-idempotency:<name>`. */
 export const idempotencyEvents: readonly IdempotencyEventName[] = Object.freeze([
   'acquired',

@@ -3,6 +3,8 @@ import { PROBLEM_TYPE } from './http/problem-details.js'
 import type { Policy } from './options.js'
 import { policyOf } from './routes/covered-routes.js'
 
+/* What documents made by @fastify/swagger show of covered routes. */
+
 /** What @fastify/swagger gives to a `transform`, as far as it is used here. */
 export interface RouteDocumentation {
   schema: FastifySchema

@@ -25,6 +25,11 @@ import { A_STORE, isStore } from './stores/is-store.js'
 import { MemoryStore } from './stores/memory/memory-store.js'
 import { describe } from './util/describe.js'
 
+/*
+ * The options, checked, with their defaults, as one frozen policy for each covered route. Nobody else reads raw
+ * options.
+ */
+
 /** RFC 9110 §9.2.1, and RFC 10008 for QUERY: a request that changes nothing needs no protection. */
 const SAFE_METHODS: ReadonlySet<string> = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE', 'QUERY'])
 

@@ -12,6 +12,8 @@ import { expectCoverage, sees } from './routes/coverage.js'
 import { cover } from './routes/covered-routes.js'
 import { withoutSlash } from './routes/early-routes.js'
 
+/* Register time: what a registration decorates, which routes get which hooks, and where in their phases these stand. */
+
 /** The configs of routes, and their URLs: the HEAD twin that Fastify adds to a route has the same ones. */
 const seenUrls = new WeakMap<object, Set<string>>()
 

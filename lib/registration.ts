@@ -7,6 +7,8 @@ import { warnOfSiblings } from './stores/memory/siblings.js'
 import { waitAtMost } from './util/timeout.js'
 import { LONGEST_DELAY } from './util/timer.js'
 
+/* One `app.register(idempotency)`, and how it closes: what runs is waited for, for one lease at most. */
+
 /**
  * Where an instance keeps the registration that is in force for its routes: its own, or the nearest above. One name for
  * all copies of this package in a process, so that none takes a route of another for unprotected.

@@ -1,3 +1,5 @@
+/* Warnings of the process: for what is allowed, and hardly meant. Each is given once. */
+
 const given = new Set<string>()
 
 /**

@@ -3,6 +3,11 @@ import type { TombstoneReason } from '../../types/index.js'
 import { Timer } from '../util/timer.js'
 import { stopSource } from './payload.js'
 
+/*
+ * A stream that is passed on to its client and kept: its end waits for the record, and whoever does not read does not
+ * hold it up.
+ */
+
 /** What becomes of a captured stream. */
 export interface StreamFate {
   /** The stream came to its end; `body` is `null` when there is no copy. When it rejects, the end is not passed on. */

@@ -13,6 +13,8 @@ import { RequestContext } from './request-context.js'
 import { kSnapshot, RequestSnapshot } from './request-snapshot.js'
 import { scopeOf } from './scope.js'
 
+/* Between the hooks and the operation: from the key of a request to what is to be done with it. */
+
 type GetKey = NonNullable<Policy['getKey']>
 type Scope = NonNullable<Policy['scope']>
 /** The reply, if it is on its way now. */

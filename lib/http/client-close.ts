@@ -3,6 +3,8 @@ import type { FastifyReply } from 'fastify'
 import { endByStatus, storeHijacked } from './end-claim.js'
 import { type Exchange, isFailure } from './exchange.js'
 
+/* A client that leaves: before the handler starts its key is given back, afterwards nothing changes. */
+
 /** The exchanges whose responses wait behind another on their connection, by the connection's socket. */
 const queued = new WeakMap<object, Set<Exchange>>()
 

@@ -1,5 +1,7 @@
 import type { FastifyRequest } from 'fastify'
 
+/* What a body says that it is. */
+
 export function isJson(request: FastifyRequest): boolean {
   return /^application\/(?:[^;]*\+)?json\b/i.test(request.headers['content-type'] ?? '')
 }

@@ -1,6 +1,8 @@
 import type { TLSSocket } from 'node:tls'
 import type { FastifyRequest } from 'fastify'
 
+/* Nobody gets another's reply: who asks, by the credentials that were sent, where no `scope` says so. */
+
 const PROXY = ['proxy-authorization']
 const AUTHORIZATION = ['authorization']
 const API_KEYS = ['x-api-key', 'api-key', 'x-auth-token', 'x-access-token']

@@ -5,6 +5,8 @@ import type { Operation } from '../operation/operation.js'
 import type { CapturedStream } from './captured-stream.js'
 import type { Headers } from './headers.js'
 
+/* Where a request is on its way. All that changes about that changes here, by transitions that have names. */
+
 /** Where a request keeps its exchange; `null` without a key, `SKIPPED` when `skip` said so. */
 export const kExchange = Symbol('fastify-idempotency.exchange')
 /** Where a request keeps the plugin's own error that answers it. */

@@ -8,6 +8,8 @@ import { type FileLike, isPlain, isStream, OPAQUE } from './kinds-of-values.js'
 import { formOf } from './multipart.js'
 import { digest, valueHash } from './value-hash.js'
 
+/* What makes two requests the same: what they are for, who sends them, and their payload by value. */
+
 /** What a payload's hash is made of starts with its kind, so that the kinds never meet. */
 const NO_BODY = '-'
 

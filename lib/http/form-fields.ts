@@ -1,6 +1,8 @@
 import type { FastifyInstance } from 'fastify'
 import { warn } from '../warnings.js'
 
+/* A `field` that no form can bring, because none is parsed, is warned of at boot. */
+
 /** A covered route whose key may come in a field of the body. */
 export interface FieldedRoute {
   readonly instance: FastifyInstance

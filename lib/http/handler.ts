@@ -6,6 +6,8 @@ import { type Exchange, exchangeOf, type Running } from './exchange.js'
 import { giveOwnReply, sendReturned, sendThrown } from './handler-reply.js'
 import { snapshot } from './headers.js'
 
+/* In the place of a route's handler: it starts under a claim that counts, and its end is seen, however it ends. */
+
 export type Handler = (this: FastifyInstance, request: FastifyRequest, reply: FastifyReply) => unknown
 /** What becomes of an error that refuses the request. */
 type Refuse = (request: FastifyRequest, reply: FastifyReply, error: unknown) => Error

@@ -16,6 +16,8 @@ import { hasType, putOn, replayPayload, takeOff } from './replay.js'
 import { kSnapshot, RequestSnapshot } from './request-snapshot.js'
 import { storeReply } from './store-reply.js'
 
+/* Fastify's hooks for a covered route. They decide nothing: what is done is in the files that they call. */
+
 type Done = (error?: Error | null, payload?: unknown) => void
 
 /** The hooks of one covered route, in the order of a request's life. What they do is in other files. */

@@ -6,6 +6,8 @@ import { isMultipart } from './content-type.js'
 import { isStream } from './kinds-of-values.js'
 import { isField } from './multipart.js'
 
+/* Where a key may be, what is one, and who may leave it out. */
+
 /** Where a route looks for its key, and what it accepts as one. */
 export interface KeyRules {
   /** Lower-case name of the header, or `null`. */

@@ -1,3 +1,5 @@
+/* The fields and files of a multipart body, for its key and its fingerprint. */
+
 /** A part of @fastify/multipart with `attachFieldsToBody: true`. */
 interface Part {
   fieldname?: unknown

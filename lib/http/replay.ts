@@ -2,9 +2,11 @@ import type { FastifyReply } from 'fastify'
 import type { StoredReply } from '../../types/index.js'
 import { type Headers, restore } from './headers.js'
 
+/* A replay is the first reply: its status, headers and bytes, and a mark that says so. */
+
 /** Puts a stored reply's status and headers on a reply, and the mark of a replay. */
 export function putOn(reply: FastifyReply, stored: StoredReply, replayHeader: string | null): void {
-  // To look is cheaper than to set: mostly all is there when this is done for the second time.
+  // Compare before setting: on the second pass nearly every header is already in place.
   if (reply.statusCode !== stored.statusCode) reply.code(stored.statusCode)
   if (reply.hasHeader('content-length')) reply.removeHeader('content-length')
   for (const [name, value] of stored.headers) if (reply.getHeader(name) !== value) reply.header(name, value)

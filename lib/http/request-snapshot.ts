@@ -6,6 +6,8 @@ import { credentialsOf } from './credentials.js'
 import { hasBody, headOf, payloadOfBody } from './fingerprint.js'
 import { isInUnparsedBody, keyInBody, parseKey } from './key.js'
 
+/* What the client sent counts, not what hooks and validation make of it. */
+
 /** Where a request keeps what was read of it before others could change it; `null` when there was no key to be seen. */
 export const kSnapshot = Symbol('fastify-idempotency.snapshot')
 

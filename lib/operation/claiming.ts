@@ -11,6 +11,8 @@ import type { Permit } from './store-health.js'
 import { newToken } from './token.js'
 import { TransactionalClaim } from './transactional-claim.js'
 
+/* Asking the store for a key: within a limit, once for all where that is enough, and never twice under one token. */
+
 /** An answer of the store, from a transaction or not. */
 export type Found = Acquisition | TransactionAcquisition
 

@@ -3,6 +3,8 @@ import type { Subject } from '../events.js'
 import type { Policy } from '../options.js'
 import type { MaybePromise } from '../util/sync-promise.js'
 
+/* What an operation and its claim are to each other. */
+
 /** What a claim needs of the operation that holds it. */
 export interface Claimant extends Subject {
   readonly policy: Policy

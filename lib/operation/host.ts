@@ -1,3 +1,5 @@
+/* What an operation and its registration are to each other. */
+
 /** What a registration knows of an operation that is going on. */
 export interface Ongoing {
   /** The server closes: a duplicate that waits gets its answer now. */

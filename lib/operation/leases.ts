@@ -1,5 +1,7 @@
 import { Timer } from '../util/timer.js'
 
+/* A claim is renewed for as long as its handler runs. */
+
 /** A claim that has to be renewed when it lives long enough. */
 export interface Renewable {
   readonly lease: number

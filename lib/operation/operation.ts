@@ -13,6 +13,8 @@ import { storageKey } from './storage-key.js'
 import { StoreContext } from './store-context.js'
 import type { Waiter } from './waiting.js'
 
+/* The life of one keyed request, from the question for its key to the end of its claim. */
+
 /**
  * Where an operation is in its life:
  *

@@ -3,6 +3,11 @@ import type { HeldClaim } from './held-claim.js'
 import { StoreHealth } from './store-health.js'
 import { WaitingRoom } from './waiting.js'
 
+/*
+ * What a process knows of one store, whichever registrations use it, and the claims that it gives back in the
+ * background.
+ */
+
 const FIRST_PAUSE_MS = 50
 const LONGEST_PAUSE_MS = 1_000
 /** A claim that was never given back lapses by itself: forgetting the oldest is safe. */

@@ -6,7 +6,7 @@ const TOKEN_BYTES = 16
 const pool = Buffer.allocUnsafeSlow(TOKEN_BYTES * 256)
 let used = pool.length
 
-/** A name for one owner of one claim, that nobody else has. Random bytes are drawn for many at a time. */
+/** A unique owner token. Random bytes are drawn for many at a time. */
 export function newToken(): string {
   if (used === pool.length) {
     randomFillSync(pool)

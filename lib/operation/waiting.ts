@@ -2,6 +2,11 @@ import type { Acquisition, IdempotencyStore } from '../../types/index.js'
 import { promiseTry } from '../util/timeout.js'
 import { LONGEST_DELAY, Timer } from '../util/timer.js'
 
+/*
+ * Duplicates that wait: in the order in which they came, with one question to the store for all of them, and no more
+ * than there is room for.
+ */
+
 /** Whether or not somebody tells of changes, a key is asked for again after this many milliseconds, if it is its turn. */
 const SAFETY_POLL_MS = 1_000
 /** How often a store is asked that cannot tell of changes, if it is the key's turn. */
@@ -229,7 +234,7 @@ class Queue {
 
   async #watch(): Promise<void> {
     this.#watching = true
-    // Who was woken in vain takes a breath: a store may call out all the time.
+    // Back off after a spurious wake-up: a store may notify on every write.
     let woken = false
     for (let first = this.#first(); first !== undefined; first = this.#first()) {
       this.#subscribe()
@@ -241,7 +246,7 @@ class Queue {
         continue
       }
       if (found.state === 'running') {
-        if (woken) await this.#breathe()
+        if (woken) await this.#backOff()
         woken = await this.#pause(found.leaseMs)
         continue
       }
@@ -299,7 +304,7 @@ class Queue {
     return this.#notified
   }
 
-  async #breathe(): Promise<void> {
+  async #backOff(): Promise<void> {
     await this.#rest(SHORT_PAUSE_MS, null, false)
     await this.#rest(null, this.#room.pressingLine, false)
   }

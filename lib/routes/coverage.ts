@@ -15,6 +15,8 @@ import {
   withoutSlash
 } from './early-routes.js'
 
+/* No route that asks for protection runs without it: at boot all routes are compared with what is covered. */
+
 /** The registration that saw a route when it was declared, covered or not. */
 const owners = new WeakMap<RouteOptions, Registration>()
 

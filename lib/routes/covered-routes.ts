@@ -1,6 +1,8 @@
 import type { RouteOptions } from 'fastify'
 import type { Policy } from '../options.js'
 
+/* Which routes are covered, by which policy, for those who ask from outside. */
+
 const policies = new WeakMap<RouteOptions, Policy>()
 
 /** A route is covered by this policy, whatever registration it belongs to. */

@@ -2,6 +2,8 @@ import { channel, subscribe, unsubscribe } from 'node:diagnostics_channel'
 import type { FastifyInstance, RouteOptions } from 'fastify'
 import type { RouteDeclaration } from '../options.js'
 
+/* Routes that were declared before the plugin could see them. */
+
 /** A route, and the instance on which it was declared. */
 export interface DeclaredRoute extends RouteDeclaration {
   readonly instance: FastifyInstance

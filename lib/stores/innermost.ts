@@ -1,5 +1,7 @@
 import type { IdempotencyStore } from '../../types/index.js'
 
+/* Stores in front of stores, and the one behind them all. */
+
 const inner = new WeakMap<IdempotencyStore, IdempotencyStore>()
 
 /** A store is in front of another one. */

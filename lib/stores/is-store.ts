@@ -1,3 +1,5 @@
+/* What an `IdempotencyStore` is, at run time. */
+
 export const A_STORE = 'an IdempotencyStore (acquire, renew, complete and release)'
 
 /** Does the value have the methods of an `IdempotencyStore`? */

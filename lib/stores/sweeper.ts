@@ -1,6 +1,8 @@
 import { waitAtMost } from '../util/timeout.js'
 import { LONGEST_DELAY } from '../util/timer.js'
 
+/* Deletes what has expired: in small batches, by one process at a time. */
+
 /** How long a stop waits for a batch: one that a broken connection holds up would never end. */
 const PATIENCE_MS = 1_000
 

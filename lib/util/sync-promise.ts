@@ -1,13 +1,15 @@
 import type { Acquisition } from '../../types/index.js'
 
+/* Promises whose value is known already, for those who have nothing to wait for. */
+
 const kValue = Symbol('fastify-idempotency.value')
 
 /** A value, or the promise of one. */
 export type MaybePromise<T> = T | Promise<T>
 
 /**
- * A fulfilled promise that shows its value, for those who have the answer at hand: nobody in this package waits for it.
- * To all others it is a promise like any other.
+ * A resolved promise whose value can be read synchronously (`peek`), which saves this package a turn of the microtask
+ * queue for every answer of a store in memory. To all others it is a promise like any other.
  */
 export function resolved<T>(value: T): Promise<T> {
   const promise = Promise.resolve(value) as Promise<T> & { [kValue]?: T }

@@ -2,6 +2,8 @@ import { StoreTimeout } from '../errors.js'
 import { isResolved } from './sync-promise.js'
 import { Timer } from './timer.js'
 
+/* Calls that are waited for no longer than so many milliseconds. */
+
 /** Who wants to know whether a store call was answered in time. */
 export interface Witness {
   answered(): void

@@ -129,7 +129,7 @@ t.test('required refuses a request without a key, wherever it may come from', as
   }
 })
 
-t.test('a key that is none is 422: blank, too long, several, malformed', async (t) => {
+t.test('a malformed key is 422: blank, too long, several, not well-formed', async (t) => {
   for (const hook of ['onRequest', 'preParsing', 'preValidation', 'preHandler'] as const) {
     const { send, state } = await service(t, { hook, field: 'f' })
     for (const value of [

@@ -200,7 +200,7 @@ t.test('where all answers are at hand a request goes its whole way without being
   t.same(go('k'), ['next', 'next', 'next', 'done', 'done'], 'a first request')
   t.same(go('k'), ['next', 'next', 'nothing', 'done', 'done'], 'its replay')
   t.same(go('k', 'other'), ['next', 'next', 'FST_IDEMPOTENCY_KEY_REUSED', 'done'], 'another with its key')
-  t.equal(go(',')[0], 'FST_IDEMPOTENCY_KEY_INVALID', 'a key that is none')
+  t.equal(go(',')[0], 'FST_IDEMPOTENCY_KEY_INVALID', 'a malformed key')
 })
 
 t.test('an error of a request without a key, or one that is nothing, is left to Fastify', async (t) => {
@@ -332,7 +332,7 @@ t.test(
   }
 )
 
-t.test('a key that is none is refused before the body is read, whenever it would be claimed', async (t) => {
+t.test('a malformed key in the header is refused with 422 before the body is read, whatever the hook', async (t) => {
   for (const hook of HOOKS) {
     for (const options of [{ hook }, { hook, skip: () => false }, { hook, field: '_key' }]) {
       const notes: string[] = []
@@ -416,7 +416,7 @@ t.test('a required key is missed as soon as there is no place left for it, and a
   }
 })
 
-t.test('a key that is none is refused with the reason, wherever it was', async (t) => {
+t.test('a malformed key is refused with 422 and the reason, in header, query and body', async (t) => {
   for (const hook of HOOKS) {
     const app = await serve(t, { hook, field: '_key' }, async () => t.fail('it ran'))
     const twice: Sent[] = [{ key: 'a, b' }, { key: null, body: { _key: ['a', 'b'] } }]

@@ -200,7 +200,7 @@ t.test('header, form and source of the key can be chosen', async (t) => {
   await t.rejects(send(URL_, { ...order, idempotencyKey: 'é' }), { name: 'TypeError', message: /ASCII/ })
 })
 
-t.test('a key that is none, or could not be sent, is refused before anything is sent', async (t) => {
+t.test('a malformed key, or one that could not be sent, is refused before anything is sent', async (t) => {
   const { sender, requests } = server(t, created)
   for (const idempotencyKey of ['', ' ', '\t']) {
     await t.rejects(sender()(URL_, { ...order, idempotencyKey }), { name: 'TypeError', message: /blank/ })

@@ -9,7 +9,7 @@ function shelfOf(...keys: string[]): { shelf: LinkedMap<Book>; books: Record<str
   for (const key of keys) {
     const book = new Book(key, key.length)
     books[key] = book
-    shelf.put(book)
+    shelf.set(book)
   }
   return { shelf, books }
 }
@@ -17,7 +17,7 @@ function shelfOf(...keys: string[]): { shelf: LinkedMap<Book>; books: Record<str
 /** The keys that a walk shows. */
 function walked(shelf: LinkedMap<Book>, count: number): string {
   let keys = ''
-  shelf.walk(count, ({ key }) => {
+  shelf.scan(count, ({ key }) => {
     keys += key
   })
   return keys
@@ -40,22 +40,22 @@ t.test('what a walk would go on with may be removed meanwhile', async (t) => {
 t.test('what a walk would go on with may be made the newest meanwhile', async (t) => {
   const { shelf, books } = shelfOf('a', 'b', 'c')
   t.equal(walked(shelf, 1), 'a')
-  shelf.renew(books.b as Book)
+  shelf.touch(books.b as Book)
   t.equal(walked(shelf, 5), 'cb')
 })
 
 t.test('what is shown may be removed while it is', async (t) => {
   const { shelf } = shelfOf('a', 'b', 'c')
-  shelf.walk(2, (book) => shelf.remove(book))
+  shelf.scan(2, (book) => shelf.remove(book))
   t.strictSame([shelf.length, shelf.oldest?.key, shelf.bytes], [1, 'c', 1])
 })
 
 t.test('the order is that of putting and renewing, and the sizes add up', async (t) => {
   const { shelf, books } = shelfOf('a', 'bb', 'ccc')
   t.equal(shelf.bytes, 6)
-  shelf.renew(books.a as Book)
+  shelf.touch(books.a as Book)
   t.equal(walked(shelf, 5), 'bbccca')
-  shelf.put(new Book('bb', 10))
+  shelf.set(new Book('bb', 10))
   t.strictSame([shelf.length, shelf.bytes], [3, 14])
   t.equal(walked(shelf, 5), 'cccabb')
   for (const key of ['ccc', 'a', 'bb']) {

@@ -1,6 +1,8 @@
 import type { Acquisition, StoredRecord, StoredReply, TombstoneReason } from '../../../types/index.js'
 import { Node } from './linked-map.js'
 
+/* A finished operation in the memory of this process, in as few bytes as can be. */
+
 /** What an entry takes beside its key, headers and body, roughly. */
 const ENTRY_OVERHEAD = 300
 const HEADER_OVERHEAD = 60
@@ -11,7 +13,7 @@ type FlatHeaders = readonly (string | string[])[]
 
 const NONE: FlatHeaders = []
 
-// Small integers take no memory of their own: times are counted from here, in whole milliseconds.
+// V8 stores small integers (Smis) inline: times are whole milliseconds since the start of the process.
 const EPOCH = Date.now()
 
 /** A finished operation in the memory of this process. Its record is nobody else's: it is copied in and out. */

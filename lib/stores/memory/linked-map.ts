@@ -1,4 +1,4 @@
-/** Something that stands on a shelf, between its neighbours. */
+/** An entry of a `LinkedMap`, between its neighbours. */
 export abstract class Node {
   readonly key: string
   /** Bytes, roughly. */
@@ -13,14 +13,18 @@ export abstract class Node {
 }
 
 /**
- * Items by key and in order, with their size: all in constant time. The iterators of a Map are no way to its oldest
- * entry: a new one walks over everything that was deleted before, and a kept one keeps what it has not walked over.
+ * A map with an order and a size, for a FIFO (`MemoryStore`) as for an LRU (`LocalCache`): all in constant time. The iterators
+ * of a Map are no way to its oldest entry: a new one walks over everything that was deleted before, and a kept one keeps
+ * what it has not walked over.
+ *
+ * Not lru-cache, which serves the second only. Measured: it is as fast, and takes 13 bytes more for an entry, 45 with sizes
+ * and ttls; a reply of 500 bytes is to take little more than itself.
  */
 export class LinkedMap<T extends Node> {
   readonly #items = new Map<string, T>()
   #oldest: T | null = null
   #newest: T | null = null
-  /** Where the last walk has come to. */
+  /** Where the last scan has come to. */
   #next: T | null = null
   /** Of all items together. */
   bytes = 0
@@ -38,7 +42,7 @@ export class LinkedMap<T extends Node> {
   }
 
   /** As the newest, in the place of the one with the same key. */
-  put(item: T): void {
+  set(item: T): void {
     const before = this.#items.get(item.key)
     if (before !== undefined) this.remove(before)
     this.#items.set(item.key, item)
@@ -53,18 +57,18 @@ export class LinkedMap<T extends Node> {
   }
 
   /** Makes it the newest. */
-  renew(item: T): void {
+  touch(item: T): void {
     this.#detach(item)
     this.#append(item)
   }
 
-  /** Shows up to `count` items, from where the last walk has ended, each of which may be removed. */
-  walk(count: number, show: (item: T) => void): void {
+  /** Visits up to `count` items, from where the last scan has ended, each of which may be removed. */
+  scan(count: number, visit: (item: T) => void): void {
     this.#next ??= this.#oldest
     for (let n = 0; n < count && this.#next !== null; n++) {
       const item: T = this.#next
       this.#next = item.newer
-      show(item)
+      visit(item)
     }
   }
 

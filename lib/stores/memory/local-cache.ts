@@ -180,7 +180,7 @@ export class LocalCache implements IdempotencyStore {
       this.#cached.remove(cached)
       return null
     }
-    this.#cached.renew(cached)
+    this.#cached.touch(cached)
     return cached.at(now)
   }
 
@@ -203,7 +203,7 @@ export class LocalCache implements IdempotencyStore {
   #put(cached: CachedEntry, asked: Asked): void {
     // A key that was deleted meanwhile must not come back.
     if (asked.deletions !== this.#deletions) return
-    this.#cached.put(cached)
+    this.#cached.set(cached)
     for (let { oldest } = this.#cached; oldest !== null && this.#isFull(); oldest = this.#cached.oldest) {
       this.#cached.remove(oldest)
     }

@@ -242,7 +242,7 @@ export class MemoryStore implements IdempotencyStore {
 
   #forget(key: string, token: string, now: number): void {
     this.#claims.delete(key)
-    this.#released.put(new Released(key, token, now + RELEASE_MEMORY_MS))
+    this.#released.set(new Released(key, token, now + RELEASE_MEMORY_MS))
     const { oldest } = this.#released
     if (this.#released.length > MAX_RELEASED && oldest !== null) this.#released.remove(oldest)
     this.#startSweeping()
@@ -256,7 +256,7 @@ export class MemoryStore implements IdempotencyStore {
   #put(done: CompletedEntry): void {
     const isFull = () => this.#done.length >= this.#maxEntries || this.#done.bytes + done.size > this.#maxBytes
     for (let { oldest } = this.#done; oldest !== null && isFull(); oldest = this.#done.oldest) this.#done.remove(oldest)
-    this.#done.put(done)
+    this.#done.set(done)
     this.#startSweeping()
   }
 
@@ -283,7 +283,7 @@ export class MemoryStore implements IdempotencyStore {
 
   #sweep(): void {
     const now = performance.now()
-    this.#done.walk(SWEEP_AT_ONCE, (done) => {
+    this.#done.scan(SWEEP_AT_ONCE, (done) => {
       if (done.expires <= now) this.#done.remove(done)
     })
     for (const [key, held] of this.#claims) {

@@ -2,6 +2,8 @@ import { setImmediate as immediate } from 'node:timers/promises'
 import type { TransactionClient } from '../../../types/index.js'
 import { TransactionBroken } from '../../errors.js'
 
+/* The client of a transaction, for its handler: it does all but begin and end transactions. */
+
 /** Statements that would begin or end a transaction; most have none of these words, and are not looked at closely. */
 const SUSPECT = /\b(?:begin|start|commit|end|abort|rollback|prepare)\b/i
 /**

@@ -1,5 +1,7 @@
 import { StoreFull, UnreadableAnswer } from '../../errors.js'
 
+/* What the errors of PostgreSQL mean to a claim. */
+
 /** An error that the server has sent; others have no severity. */
 export interface DatabaseError extends Error {
   /** In the server's language. */

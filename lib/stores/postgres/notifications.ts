@@ -4,6 +4,8 @@ import type { PostgresPool } from './pool.js'
 import { messageOf } from './rows.js'
 import { CHANNEL } from './statements.js'
 
+/* LISTEN: one connection that hears of changes to the keys somebody waits for. */
+
 /** The part of a `pg` client that listens. */
 interface Listener {
   on(event: string, listener: (message: { payload?: string }) => void): unknown

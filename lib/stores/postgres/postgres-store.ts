@@ -168,7 +168,7 @@ export class PostgresStore implements IdempotencyStore {
     await Promise.all([this.#notifications.close(), this.#sweeper?.stop()])
   }
 
-  /** By a callback: between a client's coming and a promise's resolution its loss would be heard by nobody. */
+  /** The callback form on purpose: with a promise there is a gap before our 'error' listener is attached. */
   #connect<T>(use: (client: TransactionClient) => T): Promise<T> {
     return new Promise((resolve, reject) => {
       this.#pool.connect((error, client) => {
@@ -185,7 +185,8 @@ export class PostgresStore implements IdempotencyStore {
   /** Runs a statement that says yes by a row. */
   async #test(text: string, values: unknown[]): Promise<boolean> {
     const done = async () => (await this.#query(text, values)).length > 0
-    // No is said twice: a statement that has waited for an earlier one of the same token does not see what that has done.
+    // Re-check a negative result: under READ COMMITTED this statement's snapshot may predate a concurrent write by the
+    // same token.
     return (await done()) || done()
   }
 

@@ -3,6 +3,8 @@ import type { Acquisition, StoredHeader, StoredRecord } from '../../../types/ind
 import { UnreadableAnswer } from '../../errors.js'
 import { areHeaders, isReason, isStatus } from '../record-codec.js'
 
+/* Rows of the table, from and to records and answers. */
+
 /** The longest key that is stored as it is, in bytes; an index has no room for much longer ones. */
 const LONGEST_KEY = 500
 

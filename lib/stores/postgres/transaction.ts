@@ -15,6 +15,8 @@ import { claimFailure, type DatabaseError, explain, isAnswer, isContention, isRe
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './rows.js'
 import { KEEP_ALIVE, type PostgresSql } from './statements.js'
 
+/* A claim, the handler's writes and the record in one transaction of PostgreSQL. */
+
 /** How often a key is asked for that others take and give back meanwhile. */
 const MOST_TRIES = 20
 

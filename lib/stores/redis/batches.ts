@@ -2,6 +2,8 @@ import { Batch } from '../../util/batch.js'
 import type { RedisClient } from './client.js'
 import { discreet } from './errors.js'
 
+/* Claims that are asked for in one turn of the event loop go to Redis in one pipeline. */
+
 /** What one command of a pipeline gave. */
 export type Result = [error: Error | null, result: unknown]
 

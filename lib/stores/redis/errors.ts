@@ -1,5 +1,7 @@
 import { StoreFull } from '../../errors.js'
 
+/* What the errors of Redis mean, and what of them may be shown. */
+
 /** The error without the command that it carries: the command's arguments are somebody's reply, and errors are logged. */
 export function discreet(error: unknown): Error {
   const { name = 'Error', message = String(error) } = error instanceof Error ? error : {}

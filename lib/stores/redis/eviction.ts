@@ -1,5 +1,7 @@
 import type { RedisClient } from './client.js'
 
+/* A Redis that evicts keys forgets replies, and is warned of. */
+
 type Config = (command: 'GET', pattern: string) => Promise<unknown>
 
 /**

@@ -3,6 +3,8 @@ import type { RedisClient } from './client.js'
 import { type Argument, runScript } from './run-script.js'
 import { RENEW } from './scripts.js'
 
+/* Claims that are due together are renewed together. */
+
 /** A script must not hold up the server for longer than a few milliseconds. */
 const MOST_AT_ONCE = 500
 

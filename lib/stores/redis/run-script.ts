@@ -2,6 +2,8 @@ import type { RedisClient } from './client.js'
 import { discreet } from './errors.js'
 import type { Script } from './scripts.js'
 
+/* Scripts by their hash, and sent first to a server that does not know them. */
+
 export type Argument = string | Buffer
 
 type Evaluate = (script: string, keys: number, ...keysAndArgs: Argument[]) => Promise<unknown>

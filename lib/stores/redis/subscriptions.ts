@@ -1,6 +1,8 @@
 import { listen } from '../../util/listen.js'
 import type { RedisClient } from './client.js'
 
+/* Pub/sub: one connection that hears of changes to the keys somebody waits for. */
+
 /** The part of an ioredis connection that listens. */
 interface Subscriber {
   on(event: string, listener: (...args: never[]) => void): unknown
