@@ -87,9 +87,9 @@ interface Sent {
  *
  *   working     has not returned
  *   awaiting    waits for the end of its own reply, as an async handler does that returns it: it has nothing more to do
- *   told        was told that its reply is over
- *   elsewhere   has returned, and replies from a callback, if ever
- *   ended       has returned what it had to say
+ *   told        was told that its reply is over, while it waited for that
+ *   elsewhere   has returned without a reply, which comes from a callback, if ever
+ *   ended       has returned
  *   failed      has thrown
  *   gives back  is still working, though it has replied: the key is given back when it ends
  */
@@ -101,7 +101,7 @@ type HandlerState = 'working' | 'awaiting' | 'told' | 'elsewhere' | 'ended' | 'f
  *   no
  *   struck     it is about to: the handler has a reply of its own from now on
  *   answered   the timeout's reply has come to onSend
- *   stray      something else was sent on the client's reply, by who should have had the handler's
+ *   stray      something else was sent on the client's reply, by code that should have had the handler's own
  */
 type Timeout = 'no' | 'struck' | 'answered' | 'stray'
 
@@ -140,7 +140,7 @@ export class Exchange {
     return this.#timeout !== 'no'
   }
 
-  /** Did somebody send on the client's reply what the handler should have sent on its own? */
+  /** Was something sent on the client's reply that should have gone to the handler's own? */
   get isStray(): boolean {
     return this.#timeout === 'stray'
   }
@@ -208,7 +208,7 @@ export class Exchange {
     if (this.#handler === 'awaiting') this.#handler = 'told'
   }
 
-  /** It is given back when the handler has ended; `false` when it has. */
+  /** Puts off giving the key back until the handler ends. `false`: there is nothing to wait for. */
   giveBackAtEnd(): boolean {
     if (this.#handler !== 'working') return false
     this.#handler = 'gives back'
@@ -225,12 +225,12 @@ export class Exchange {
   /* Its timeout */
 
   /** The time is up before the handler's reply has come to us. */
-  overtake(isStray: boolean): void {
+  timeoutStruck(isStray: boolean): void {
     this.#timeout = isStray ? 'stray' : 'struck'
   }
 
   /** The time is up after the handler has failed, before that reply has come to us; `false` where it has not failed. */
-  overtakeError(): boolean {
+  timeoutStruckError(): boolean {
     const stage = this.#stage
     if (stage.is !== 'running' || stage.reply !== 'error') return false
     stage.reply = 'overtaken'
@@ -241,7 +241,7 @@ export class Exchange {
     if (this.#timeout === 'struck') this.#timeout = 'answered'
   }
 
-  sentByTimeout(): void {
+  sentOnClientReply(): void {
     if (this.#timeout === 'answered') this.#timeout = 'stray'
   }
 }
@@ -251,7 +251,10 @@ export function exchangeOf(request: FastifyRequest): Exchange | null {
   return exchange instanceof Exchange ? exchange : null
 }
 
-/** Of a transaction whose reply is that of an error nothing but the record is committed; but for work that is done. */
+/**
+ * Does the reply tell of a failure? Then a transaction commits its record only. Where the reply is broken the work is done,
+ * and all of it is committed.
+ */
 export function isFailure({ failure, reply }: Running): boolean {
   return failure !== null && reply !== 'broken'
 }

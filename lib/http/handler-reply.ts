@@ -48,11 +48,11 @@ export function giveOwnReply(exchange: Exchange): void {
 
   client.send = function (this: FastifyReply, payload?: unknown) {
     if (exchange.isLate) {
-      exchange.sentByTimeout()
+      exchange.sentOnClientReply()
     } else if (isTimeout(payload) && exchange.stage.is === 'running' && exchange.handler !== 'failed') {
       current = late(exchange, client)
-      exchange.overtake(isClientUsed)
-    } else if (!isTimeout(payload) || !exchange.overtakeError()) {
+      exchange.timeoutStruck(isClientUsed)
+    } else if (!isTimeout(payload) || !exchange.timeoutStruckError()) {
       isClientUsed = true
       exchange.noteSent(payload)
     }

@@ -107,7 +107,8 @@ export class RouteHooks {
         return sent instanceof Promise ? this.#guard(request, reply, sent) : done(null, sent)
       }
       case 'storing':
-        // Somebody sends twice, or the handler's timeout strikes: the first reply is on its way.
+        // Somebody sends twice, or the handler's timeout strikes: the first reply is on its way, and this one is dropped. It
+        // never comes out of this hook, on purpose.
         return new Promise(() => {})
       case 'sent':
         // Sending the first reply failed: a stream that nobody reads any more is read to its end for the record.
@@ -157,7 +158,7 @@ export class RouteHooks {
   #sendInPlace({ operation }: Exchange, failed: boolean, payload: Payload, done: Done): unknown {
     // No reply may be held up for nothing: Fastify would take it for unsent, and send another.
     if (operation.phase === 'over') return done(null, payload)
-    // Between the claim and the handler there is nothing of ours, nor of Fastify's.
+    // Nothing of ours or Fastify's runs between the claim and the handler: another plugin has replaced our handler.
     if (operation.phase === 'held' && !failed) this.#warnOfHandler()
     return operation.cancel().then(() => payload)
   }

@@ -11,7 +11,7 @@ import type { Permit } from './store-health.js'
 import { newToken } from './token.js'
 import { TransactionalClaim } from './transactional-claim.js'
 
-/* Asking the store for a key: within a limit, once for all where that is enough, and never twice under one token. */
+/* Asking the store for a key: within a limit, and never again under a token whose answer was lost. */
 
 /** An answer of the store, from a transaction or not. */
 export type Found = Acquisition | TransactionAcquisition
@@ -42,8 +42,8 @@ export class Claiming {
   }
 
   /**
-   * Asks the store. Of those in this process who want the same key in a transaction one at a time does: it takes a
-   * connection to ask, and the owner may have the last one.
+   * Asks the store. With transactions, one request for each key asks at a time: it takes a connection of the pool, and the
+   * owner may need the last one.
    */
   ask(takeover: boolean): MaybePromise<Found> {
     return this.#claimant.policy.transaction ? this.#askInTurn(takeover) : this.#askStore(takeover)
@@ -85,7 +85,7 @@ export class Claiming {
   async #askInTurn(takeover: boolean): Promise<Found> {
     const { storageKey } = this.#claimant
     const { asking } = this.#context
-    // The answer to who has asked before may be older than this request: only what is final is still true.
+    // An answer that was under way before this request came may be older than it: only what is final is still true.
     let isOld = true
     for (let asked = asking.get(storageKey); asked !== undefined; asked = asking.get(storageKey)) {
       const found = await asked

@@ -58,7 +58,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
 
   complete(record: StoredRecord): MaybePromise<void> {
     const stored = peek(this.#call(() => this.#complete(record)))
-    if (stored instanceof Promise) return this.#completeLater(stored, record)
+    if (stored instanceof Promise) return this.#completeInBackground(stored, record)
     this.#completed(stored, record)
   }
 
@@ -72,7 +72,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
       else this.#claimant.lost()
     } catch (error) {
       tellFailure(this.#claimant, this.#context.health, error)
-      // Where a lapsed claim is not taken over it would be called abandoned, which it is not.
+      // With `onAbandoned: 'reject'` a lapsed lease would make retries fail as abandoned: renewed until it is released.
       if (!policy.reruns) scheduleRenewal(this)
       void this.#orphan(unused).then((given) => {
         this.#claimant.end()
@@ -111,7 +111,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
     return this.#storing
   }
 
-  /** Another request of this process asks for the key. */
+  /** Another request of this process is asking for the key. */
   meet(rival: Promise<unknown>): void {
     const rivals = this.#rivals ?? new Set()
     this.#rivals = rivals.add(rival)
@@ -133,7 +133,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
     }
   }
 
-  async #completeLater(answer: Promise<boolean>, record: StoredRecord): Promise<void> {
+  async #completeInBackground(answer: Promise<boolean>, record: StoredRecord): Promise<void> {
     let stored: boolean
     try {
       stored = await answer
@@ -163,10 +163,10 @@ export class LeasedClaim implements HeldClaim, Renewable {
   #complete(record: StoredRecord): Promise<boolean> {
     const { policy, storageKey } = this.#claimant
     const stored = promiseTry(() => policy.store.complete(storageKey, this.#token, record, policy.ttl))
-    return peek(stored) === true ? stored : this.#completeAnew(stored, record)
+    return peek(stored) === true ? stored : this.#completeOrReclaim(stored, record)
   }
 
-  async #completeAnew(stored: Promise<boolean>, record: StoredRecord): Promise<boolean> {
+  async #completeOrReclaim(stored: Promise<boolean>, record: StoredRecord): Promise<boolean> {
     const { policy, storageKey } = this.#claimant
     const token = this.#token
     if (toBoolean(await stored)) return true
@@ -196,7 +196,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
       const isRenewed = toBoolean(await this.#call(() => policy.store.renew(storageKey, token, policy.lease)))
       const renewed = isRenewed || token !== this.#token
       this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
-      // Once the claim is ending, the last step finds out by itself.
+      // If its record is on the way to the store, that step notices the loss by itself.
       if (!renewed && this.#isHeld() && !(await this.#call(() => this.#reclaim(token))) && this.#isHeld()) {
         this.#claimant.end()
         this.#claimant.lost()

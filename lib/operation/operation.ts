@@ -44,7 +44,7 @@ export interface Caller {
 /** How many keys one process reserves at a time in one store, for requests that have not been read yet. */
 const MOST_RESERVATIONS = 1_000
 
-/** The life of one keyed request: from the claim of its key to the end of the claim. Knows nothing of replies. */
+/** The life of one keyed request: from the claim of its key to the end of the claim. It makes no replies. */
 export class Operation implements Claimant, Waiter, Ongoing {
   readonly request: FastifyRequest
   readonly policy: Policy
@@ -128,9 +128,9 @@ export class Operation implements Claimant, Waiter, Ongoing {
   // What can be decided at once is decided at once: a promise is paid for only where there is something to wait for.
 
   /**
-   * Claims the key before the request has been read, for one lease, so that duplicates are refused before theirs are. It
-   * is forgotten when that has passed, and never takes over: nothing is lost with a request that does not come to its
-   * handler. `'later'`: ask `claim` when everything is known.
+   * Claims the key before the request has been read, so that duplicates are refused before their bodies are read. The
+   * reservation expires after one lease, and never takes over an abandoned key: nothing is lost with a request that does
+   * not come to its handler. `'later'`: ask `claim` when everything is known.
    */
   reserve(): MaybePromise<Verdict> {
     this.#host.operations.add(this)
@@ -268,8 +268,7 @@ export class Operation implements Claimant, Waiter, Ongoing {
     this.end()
     if (!(error instanceof StoreFailure)) throw error
     if (this.#isGone) return 'gone'
-    // To run unprotected is one thing, to run beside another that is known to run is quite another, and so it is to run
-    // once more what may have run. A store that is full is there.
+    // Never bypass a key that is known to be running, or may have run already. A store that is full is not down.
     const { cause } = error
     const isUnreadable = cause instanceof UnreadableAnswer && !cause.isFree
     const isTaken = this.#isTaken || this.#context.live.has(this.storageKey) || isUnreadable
@@ -358,7 +357,7 @@ export class Operation implements Claimant, Waiter, Ongoing {
     const found = await this.#claiming.ask(true)
     // Asked again and again, it would say so for ever.
     if (found.state === 'abandoned') {
-      const cause = new UnreadableAnswer('The idempotency store does not give what nobody has')
+      const cause = new UnreadableAnswer('The idempotency store refused the takeover of an abandoned key')
       tellFailure(this, this.#context.health, cause)
       throw new StoreFailure('The key could not be asked for', { cause })
     }
