@@ -99,11 +99,10 @@ type HandlerState = 'working' | 'awaiting' | 'told' | 'elsewhere' | 'ended' | 'f
  * Has `handlerTimeout` answered the client in the handler's place?
  *
  *   no
- *   struck     it is about to: the handler has a reply of its own from now on
- *   answered   the timeout's reply has come to onSend
+ *   struck     it has, or is about to: the handler has a reply of its own from now on
  *   stray      something else was sent on the client's reply, by code that should have had the handler's own
  */
-type Timeout = 'no' | 'struck' | 'answered' | 'stray'
+type Timeout = 'no' | 'struck' | 'stray'
 
 const UNPROTECTED: Unprotected = { is: 'unprotected' }
 const STORING: Storing = { is: 'storing' }
@@ -224,9 +223,17 @@ export class Exchange {
 
   /* Its timeout */
 
-  /** The time is up before the handler's reply has come to us. */
-  timeoutStruck(isStray: boolean): void {
-    this.#timeout = isStray ? 'stray' : 'struck'
+  /**
+   * The time is up before the handler's reply has come to us.
+   * @param isUsed Has the handler sent something on its own reply, which is still on its way through hooks?
+   */
+  timeoutStruck(isUsed: boolean): void {
+    this.#timeout = 'struck'
+    const stage = this.#stage
+    if (isUsed || stage.is !== 'running') return
+    // What was sent on the client's reply, and what came of that, is not the handler's.
+    stage.reply = 'awaited'
+    stage.failure = null
   }
 
   /** The time is up after the handler has failed, before that reply has come to us; `false` where it has not failed. */
@@ -237,12 +244,8 @@ export class Exchange {
     return true
   }
 
-  timeoutAnswered(): void {
-    if (this.#timeout === 'struck') this.#timeout = 'answered'
-  }
-
   sentOnClientReply(): void {
-    if (this.#timeout === 'answered') this.#timeout = 'stray'
+    this.#timeout = 'stray'
   }
 }
 

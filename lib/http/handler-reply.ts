@@ -18,14 +18,19 @@ import { type Exchange, isFailure } from './exchange.js'
 type Fastify = { send: FastifyReply['send']; then: Then }
 type Then = (fulfilled: () => void, rejected?: (error: Error) => void) => void
 
-/** Gives the exchange a reply for a handler that may be overtaken. */
-export function giveOwnReply(exchange: Exchange): void {
+/**
+ * Gives the exchange a reply for a handler that may be overtaken.
+ * @param isOver The time was up before the handler could start: the client's reply is the timeout's already.
+ */
+export function giveOwnReply(exchange: Exchange, isOver: boolean): void {
   const client = exchange.reply
   const fastify = Object.getPrototypeOf(client) as Fastify
   let current = client
+  let isUsed = false
   let isClientUsed = false
 
   function send(payload?: unknown): FastifyReply {
+    isUsed = true
     exchange.noteSent(payload)
     return fastify.send.call(own, payload)
   }
@@ -40,18 +45,20 @@ export function giveOwnReply(exchange: Exchange): void {
     }
     const unlessLate = (end: () => void) => {
       if (current === awaited) end()
-      else fastify.then.call(current, fulfilled, rejected)
+      else fastify.then.call(current, told, rejected)
     }
     const failed = (error: Error) => unlessLate(() => rejected?.(error))
-    fastify.then.call(client, () => unlessLate(told), failed)
+    fastify.then.call(awaited, () => unlessLate(told), failed)
   }
 
   client.send = function (this: FastifyReply, payload?: unknown) {
     if (exchange.isLate) {
-      exchange.sentOnClientReply()
+      // Fastify drops it.
+      if (this.sent) stray(exchange)
     } else if (isTimeout(payload) && exchange.stage.is === 'running' && exchange.handler !== 'failed') {
       current = late(exchange, client)
-      exchange.timeoutStruck(isClientUsed)
+      exchange.timeoutStruck(isUsed)
+      if (isClientUsed) stray(exchange)
     } else if (!isTimeout(payload) || !exchange.timeoutStruckError()) {
       isClientUsed = true
       exchange.noteSent(payload)
@@ -63,7 +70,8 @@ export function giveOwnReply(exchange: Exchange): void {
     get(_, name) {
       if (name === 'send') return send
       if (name === 'then') return then
-      return Reflect.get(current, name)
+      // Decorators that are getters make something of the reply that they are asked of.
+      return Reflect.get(current, name, own)
     },
     set: (_, name, value) => Reflect.set(current, name, value),
     has: (_, name) => Reflect.has(current, name),
@@ -73,6 +81,16 @@ export function giveOwnReply(exchange: Exchange): void {
     ownKeys: () => Reflect.ownKeys(current)
   })
   exchange.giveOwn(own)
+  if (!isOver) return
+  current = late(exchange, client)
+  exchange.timeoutStruck(false)
+}
+
+/** Something was sent on the client's reply that should have gone to the handler's own. If that was all, the claim ends. */
+function stray(exchange: Exchange): void {
+  exchange.sentOnClientReply()
+  const { handler, operation, stage } = exchange
+  if (stage.is === 'running' && stage.reply === 'awaited' && handler !== 'working') storeHijacked(operation)
 }
 
 /** Fastify has nothing to tell its timeout by but the code of its error. */
@@ -104,13 +122,20 @@ function late(exchange: Exchange, client: FastifyReply): FastifyReply {
     if (isFailure(stage)) endByStatus(exchange, stage.failure?.error)
     else storeHijacked(operation)
   })
+  // Raw bytes that broke off.
+  response.once('close', () => {
+    if (exchange.stage.is === 'running' && reply.sent) storeHijacked(exchange.operation)
+  })
   return reply
 }
 
 /** A response that takes whatever it is given, and sends it nowhere. */
 export function discardingResponse(request: IncomingMessage): ServerResponse {
   const response = new ServerResponse(request)
-  const nowhere = new Writable({ write: (_chunk, _encoding, done) => done() })
+  // Never full: nobody passes its 'drain' on to the response.
+  const nowhere = new Writable({ highWaterMark: Number.MAX_SAFE_INTEGER, write: (_chunk, _encoding, done) => done() })
+  // Of a response that is destroyed. There is nobody whom that concerns.
+  nowhere.on('error', () => {})
   response.assignSocket(nowhere as Socket)
   // As a connection would: whoever waits for 'close' is told.
   response.once('finish', () => nowhere.destroy())

@@ -24,9 +24,10 @@ export function protect(handler: Handler, refuse: Refuse): RouteHandlerMethod {
     } catch (error) {
       throw refuse(request, reply, error)
     }
+    const isOver = exchange.stage.is === 'claiming' && exchange.stage.failed
     exchange.start(snapshot(reply))
     mayBeOvertaken ??= (request.routeOptions.handlerTimeout ?? 0) > 0
-    if (mayBeOvertaken) giveOwnReply(exchange)
+    if (mayBeOvertaken) giveOwnReply(exchange, isOver)
     else watchReply(reply)
     let result: unknown
     try {
@@ -96,18 +97,20 @@ function afterReturn(exchange: Exchange, client: FastifyReply, value: unknown): 
     // Fastify sends nothing to a client that is gone: then nothing would be stored either.
     else return reply.send()
   }
-  if (value === undefined || reply === client) return value
+  if (reply === client) return value
   // Sent by Fastify, it could not be told from the reply of a timeout that strikes while hooks hold it.
-  sendReturned(reply, value)
+  const isMissing = stage.reply === 'awaited' && !reply.raw.headersSent
+  if (!reply.sent && (value !== undefined || isMissing)) sendReturned(reply, value)
   return client
 }
 
 /** What a handler returns after its time: Fastify does not look at it any more. */
 function sendLate(exchange: Exchange, running: Running, value: unknown): void {
   const { operation, reply } = exchange
-  if (reply.sent || (value === undefined && exchange.isStray)) storeHijacked(operation)
+  const isMissing = value === undefined && running.reply === 'awaited'
+  if (reply.sent || (isMissing && exchange.isStray)) storeHijacked(operation)
   // Unless what it has sent is still on its way through hooks.
-  else if (value !== undefined || running.reply === 'awaited') sendReturned(reply, value)
+  else if (value !== undefined || isMissing) sendReturned(reply, value)
 }
 
 function afterThrow(exchange: Exchange, client: FastifyReply, error: unknown): unknown {

@@ -89,11 +89,8 @@ export class RouteHooks {
     payload = problemInPlaceOf(request, reply, this.#policy) ?? payload
     const exchange = exchangeOf(request)
     if (exchange === null) return done(null, payload)
-    if (exchange.isOfTimeout(reply)) {
-      // The claim stays until the handler has ended.
-      exchange.timeoutAnswered()
-      return done(null, payload)
-    }
+    // The claim stays until the handler has ended.
+    if (exchange.isOfTimeout(reply)) return done(null, payload)
     const { stage } = exchange
     switch (stage.is) {
       case 'claiming':

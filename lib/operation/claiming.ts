@@ -153,6 +153,11 @@ export class Claiming {
     const { storageKey } = this.#claimant
     const { live } = this.#context
     if ('transaction' in found) {
+      // The owner, on a route without transactions, has not lost the key: its next renewal claims it anew.
+      if (owner instanceof LeasedClaim && owner.isOwner) {
+        void found.transaction.rollback()
+        return owner.asFound()
+      }
       this.#transactional = new TransactionalClaim(this.#claimant, this.#context, found.transaction, this.#askedAt)
       live.set(storageKey, this.#transactional)
     }

@@ -1,5 +1,6 @@
 import { EventEmitter } from 'node:events'
-import { Readable } from 'node:stream'
+import { PassThrough, Readable } from 'node:stream'
+import { pipeline } from 'node:stream/promises'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest, RouteShorthandOptions } from 'fastify'
 import t, { type Test } from 'tap'
@@ -410,7 +411,9 @@ t.test("a reply in time that hooks have held up until the timeout's has left is 
     (_request, reply) => {
       reply.code(201)
       return 'mine'
-    }
+    },
+    // Sent, and then nothing is returned while hooks hold it.
+    async (_request, reply) => void reply.code(201).send('mine')
   ] as Handler[]) {
     const [entered, leave] = [latch(), latch()]
     let runs = 0
@@ -653,7 +656,12 @@ t.test('a timeout is logged and hooked as what it was, also when the handler end
 
 t.test("a handler that sends on the client's reply, which a hook has kept for it, has a tombstone", async (t) => {
   const time = holdTime(t)
-  for (const isEarly of [false, true]) {
+  for (const [isEarly, isAsync] of [
+    [false, true],
+    [true, true],
+    [false, false],
+    [true, false]
+  ]) {
     const [entered, leave, held] = [latch(), latch(), latch()]
     let clients: FastifyReply | undefined
     const before = (app: FastifyInstance) => {
@@ -666,11 +674,15 @@ t.test("a handler that sends on the client's reply, which a hook has kept for it
     }
     const app = await serve(
       t,
-      async () => {
-        if (isEarly) clients?.send('mine')
-        entered.open()
-        await leave.promise
-        if (!isEarly) clients?.send('mine')
+      () => {
+        const work = async () => {
+          if (isEarly) clients?.send('mine')
+          entered.open()
+          await leave.promise
+          if (!isEarly) clients?.send('mine')
+        }
+        const working = work()
+        return isAsync ? working : undefined
       },
       { before }
     )
@@ -683,6 +695,143 @@ t.test("a handler that sends on the client's reply, which a hook has kept for it
     await settled()
     t.same(told(await send(app)), NOT_REPLAYABLE)
   }
+})
+
+t.test('an empty reply in time that hooks have held up is stored as well', async (t) => {
+  const time = holdTime(t)
+  const [entered, leave] = [latch(), latch()]
+  const before = (app: FastifyInstance) =>
+    app.addHook('onSend', async (_request, reply) => {
+      if (reply.statusCode !== 204 || reply.getHeader(REPLAYED) !== undefined) return
+      entered.open()
+      await leave.promise
+    })
+  const app = await serve(t, async (_request, reply) => void reply.code(204), { before })
+  const first = send(app)
+  await entered.promise
+  await time.up()
+  t.equal((await first).json().code, 'FST_ERR_HANDLER_TIMEOUT')
+  leave.open()
+  await settled()
+  const retry = await send(app)
+  t.same([retry.statusCode, retry.headers[REPLAYED]], [204, 'true'])
+})
+
+t.test('raw bytes that come late leave a tombstone, however many they are, and however they end', async (t) => {
+  const time = holdTime(t)
+  const endings: Record<string, (reply: FastifyReply) => unknown> = {
+    'more than a buffer': (reply) => pipeline(Readable.from([Buffer.alloc(100_000), Buffer.alloc(100_000)]), reply.raw),
+    'broken off': (reply) => pipeline(Readable.from(broken()), reply.raw).catch(() => {}),
+    'never ended': (reply) => reply.raw.destroy(new Error('no more'))
+  }
+  for (const [name, end] of Object.entries(endings)) {
+    for (const isAsync of [true, false]) {
+      const [entered, leave] = [latch(), latch()]
+      const work = async (reply: FastifyReply) => {
+        entered.open()
+        await leave.promise
+        reply.hijack()
+        await end(reply)
+      }
+      const app = await serve(t, (_request, reply) => {
+        const working = work(reply)
+        return isAsync ? working : undefined
+      })
+      const first = send(app)
+      await entered.promise
+      await time.up()
+      t.same(told(await first), TIMED_OUT)
+      leave.open()
+      await until(async () => (await app.idempotency.get('k'))?.state === 'completed', { message: name })
+      t.same(told(await send(app)), NOT_REPLAYABLE, name)
+    }
+  }
+})
+
+async function* broken(): AsyncGenerator<Buffer> {
+  yield Buffer.from('one')
+  throw new Error('broken')
+}
+
+t.test('a late handler that waits for the end of its stream is told when that has ended', async (t) => {
+  const time = holdTime(t)
+  const [entered, leave] = [latch(), latch()]
+  const source = new PassThrough()
+  let isOver = false
+  const app = await serve(t, async (_request, reply) => {
+    entered.open()
+    await leave.promise
+    await reply.send(source)
+    isOver = true
+  })
+  const first = send(app)
+  await entered.promise
+  await time.up()
+  t.same(told(await first), TIMED_OUT)
+  leave.open()
+  source.write('one ')
+  await settled()
+  t.equal(isOver, false)
+  source.end('two')
+  await until(() => isOver)
+  t.same(told(await send(app)), [200, 'one two', 'replay'])
+})
+
+t.test('what a decorator of the reply sends for a late handler is the handler’s', async (t) => {
+  const time = holdTime(t)
+  const [entered, leave] = [latch(), latch()]
+  let runs = 0
+  const before = (app: FastifyInstance) =>
+    app.decorateReply('api', {
+      getter(this: FastifyReply) {
+        return { fail: () => this.code(500).send({ code: 'FAILED' }) }
+      }
+    } as never)
+  const handler: Handler = async (_request, reply) => {
+    if (++runs > 1) return 'again'
+    entered.open()
+    await leave.promise
+    return (reply as unknown as { api: { fail(): unknown } }).api.fail()
+  }
+  const app = await serve(t, handler, { before })
+  const first = send(app)
+  await entered.promise
+  await time.up()
+  t.same(told(await first), TIMED_OUT)
+  leave.open()
+  await settled()
+  t.same(told(await send(app)), [200, 'again', 'fresh'])
+})
+
+t.test('a timeout that strikes before the handler starts is answered by itself', async (t) => {
+  const time = holdTime(t)
+  const [asked, claimed, answer] = [latch(), latch(), latch()]
+  class SlowStore extends MemoryStore {
+    override async acquire(...args: Parameters<IdempotencyStore['acquire']>) {
+      const found = await super.acquire(...args)
+      asked.open()
+      await claimed.promise
+      return found
+    }
+  }
+  const app = await build(t, { store: new SlowStore(), storeTimeout: 60_000 })
+  const route = {
+    handlerTimeout: TIME,
+    errorHandler: async (error: FastifyError, _request: FastifyRequest, reply: FastifyReply) => {
+      await answer.promise
+      return reply.code(402).send(error.code)
+    }
+  }
+  app.post('/', { ...config(), ...route }, async (_request, reply) => reply.code(201).send('mine'))
+  const first = send(app)
+  await asked.promise
+  await time.up()
+  claimed.open()
+  await settled()
+  answer.open()
+  t.same(told(await first), [402, 'FST_ERR_HANDLER_TIMEOUT', 'fresh'])
+  await settled()
+  t.same(told(await send(app)), [201, 'mine', 'replay'])
 })
 
 t.test("an error that only looks like the timeout's is an error of the handler", async (t) => {

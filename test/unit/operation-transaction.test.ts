@@ -94,6 +94,21 @@ onBoth(
   policy
 )
 
+t.test(
+  'an owner under a lease, whose key the store has lost, is not outrun by a transaction of its process',
+  async (t) => {
+    const s = scene(t)
+    const owner = s.actor()
+    t.equal(await verdictOf(owner), 'run')
+    const claim = claimOf(s, owner)
+    const transaction = new Transaction()
+    s.store.answers.begin = [begun(transaction)]
+    t.match(await verdictOf(s.actor({ policy })), IN_PROGRESS)
+    t.strictSame(transaction.asked, [['rollback']])
+    t.equal(claimOf(s, owner), claim)
+  }
+)
+
 /* The end */
 
 onBoth(
