@@ -304,10 +304,11 @@ export class PluginModel implements Witness {
   lost(process: Process, call: Call, stored: string, takeover: boolean): void {
     this.#say(`an answer is lost to ${process.name}: ${call}`)
     this.#info(process).doubts = true
-    if (call !== 'acquire') return
     for (const asked of process.asked) {
       if (asked.answer !== null || asked.run !== null || storageKey(null, asked.key) !== stored) continue
-      this.#mayFail.add(asked)
+      // Who asks for a reply that has not been stored yet stores it first, and may have no answer.
+      if (call === 'acquire' || call === 'complete') this.#mayFail.add(asked)
+      if (call !== 'acquire') continue
       const ghost = (found: Ended | null): Entry => {
         const since = this.#now
         const attempt = (found?.attempt ?? 0) + 1
