@@ -130,7 +130,7 @@ function late(exchange: Exchange, client: FastifyReply): FastifyReply {
 }
 
 /** A response that takes whatever it is given, and sends it nowhere. */
-export function discardingResponse(request: IncomingMessage): ServerResponse {
+function discardingResponse(request: IncomingMessage): ServerResponse {
   const response = new ServerResponse(request)
   // Never full: nobody passes its 'drain' on to the response.
   const nowhere = new Writable({ highWaterMark: Number.MAX_SAFE_INTEGER, write: (_chunk, _encoding, done) => done() })

@@ -28,7 +28,7 @@ export function isPlain(value: object): boolean {
 }
 
 /** Of whatever realm or package it is. No client's JSON has functions. */
-export function nameOf(value: object): unknown {
+function nameOf(value: object): unknown {
   return (value as { [Symbol.toStringTag]?: unknown })[Symbol.toStringTag]
 }
 
@@ -80,7 +80,7 @@ export function shown(value: object): unknown[] {
 }
 
 /** Who can be asked only once is not asked: the handler wants to. */
-export function iterated(value: Iterable<unknown>): unknown[] {
+function iterated(value: Iterable<unknown>): unknown[] {
   const iterator = value[Symbol.iterator]()
   if ((iterator as unknown) === value) throw OPAQUE
   const items: unknown[] = []

@@ -153,9 +153,11 @@ export class Claiming {
     const { storageKey } = this.#claimant
     const { live } = this.#context
     if ('transaction' in found) {
-      // The owner, on a route without transactions, has not lost the key: its next renewal claims it anew.
+      // The owner, on a route without transactions, is alive: it claims the key anew as soon as the transaction has let go of
+      // it, before another process can.
       if (owner instanceof LeasedClaim && owner.isOwner) {
-        void found.transaction.rollback()
+        const renew = () => owner.renew()
+        void found.transaction.rollback().then(renew, renew)
         return owner.asFound()
       }
       this.#transactional = new TransactionalClaim(this.#claimant, this.#context, found.transaction, this.#askedAt)

@@ -106,6 +106,8 @@ t.test(
     t.match(await verdictOf(s.actor({ policy })), IN_PROGRESS)
     t.strictSame(transaction.asked, [['rollback']])
     t.equal(claimOf(s, owner), claim)
+    await s.time.pass(0)
+    t.equal(s.store.calls('renew').length, 1, 'the owner does not wait for its next renewal to claim the key anew')
   }
 )
 
