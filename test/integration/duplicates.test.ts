@@ -5,7 +5,7 @@ import type { FastifyInstance } from 'fastify'
 import t from 'tap'
 import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { build, codeOf, inject, listen, post, REPLAYED, start } from '../support/app.js'
+import { build, codeOf, elsewhere, inject, listen, post, REPLAYED, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 
 const keyed = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
@@ -80,32 +80,53 @@ t.test('a duplicate that has waited for waitTimeout gets its 409', async (t) => 
   await first
 })
 
-t.test('when the first request fails, exactly one waiter runs next, and the others get its reply', async (t) => {
-  const app = await build(t, { onConflict: 'wait' })
-  const [entered, leave] = [latch(), latch()]
-  let [runs, running, most] = [0, 0, 0]
-  app.post('/', { config: { idempotency: true } }, async (_request, reply) => {
-    const run = ++runs
-    most = Math.max(most, ++running)
-    if (run === 1) {
-      entered.open()
-      await leave.promise
-    } else {
-      await sleep(5)
+t.test(
+  'when the first request fails, exactly one waiter runs next, here or elsewhere, and the others get its reply',
+  async (t) => {
+    const store = new MemoryStore()
+    const stores = [store, elsewhere(store)]
+    const apps = await Promise.all(stores.map((store) => build(t, { store, onConflict: 'wait' })))
+    const [entered, leave] = [latch(), latch()]
+    let [runs, running, most] = [0, 0, 0]
+    for (const app of apps) {
+      app.post('/', { config: { idempotency: true } }, async (_request, reply) => {
+        const run = ++runs
+        most = Math.max(most, ++running)
+        if (run === 1) {
+          entered.open()
+          await leave.promise
+        } else {
+          await sleep(5)
+        }
+        running--
+        return reply.code(run < 3 ? 500 : 201).send({ run })
+      })
     }
-    running--
-    return reply.code(run < 3 ? 500 : 201).send({ run })
+    const send = (_: unknown, n: number) => inject(apps[n % 2] as FastifyInstance, keyed)
+    const first = send(null, 0)
+    await entered.promise
+    const duplicates = Array.from({ length: 20 }, send)
+    await sleep(10)
+    leave.open()
+    t.equal((await first).statusCode, 500)
+    const replies = await Promise.all(duplicates)
+    t.same([runs, most], [3, 1])
+    t.equal(replies.filter((reply) => reply.statusCode === 500).length, 1)
+    t.equal(replies.filter((reply) => reply.headers[REPLAYED] === 'true').length, 18)
+  }
+)
+
+t.test('waitTimeout is the limit of all the waiting, also where one run after the other fails', async (t) => {
+  const app = await build(t, { onConflict: 'wait', waitTimeout: 150 })
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async (_request, reply) => {
+    runs++
+    await sleep(50)
+    return reply.code(500).send()
   })
-  const first = inject(app, keyed)
-  await entered.promise
-  const duplicates = Array.from({ length: 20 }, () => inject(app, keyed))
-  await sleep(10)
-  leave.open()
-  t.equal((await first).statusCode, 500)
-  const replies = await Promise.all(duplicates)
-  t.same([runs, most], [3, 1])
-  t.equal(replies.filter((reply) => reply.statusCode === 500).length, 1)
-  t.equal(replies.filter((reply) => reply.headers[REPLAYED] === 'true').length, 18)
+  const replies = await Promise.all(Array.from({ length: 30 }, () => inject(app, keyed)))
+  t.ok(runs > 1 && runs < 15, `${runs} runs`)
+  t.equal(replies.filter(({ statusCode }) => statusCode === 409).length, 30 - runs)
 })
 
 t.test('a waiter that hangs up stops waiting, and does not run when its turn comes', async (t) => {

@@ -6,7 +6,7 @@ import type { FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import t from 'tap'
 import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { build, codeOf, inject, listen, post, REPLAYED, start } from '../support/app.js'
+import { build, codeOf, elsewhere, inject, listen, post, REPLAYED, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 
 /* What happens to the request that holds the claim, and what becomes of the key. */
@@ -553,25 +553,57 @@ t.test('a request that waits behind another on a connection that ends is stored 
   t.equal((await post(port, { key: 'k' })).headers[REPLAYED], 'true')
 })
 
-t.test('a handler that runs five times as long as its lease runs once', async (t) => {
-  const app = await build(t)
+t.test('a handler that runs for many leases runs once, whoever asks', async (t) => {
+  const store = new MemoryStore()
+  const renew = store.renew.bind(store)
+  let renewals = 0
+  store.renew = (...args) => {
+    renewals++
+    return renew(...args)
+  }
+  const apps = [await build(t, { store }), await build(t, { store: elsewhere(store) })]
   const leave = latch()
   let runs = 0
-  app.post('/', config({ lease: 60 }), async () => {
-    runs++
-    await leave.promise
-    return 'done'
-  })
-  const first = inject(app, keyed)
-  const end = performance.now() + 300
-  while (performance.now() < end) {
-    t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
-    await sleep(20)
+  for (const app of apps) {
+    app.post('/', config({ lease: 300 }), async () => {
+      runs++
+      await leave.promise
+      return 'done'
+    })
   }
+  const first = inject(apps[0] as FastifyInstance, keyed)
+  await until(async () => {
+    for (const app of apps) t.equal(codeOf(await app.inject(keyed)), 'FST_IDEMPOTENCY_IN_PROGRESS')
+    return renewals >= 9
+  })
   leave.open()
   t.equal((await first).body, 'done')
-  t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+  for (const app of apps) t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
   t.equal(runs, 1)
+})
+
+t.test('limits of months are as good as any', async (t) => {
+  const warnings: string[] = []
+  const listener = ({ name }: Error) => name === 'TimeoutOverflowWarning' && warnings.push(name)
+  process.on('warning', listener)
+  t.teardown(() => process.off('warning', listener))
+  const months = 2 ** 31 + 1
+  const app = await build(t, { storeTimeout: months, onConflict: 'wait' })
+  let runs = 0
+  app.post('/', config({ ttl: months, lease: months, waitTimeout: months }), async () => {
+    await sleep(20)
+    return `run ${++runs}`
+  })
+  const replies = await Promise.all([inject(app, keyed), inject(app, keyed)])
+  t.same(
+    replies.map(({ body }) => body),
+    ['run 1', 'run 1']
+  )
+  await sleep(20)
+  t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+  const found = await app.idempotency.get('k')
+  t.ok(found?.state === 'completed' && Number(found.ttlMs) > months - 60_000)
+  t.same(warnings, [], 'no timer was set to more than it can take')
 })
 
 t.test('a claim whose owner died is run again after its lease, and the rerun sees attempt 2', async (t) => {
@@ -626,27 +658,48 @@ function withoutRenewal(store: MemoryStore) {
   }
 }
 
-t.test('a lost claim aborts the signal; the late reply goes to its own client, and overwrites nothing', async (t) => {
-  const store = new MemoryStore()
-  const app = await build(t, { store })
-  const [entered, leave] = [latch<AbortSignal>(), latch()]
-  let runs = 0
-  app.post('/', config({ lease: 60 }), async (request) => {
-    if (++runs > 1) return 'new owner'
-    entered.open(request.idempotency?.signal as AbortSignal)
-    await leave.promise
-    return 'late'
-  })
-  const late = inject(app, keyed)
-  const signal = await entered.promise
-  t.equal(signal.aborted, false)
-  t.equal(await app.idempotency.delete('k'), true)
-  t.equal((await app.inject(keyed)).body, 'new owner')
-  await until(() => signal.aborted)
-  leave.open()
-  t.equal((await late).body, 'late')
-  t.equal((await app.inject(keyed)).body, 'new owner')
-})
+t.test(
+  'a lost claim aborts the signal; what comes late goes to its own client, and changes nothing else',
+  async (t) => {
+    for (const [fails, isOver] of [
+      [false, true],
+      [false, false],
+      [true, true],
+      [true, false]
+    ]) {
+      const app = await build(t)
+      const [entered, leave, taken, goOn] = [latch<AbortSignal>(), latch(), latch(), latch()]
+      let runs = 0
+      app.post('/', config({ lease: 60 }), async (request) => {
+        if (++runs > 1) {
+          taken.open()
+          await goOn.promise
+          return 'new owner'
+        }
+        entered.open(request.idempotency?.signal as AbortSignal)
+        await leave.promise
+        if (fails) throw new Error('late')
+        return 'late'
+      })
+      const late = inject(app, keyed)
+      const signal = await entered.promise
+      t.equal(signal.aborted, false)
+      t.equal(await app.idempotency.delete('k'), true)
+      const next = inject(app, keyed)
+      await taken.promise
+      if (isOver) goOn.open()
+      if (isOver) await next
+      await until(() => signal.aborted)
+      leave.open()
+      t.match((await late).body, 'late')
+      t.equal((await app.idempotency.get('k'))?.state, isOver ? 'completed' : 'running')
+      goOn.open()
+      t.equal((await next).body, 'new owner')
+      const retry = await app.inject(keyed)
+      t.same([retry.body, retry.headers[REPLAYED], runs], ['new owner', 'true', 2])
+    }
+  }
+)
 
 t.test('callNotFound: the 404 is the reply of the handler, and is stored', async (t) => {
   const app = await build(t)

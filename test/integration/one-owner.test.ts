@@ -1,7 +1,7 @@
 import t from 'tap'
-import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
+import { type IdempotencyOptions, MemoryStore } from '../../index.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { build, codeOf, inject, REPLAYED } from '../support/app.js'
+import { build, codeOf, elsewhere, inject, REPLAYED } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 
 /* A key has one owner at a time, and knows how often it has been tried, whatever becomes of stores and processes. */
@@ -9,16 +9,6 @@ import { latch, until } from '../support/latch.js'
 const keyed = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' }, payload: { a: 1 } }
 const config = (options: IdempotencyOptions = {}) => ({ config: { idempotency: options } })
 const KEY = storageKey(null, 'k')
-
-/** The store as another process sees it, which does not know what goes on in this one. */
-function elsewhere(store: MemoryStore): IdempotencyStore {
-  return {
-    acquire: (key, claim) => store.acquire(key, claim),
-    renew: (key, token, leaseMs) => store.renew(key, token, leaseMs),
-    complete: (key, token, record, ttlMs) => store.complete(key, token, record, ttlMs),
-    release: (key, token, unused) => store.release(key, token, unused)
-  }
-}
 
 t.test('an owner that lives in this process keeps its key, whatever the store says', async (t) => {
   for (const onConflict of ['reject', 'wait'] as const) {

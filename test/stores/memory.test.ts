@@ -28,6 +28,22 @@ t.test('a MemoryStore behind a bad network', async (t) => {
   await takeoverHistory(t, clients, random)
 })
 
+t.test('in a MemoryStore claims and replies expire, wherever the wall clock stands', async (t) => {
+  const { now } = Date
+  t.teardown(() => {
+    Date.now = now
+  })
+  for (const clock of [0, 999, now() + 1e12]) {
+    Date.now = () => clock
+    const store = newStore(t, {})
+    await store.acquire('claim', claim({ leaseMs: 1 }))
+    await store.complete('reply', await take(store, 'reply'), reply(), 1)
+    await sleep(5)
+    t.match(await store.acquire('claim', claim({ takeover: true })), { state: 'acquired', attempt: 2 })
+    t.match(await store.acquire('reply', claim()), { state: 'acquired', attempt: 1 })
+  }
+})
+
 t.test('a MemoryStore keeps no more than maxEntries, and forgets the oldest replies first', async (t) => {
   const store = newStore(t, { maxEntries: 10 })
   for (let n = 0; n < 25; n++) await finish(store, `key ${n}`)

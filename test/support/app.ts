@@ -1,7 +1,7 @@
 import http from 'node:http'
 import type { AddressInfo } from 'node:net'
 import Fastify, { type FastifyInstance, type FastifyServerOptions, type InjectOptions } from 'fastify'
-import idempotency, { type IdempotencyOptions } from '../../index.js'
+import idempotency, { type IdempotencyOptions, type IdempotencyStore, type MemoryStore } from '../../index.js'
 
 /** Something with a teardown: a tap test. */
 interface Owner {
@@ -18,6 +18,18 @@ export async function build(
   t.teardown(() => app.close())
   await app.register(idempotency, options)
   return app
+}
+
+/** The store as another process sees it, which does not know what goes on in this one. */
+export function elsewhere(store: MemoryStore): IdempotencyStore {
+  return {
+    acquire: (...args) => store.acquire(...args),
+    renew: (...args) => store.renew(...args),
+    complete: (...args) => store.complete(...args),
+    release: (...args) => store.release(...args),
+    changed: (...args) => store.changed(...args),
+    get: (...args) => store.get(...args)
+  }
 }
 
 /**
