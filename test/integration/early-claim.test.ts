@@ -68,6 +68,17 @@ t.test('a body that never comes holds its key for one lease, and leaves nothing 
   }
 })
 
+t.test('a client that leaves in the middle of its body gives the key back at once', async (t) => {
+  const app = await build(t, { hook: 'onRequest' })
+  app.post('/', config(), async () => 'done')
+  const port = await listen(app)
+  const socket = await withholdBody(t, port)
+  await until(async () => (await app.idempotency.get('k'))?.state === 'running')
+  socket.destroy()
+  await until(async () => (await app.idempotency.get('k')) === null)
+  t.equal((await post(port, { key: 'k', body: '{}' })).text, 'done')
+})
+
 t.test('whose body comes after others have had the key is a duplicate of theirs', async (t) => {
   const app = await build(t, { hook: 'onRequest', lease: 80 })
   let runs = 0

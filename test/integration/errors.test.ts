@@ -1,4 +1,5 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import { Readable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import t, { type Test } from 'tap'
@@ -69,9 +70,12 @@ for (const [how, fail] of Object.entries(failures)) {
     const app = await build(t, { store, storeTimeout: 20, lease: 600 })
     let runs = 0
     app.post('/', { config: { idempotency: true } }, async (_request, reply) => reply.code(201).send({ run: ++runs }))
+    app.post('/stream', { config: { idempotency: true } }, async () => Readable.from(['do', 'ne']))
     failing.complete = fail
     const first = await app.inject(keyed)
     t.same([first.statusCode, first.json()], [201, { run: 1 }])
+    const streamed = await app.inject({ ...keyed, url: '/stream', headers: { 'idempotency-key': 'stream' } })
+    t.same([streamed.statusCode, streamed.body], [200, 'done'])
     t.equal((await app.inject(keyed)).headers[REPLAYED], 'true', 'this process still knows the reply')
     const elsewhere = await build(t, { store: { ...store } })
     elsewhere.post('/', { config: { idempotency: true } }, async () => ++runs)
@@ -83,17 +87,19 @@ for (const [how, fail] of Object.entries(failures)) {
   })
 
   t.test(
-    `a store that fails at a release, ${how}: the client gets its reply, and the key comes free later`,
+    `a store that fails at a release, ${how}: the client gets the error of the handler, and the key comes free later`,
     async (t) => {
       const { store, failing } = breakable()
       const app = await build(t, { store, storeTimeout: 20 })
       let runs = 0
-      app.post('/', { config: { idempotency: true } }, async (_request, reply) => reply.code(500).send({ run: ++runs }))
+      app.post('/', { config: { idempotency: true } }, async () => {
+        throw Object.assign(new Error(`run ${++runs}`), { statusCode: 507 })
+      })
       failing.release = fail
-      t.equal((await app.inject(keyed)).statusCode, 500)
+      t.match((await app.inject(keyed)).json(), { statusCode: 507, message: 'run 1' })
       delete failing.release
       await until(async () => (await app.idempotency.get('k')) === null)
-      t.same((await app.inject(keyed)).json(), { run: 2 })
+      t.match((await app.inject(keyed)).json(), { statusCode: 507, message: 'run 2' })
     }
   )
 }

@@ -1,6 +1,6 @@
 import type { FastifyRequest } from 'fastify'
 import t from 'tap'
-import type { IdempotencyOptions } from '../../index.js'
+import { type IdempotencyOptions, MemoryStore } from '../../index.js'
 import { build, codeOf, REPLAYED } from '../support/app.js'
 
 /* Where a key comes from, whose it is, and what makes two requests the same. */
@@ -348,6 +348,37 @@ t.test('a scope that throws or gives nothing fails closed', async (t) => {
     t.equal((await app.inject({ method: 'POST', url: '/', headers: key() })).statusCode, 500)
     t.equal(state.runs, 0)
     t.equal(await send(), 'ran', 'a request without a key has no scope')
+  }
+})
+
+t.test('nothing of a request reaches the store but hashes', async (t) => {
+  const headers = {
+    authorization: 'Bearer sesame',
+    cookie: 'session=sesame',
+    'x-api-key': 'sesame',
+    'user-agent': 'sesame',
+    'x-user': 'sesame'
+  }
+  for (const scope of [undefined, (request: FastifyRequest) => String(request.headers['x-user'])]) {
+    const store = new MemoryStore()
+    const written: string[] = []
+    for (const name of ['acquire', 'complete'] as const) {
+      const method = store[name].bind(store) as (...args: unknown[]) => Promise<never>
+      store[name] = (...args: unknown[]) => {
+        written.push(
+          JSON.stringify(args, (_, value) => (value?.type === 'Buffer' ? String(Buffer.from(value)) : value))
+        )
+        t.match(args[0], /^[\w-]{43}$/)
+        return method(...args)
+      }
+    }
+    const app = await build(t, { store, ...(scope && { scope }) })
+    app.post('/:id', { config: { idempotency: true } }, async () => 'the reply')
+    const request = { method: 'POST' as const, url: '/sesame?q=sesame', payload: { card: 'sesame' } }
+    await app.inject({ ...request, headers: { ...headers, ...key('a*../sesame') } })
+    t.equal(written.length, 2)
+    t.match(written[1], 'the reply')
+    t.notMatch(written.join(), /sesame/)
   }
 })
 

@@ -799,13 +799,20 @@ t.test(
       let runs = 0
       const handlers = {
         throws: async () => Promise.reject(new Error('own')),
+        'throws-at-once': () => {
+          throw new Error('own')
+        },
+        'throws-a-string': () => {
+          throw 'own'
+        },
+        'throws-nothing': () => Promise.reject(undefined),
         sends: async (_: unknown, reply: FastifyReply) => reply.send(new Error('own')),
         returns: async () => new Error('own')
       }
       for (const [how, handler] of Object.entries(handlers)) {
-        app.post(`/${how}`, config(), async (request, reply) => {
+        app.post(`/${how}`, config(), (request, reply) => {
           runs++
-          return handler(request, reply)
+          return handler(request, reply) as never
         })
       }
       for (const how of Object.keys(handlers)) {

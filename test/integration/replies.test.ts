@@ -35,7 +35,11 @@ const payloads: Record<string, Handler> = {
   'a 204 with an object': async (_request, reply) => reply.code(204).send({ a: 1 }),
   'a 304': async (_request, reply) => reply.code(304).send(),
   'a redirect': async (_request, reply) => reply.redirect('/elsewhere', 303),
+  'JSON of a vendor': async (_request, reply) => reply.type('application/vnd.api+json').send({ a: 1 }),
+  'JSON of a Buffer': async () => ({ type: 'Buffer', data: [1, 2, 3] }),
+  'a lone surrogate': async () => ({ text: '\ud800' }),
   'a Buffer': async () => everyByte,
+  'an empty Buffer': async () => Buffer.alloc(0),
   'a Buffer with a type': async (_request, reply) => reply.type('image/png').send(everyByte),
   'a Uint8Array': async () => new Uint8Array(everyByte),
   'a Uint16Array with an offset': async () => new Uint16Array(everyByte.buffer, everyByte.byteOffset + 2, 10),
@@ -110,6 +114,7 @@ t.test('every kind of payload replays byte for byte, with its status and headers
         const replay = await post(port, { key: 'k' })
         t.same(essence(replay), essence(first))
         t.equal(replay.headers[REPLAYED], 'true')
+        t.equal(replay.headers['transfer-encoding'], undefined, 'it has a length')
         if (replay.headers['content-length'] !== undefined) {
           t.equal(replay.headers['content-length'], String(first.body.length))
         }
@@ -199,6 +204,19 @@ t.test('the replay header is configurable, and set on replays only', async (t) =
     t.equal(headers[REPLAYED], undefined)
     t.equal(headers['x-replay'], expected === undefined ? 'upstream' : 'true')
   }
+})
+
+t.test('no header of a client makes its request a replay', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', { config: { idempotency: true } }, async () => ({ run: ++runs }))
+  const names = [REPLAYED, 'x-idempotent-replayed', 'idempotency-replay', 'idempotency-status', 'x-cache', 'x-hit']
+  const marked = Object.fromEntries(names.map((name) => [name, 'true']))
+  for (const key of [{}, { 'idempotency-key': 'k' }]) {
+    const reply = await app.inject({ method: 'POST', url: '/', headers: { ...marked, ...key } })
+    t.same([reply.json(), reply.headers[REPLAYED]], [{ run: runs }, undefined])
+  }
+  t.equal(runs, 2)
 })
 
 t.test("the instance's onSend hooks are part of the stored reply, and do not work on it twice", async (t) => {
