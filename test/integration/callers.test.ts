@@ -8,8 +8,9 @@ import session from '@fastify/session'
 import Fastify, { type FastifyInstance, type FastifyRequest } from 'fastify'
 import t from 'tap'
 import idempotency, { MemoryStore } from '../../index.js'
-import { build, codeOf, listen, post, REPLAYED } from '../support/app.js'
+import { build, codeOf, inject, listen, post, REPLAYED } from '../support/app.js'
 import { certificates } from '../support/certificates.js'
+import { latch } from '../support/latch.js'
 
 /* Who asks: with no option set, nobody gets what is another's. */
 
@@ -64,6 +65,24 @@ for (const [kind, [alice, bob]] of Object.entries(KINDS)) {
     }
   })
 }
+
+t.test('a caller cannot find out by a key what another is doing', async (t) => {
+  const app = await build(t)
+  const [entered, leave] = [latch(), latch()]
+  app.post('/', covered, async () => {
+    entered.open()
+    await leave.promise
+    return 'done'
+  })
+  const send = (user: string) =>
+    inject(app, { method: 'POST', url: '/', headers: { authorization: user, 'idempotency-key': 'k' } })
+  const first = send('alice')
+  await entered.promise
+  t.equal(codeOf(await send('alice')), 'FST_IDEMPOTENCY_IN_PROGRESS')
+  t.equal(codeOf(await send('bob')), REUSED)
+  leave.open()
+  await first
+})
 
 t.test('two users of a site with sessions: the second does not get the reply of the first', async (t) => {
   const app = await build(t)

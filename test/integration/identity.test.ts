@@ -157,11 +157,12 @@ t.test('a malformed key is 422: blank, too long, several, not well-formed', asyn
 })
 
 t.test(
-  'keyFormat: uuid is version 4 and nothing else, structured is quoted, a RegExp is asked every time',
+  'keyFormat: uuid is version 4 or 7 and nothing else, structured is quoted, a RegExp is asked every time',
   async (t) => {
     const uuid = await service(t, { keyFormat: 'uuid' })
     t.equal(await uuid.send({ headers: key('8f14e45f-ceea-467a-9c1e-3f2504e04f89') }), 'ran')
     t.equal(await uuid.send({ headers: key('"8f14e45f-ceea-467a-9c1e-3f2504e04f89"') }), 'replay')
+    t.equal(await uuid.send({ headers: key('018c2b65-6b0a-7e35-9f1a-9c3d7f0a1b2c') }), 'ran')
     for (const bad of ['8f14e45f-ceea-167a-9c1e-3f2504e04f89', '8f14e45f-ceea-467a-cc1e-3f2504e04f89', 'k']) {
       t.equal(await uuid.send({ headers: key(bad) }), 'FST_IDEMPOTENCY_KEY_INVALID', bad)
     }

@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import { once } from 'node:events'
 import http from 'node:http'
 import http2 from 'node:http2'
@@ -338,6 +339,36 @@ t.test('megabytes of brackets are answered, compared and replayed', async (t) =>
     t.equal(await send(`/${n}`, { 'idempotency-key': `k${n}` }, body), 'ran')
     t.equal(await send(`/${n}`, { 'idempotency-key': `k${n}` }, body), 'replay')
     t.equal(await send(`/${n}`, { 'idempotency-key': `k${n}` }, twos[n]), REUSED)
+  }
+})
+
+/** Two blocks with the MD5 79054025255fb1a26e4bc422aef54eb4 (Wang and others, 2004). */
+const collision = ['87', '07'].map((x) => {
+  const [y, z] = x === '87' ? ['71', 'f2'] : ['f1', '72']
+  const [u, v] = x === '87' ? ['b4', 'a8'] : ['34', '28']
+  return Buffer.from(
+    `d131dd02c5e6eec4693d9a0698aff95c2fcab5${x}12467eab4004583eb8fb7f89` +
+      `55ad340609f4b30283e4888325${y}415a085125e8f7cdc99fd91dbd${z}80373c5b` +
+      `d8823e3156348f5bae6dacd436c919c6dd53e2${u}87da03fd02396306d248cda0` +
+      `e99f33420f577ee8ce54b67080${v}0d1ec69821bcb6a8839396f965${x === '87' ? '2b' : 'ab'}6ff72a70`,
+    'hex'
+  )
+})
+
+t.test('bodies with the same MD5 are different requests', async (t) => {
+  const md5 = (data: Buffer) => createHash('md5').update(data).digest('hex')
+  const [one, two] = collision as [Buffer, Buffer]
+  t.notSame(one, two)
+  t.equal(md5(one), md5(two))
+  for (const options of [{}, { fingerprint: ({ body }: FastifyRequest) => body as Buffer }]) {
+    const app = await build(t, options)
+    app.addContentTypeParser('application/x', { parseAs: 'buffer' }, (_request, body, done) => done(null, body))
+    app.post('/', covered, async () => 'done')
+    const port = await listen(app)
+    const send = (body: Buffer) => post(port, { key: 'k', body, headers: { 'content-type': 'application/x' } })
+    t.equal((await send(one)).status, 200)
+    t.equal(codeOf(await send(two)), REUSED)
+    t.equal((await send(one)).headers[REPLAYED], 'true')
   }
 })
 
