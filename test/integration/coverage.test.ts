@@ -1,6 +1,6 @@
 import Fastify, { type FastifyInstance } from 'fastify'
 import t from 'tap'
-import idempotency, { MemoryStore } from '../../index.js'
+import idempotency from '../../index.js'
 import { build, REPLAYED } from '../support/app.js'
 
 const keyed = (key: string) => ({ 'idempotency-key': key })
@@ -65,28 +65,12 @@ t.test('in a route with several methods the safe ones are left alone, with their
   t.equal(await replays(app, '/all', 'OPTIONS'), false)
 })
 
-t.test('global covers only the methods of methods in a route that has more', async (t) => {
-  const app = await build(t, { global: true })
-  app.route({ method: ['PUT', 'POST'], url: '/both', handler: async () => 'x' })
-  t.equal(await replays(app, '/both'), true)
-  t.equal(await replays(app, '/both', 'PUT'), false)
-})
-
 t.test('a route with safe methods only cannot opt in', async (t) => {
   const app = await build(t)
   const error = { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message: /GET \/get/ }
   t.throws(() => app.get('/get', { config: { idempotency: true } }, async () => 'x'), error)
   const head = () => app.route({ method: 'HEAD', url: '/h', config: { idempotency: {} }, handler: async () => 'x' })
   t.throws(head, { code: 'FST_IDEMPOTENCY_INVALID_OPTION' })
-})
-
-t.test('both urls of a prefixed root route are covered', async (t) => {
-  const app = await build(t)
-  await app.register(async (child) => void child.post('/', { config: { idempotency: true } }, async () => 'x'), {
-    prefix: '/pre'
-  })
-  t.equal(await replays(app, '/pre'), true)
-  t.equal(await replays(app, '/pre/'), true)
 })
 
 t.test('a request without a key runs normally', async (t) => {
@@ -98,122 +82,6 @@ t.test('a request without a key runs normally', async (t) => {
   })
   t.equal((await app.inject({ method: 'POST', url: '/' })).body, '1')
   t.equal((await app.inject({ method: 'POST', url: '/' })).body, '2')
-})
-
-t.test('skip lets a request through unprotected, and is asked before anything else', async (t) => {
-  for (const hook of ['onRequest', 'preHandler'] as const) {
-    for (const answer of [true, Promise.resolve(true)]) {
-      const app = await build(t, { hook, required: true, keyFormat: 'uuid', field: 'key', skip: () => answer })
-      app.post('/', { config: { idempotency: true } }, async (request) => ({ seen: request.idempotency }))
-      const invalid = await app.inject({ method: 'POST', url: '/', headers: keyed('k'), payload: { key: 'k' } })
-      t.same(invalid.json(), { seen: null })
-      const missing = await app.inject({ method: 'POST', url: '/' })
-      t.same(missing.json(), { seen: null })
-    }
-  }
-})
-
-t.test('skip is asked once per request, also where the key may come with the body', async (t) => {
-  let asked = 0
-  const app = await build(t, {
-    field: 'key',
-    skip: () => {
-      asked++
-      return false
-    }
-  })
-  app.post('/', { config: { idempotency: true } }, async () => 'x')
-  await app.inject({ method: 'POST', url: '/', payload: { key: 'k' } })
-  t.equal(asked, 1)
-})
-
-t.test('a covered route declared before the plugin has loaded fails the boot', async (t) => {
-  const expected = { code: 'FST_IDEMPOTENCY_ROUTE_TOO_EARLY', message: /POST \/early.*await app\.register/s }
-  t.test('when it was declared before register', async (t) => {
-    const app = Fastify()
-    app.post('/early', { config: { idempotency: true } }, async () => 'x')
-    await t.rejects(async () => {
-      await app.register(idempotency)
-      await app.ready()
-    }, expected)
-  })
-  t.test('when register was not awaited', async (t) => {
-    const app = Fastify()
-    app.register(idempotency)
-    app.post('/early', { config: { idempotency: {} } }, async () => 'x')
-    await t.rejects(async () => {
-      await app.ready()
-    }, expected)
-  })
-  t.test('when global would cover it', async (t) => {
-    const app = Fastify()
-    app.register(idempotency, { global: true })
-    app.post('/early', async () => 'x')
-    await t.rejects(async () => {
-      await app.ready()
-    }, expected)
-  })
-  t.test('but not when it is declared in a plugin that loads later, or opts out, or is safe', async (t) => {
-    const app = Fastify()
-    t.teardown(() => app.close())
-    app.get('/get', async () => 'x')
-    app.post('/out', { config: { idempotency: false } }, async () => 'x')
-    app.register(idempotency, { global: true })
-    app.register(async (child) => void child.post('/late', async () => 'x'))
-    await app.ready()
-    t.equal(await replays(app as never, '/late'), true)
-  })
-  t.test('and not for routes outside of the scope in which the plugin is registered', async (t) => {
-    const app = Fastify()
-    t.teardown(() => app.close())
-    app.post('/outside', async () => 'x')
-    await app.register(async (child) => {
-      await child.register(idempotency, { global: true })
-      child.post('/inside', async () => 'x')
-    })
-    await app.ready()
-    t.equal(await replays(app as never, '/inside'), true)
-    t.equal(await replays(app as never, '/outside'), false)
-  })
-})
-
-t.test('two encapsulated scopes are two independent instances', async (t) => {
-  const app = Fastify()
-  t.teardown(() => app.close())
-  const runs: string[] = []
-  for (const name of ['a', 'b']) {
-    await app.register(async (child) => {
-      await child.register(idempotency, { header: `X-Key-${name}` })
-      child.post(`/${name}`, { config: { idempotency: true } }, async () => runs.push(name))
-    })
-  }
-  for (const name of ['a', 'b', 'a', 'b']) {
-    await app.inject({ method: 'POST', url: `/${name}`, headers: { [`x-key-${name}`]: 'k' } })
-  }
-  await app.inject({ method: 'POST', url: '/a', headers: { 'x-key-b': 'k' } })
-  t.same(runs, ['a', 'b', 'a'])
-})
-
-t.test('a registration in a child scope is its own master, below one in the parent', async (t) => {
-  const [outer, inner] = [new MemoryStore(), new MemoryStore()]
-  const app = await build(t, { store: outer })
-  app.post('/outer', { config: { idempotency: true } }, async () => 'x')
-  await app.register(async (child) => {
-    await child.register(idempotency, { store: inner })
-    t.equal(child.idempotency.store, inner)
-    child.post('/inner', { config: { idempotency: true } }, async () => 'x')
-  })
-  t.equal(app.idempotency.store, outer)
-  t.equal(await replays(app, '/inner'), true)
-  t.equal(await app.idempotency.get('POST /inner'), null)
-  t.equal(await replays(app, '/outer'), true)
-  t.equal((await app.idempotency.get('POST /outer'))?.state, 'completed')
-})
-
-t.test('registering twice in one scope is refused', async (t) => {
-  const app = Fastify()
-  await app.register(idempotency)
-  await t.rejects(async () => await app.register(idempotency), { code: 'FST_IDEMPOTENCY_ALREADY_REGISTERED' })
 })
 
 t.test('bad options fail at registration, and at the declaration of the route', async (t) => {
@@ -237,14 +105,4 @@ t.test('a route may have one hook, or several', async (t) => {
   app.post('/several', { config: { idempotency: true }, preHandler: [hook, hook] }, async () => 'x')
   for (const url of ['/one', '/several']) t.equal(await replays(app, url), true, url)
   t.equal(calls, 6)
-})
-
-t.test("a user's shared and frozen hook arrays stay as they are", async (t) => {
-  const app = await build(t)
-  const shared = Object.freeze({ preHandler: Object.freeze([async () => {}]), config: { idempotency: true } })
-  app.post('/1', shared as never, async () => 'x')
-  app.post('/2', shared as never, async () => 'x')
-  await app.ready()
-  t.equal(shared.preHandler.length, 1)
-  t.equal(await replays(app, '/1'), true)
 })

@@ -237,20 +237,6 @@ t.test('a store that fails for an early claim is asked again, where a route may 
   t.equal((await app.inject({ ...keyed, payload: {} })).headers[REPLAYED], 'true')
 })
 
-t.test('getKey is asked where the body is, and once more there when an earlier hook was wanted', async (t) => {
-  for (const hook of [undefined, 'preHandler', ...EARLY] as const) {
-    const getKey = (request: { body?: unknown }) => (request.body as { id?: string } | undefined)?.id
-    const app = await build(t, { getKey, required: true, ...(hook && { hook }) })
-    let runs = 0
-    app.post('/', config(), async () => ({ run: ++runs }))
-    const send = (payload: object) => app.inject({ method: 'POST', url: '/', payload })
-    t.same((await send({ id: 'evt_1' })).json(), { run: 1 })
-    t.equal((await send({ id: 'evt_1' })).headers[REPLAYED], 'true', `${hook}`)
-    t.equal((await send({})).statusCode, 400)
-    t.equal(runs, 1)
-  }
-})
-
 t.test('a field in a body that is not parsed is never no key', async (t) => {
   for (const hook of ['preHandler', ...EARLY] as const) {
     const app = await build(t, { field: 'id', hook })

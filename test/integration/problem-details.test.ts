@@ -1,5 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { FastifyError } from 'fastify'
+import type { FastifyError, FastifyReply } from 'fastify'
 import t from 'tap'
 import type { IdempotencyOptions, IdempotencyStore } from '../../index.js'
 import { MemoryStore } from '../../index.js'
@@ -104,12 +104,49 @@ for (const problemDetails of [false, true]) {
   }
 }
 
-t.test('the Link stands beside those that the reply has already', async (t) => {
-  const app = await build(t, { required: true, documentationUrl: DOCS })
-  app.addHook('onRequest', async (_request, reply) => void reply.header('link', '</style.css>; rel="preload"'))
-  app.post('/', { config: { idempotency: true } }, async () => 'x')
-  t.equal((await app.inject(post())).headers.link, `</style.css>; rel="preload", ${LINK}`)
+t.test('the Link comes alone, or behind all that the reply has already', async (t) => {
+  for (const there of [[], ['</a>; rel="next"'], ['</a>; rel="next"', '</b>; rel="prev"']]) {
+    const app = await build(t, { required: true, documentationUrl: DOCS })
+    app.addHook('onRequest', async (_request, reply) => {
+      if (there.length > 0) reply.header('link', there.length > 1 ? there : there[0])
+    })
+    app.post('/', { config: { idempotency: true } }, async () => 'x')
+    t.equal((await app.inject(post())).headers.link, [...there, LINK].join(', '))
+  }
 })
+
+t.test('problem details are whole, whatever schema the route has for its errors', async (t) => {
+  const schema = { response: { '4xx': { type: 'object', properties: { message: { type: 'string' } } } } }
+  const app = await build(t, { required: true, problemDetails: true })
+  app.post('/', { schema, config: { idempotency: true } }, async () => 'x')
+  const { headers, body } = await app.inject(post())
+  t.equal(headers['content-length'], String(Buffer.byteLength(body)))
+  t.match(JSON.parse(body), { title: 'Bad Request', status: 400, code: 'FST_IDEMPOTENCY_KEY_MISSING', detail: /./ })
+})
+
+t.test(
+  'an error handler that passes the error on has problem details, one that answers itself has its way',
+  async (t) => {
+    const app = await build(t, { required: true, problemDetails: true })
+    let handle: (error: FastifyError, reply: FastifyReply) => unknown = () => {}
+    app.setErrorHandler((error: FastifyError, _request, reply) => handle(error, reply))
+    app.post('/', { config: { idempotency: true } }, async () => 'x')
+    const refused = () => app.inject(post())
+    handle = (error, reply) => reply.send(error)
+    t.equal((await refused()).headers['content-type'], 'application/problem+json')
+    handle = () => {
+      throw new Error('mine')
+    }
+    t.match((await refused()).json(), { statusCode: 500, message: 'mine' })
+    handle = (_error, reply) => reply.code(418).send(new Error('mine'))
+    t.match((await refused()).json(), { statusCode: 418, message: 'mine' })
+    handle = (error, reply) => {
+      reply.log.error(error)
+      return reply.code(400).header('content-length', 13).type('application/json').send('{"mine":true}')
+    }
+    t.same((await refused()).json(), { mine: true })
+  }
+)
 
 t.test(
   "what is not the plugin's own error has no Link of the plugin: replies, replays, errors of others",
@@ -126,6 +163,7 @@ t.test(
         [500, undefined, undefined]
       ]
     )
+    t.match(replies[2]?.headers['content-type'], /^application\/json/)
   }
 )
 
