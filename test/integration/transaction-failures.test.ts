@@ -767,38 +767,18 @@ test('a handler that asks for what another connection holds for longer than a le
 
 /* What a handler must not do with its client */
 
+/** Each way of saying it is in test/unit/client-guard.test.ts. */
 const forbidden: (string | { text: string })[] = [
   'BEGIN',
-  'begin isolation level serializable',
   'START TRANSACTION',
-  'COMMIT',
-  'commit work;',
-  ' \n\tCommit',
-  ';COMMIT',
-  'COMMIT AND CHAIN',
-  'COMMIT/* now */',
+  ' \n\tCommit work;',
   'END',
-  'end transaction',
   'ABORT',
-  'ROLLBACK',
-  'rollback work',
-  'ROLLBACK TRANSACTION AND NO CHAIN',
-  "PREPARE TRANSACTION 'x'",
-  "prepare\ntransaction 'x'",
-  'SELECT 1; COMMIT',
-  "SELECT 'it''s'; COMMIT; SELECT 'over'",
-  "SELECT E'it\\'s'; COMMIT; SELECT E'over'",
-  "SELECT '\\'; COMMIT; SELECT ''",
-  'SELECT "a;b"; ROLLBACK',
-  'SELECT $$a$$; ROLLBACK; SELECT $$b$$',
-  '/* now */ COMMIT',
-  "/* it's */ COMMIT; --'",
-  '/* now /* really */ at last */ COMMIT',
-  "-- it's now\nCOMMIT",
-  '-- now\rCOMMIT',
-  'SELECT 1 -- now\n; COMMIT',
   'ROLLBACK /* not */ -- to\n',
-  { text: 'COMMIT' },
+  "PREPARE TRANSACTION 'x'",
+  'SELECT 1; COMMIT',
+  "SELECT E'it\\'s'; COMMIT; SELECT E'over'",
+  '/* now /* really */ at last */ COMMIT',
   { text: 'SELECT 1; rollback' }
 ]
 
@@ -836,35 +816,18 @@ test('a handler cannot begin or end its transaction, however it says so', async 
 
 const allowed: (string | { text: string; values?: unknown[] })[] = [
   'SAVEPOINT commit_it',
-  'ROLLBACK TO commit_it',
-  'rollback to savepoint commit_it',
-  'ROLLBACK WORK TO SAVEPOINT commit_it',
-  'Rollback Transaction To commit_it',
   'ROLLBACK /* back */ TO commit_it; SELECT 1',
+  'rollback to savepoint commit_it',
   'RELEASE commit_it',
-  'SAVEPOINT a; SAVEPOINT b; RELEASE SAVEPOINT b; RELEASE SAVEPOINT a',
-  "SELECT 'COMMIT'",
-  "SELECT '; COMMIT; '",
-  "SELECT 'it''s; COMMIT'",
   "SELECT E'it\\'s; COMMIT'",
-  'SELECT 1 AS "; commit"',
-  'SELECT $$; COMMIT;$$',
   'SELECT $end$; END; $$; COMMIT; $end$',
-  'SELECT 1 -- ; COMMIT',
-  'SELECT 1 -- COMMIT\n',
-  'SELECT 1 /* ; COMMIT; */',
   'SELECT 1 /* now /* really */ ; COMMIT */',
-  'SELECT CASE WHEN true THEN 1 ELSE 2 END',
   'SELECT CASE WHEN true THEN 1\nEND; SELECT 2',
   'SELECT 1 AS begin, 2 AS commit, 3 AS rollback',
   'DO $$ BEGIN PERFORM 1; END $$',
-  "DO 'BEGIN PERFORM 1; END'",
   'PREPARE prepared AS SELECT 1',
-  'EXECUTE prepared',
-  'DEALLOCATE prepared',
   'SET LOCAL statement_timeout = 60000',
-  { text: "SELECT $1 || '; COMMIT'", values: ['ROLLBACK'] },
-  { text: 'SELECT $1::int + $2::int /* END */', values: [1, 2] }
+  { text: "SELECT $1 || '; COMMIT'", values: ['ROLLBACK'] }
 ]
 
 test('savepoints are for the handler, and words that end no transaction are no matter', async (t) => {
