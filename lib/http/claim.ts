@@ -111,23 +111,26 @@ export class Claims {
   }
 
   #snapshotOf(request: FastifyRequest): RequestSnapshot {
-    const known = request[kSnapshot]
-    if (known !== null) return known
-    // Nobody saw the key coming: a hook has provided it.
-    const snapshot = new RequestSnapshot(request, this.#policy, '')
-    request[kSnapshot] = snapshot
-    void snapshot.finish()
+    const snapshot = request[kSnapshot] ?? new RequestSnapshot(request, this.#policy, undefined)
+    if (request[kSnapshot] === null) {
+      // Nobody saw the key coming: a hook has provided it.
+      request[kSnapshot] = snapshot
+      void snapshot.finish()
+    }
+    snapshot.expectKey()
     return snapshot
   }
 
   #decide(exchange: Exchange): Answer {
     const { operation } = exchange
     const { fingerprint } = this.#policy
-    const payload = operation.request[kSnapshot]?.payload ?? ''
+    const snapshot = operation.request[kSnapshot]
+    const payload = snapshot?.payload ?? ''
     if (typeof fingerprint === 'function') {
       return this.#decideKnowing(exchange, Promise.resolve(fingerprint(operation.request)).then(hashPayload))
     }
     if (payload instanceof Promise) return this.#decideKnowing(exchange, payload)
+    if (snapshot?.key instanceof Error) throw snapshot.key
     operation.learn(payload)
     const verdict = operation.claim()
     return verdict instanceof Promise ? this.#obeyLater(verdict, exchange) : this.#obey(verdict, exchange)
@@ -135,6 +138,8 @@ export class Claims {
 
   async #decideKnowing(exchange: Exchange, payload: Promise<string>): Promise<FastifyReply | undefined> {
     exchange.operation.learn(await payload)
+    const { key } = exchange.operation.request[kSnapshot] ?? {}
+    if (key instanceof Error) throw key
     return this.#obey(await exchange.operation.claim(), exchange)
   }
 

@@ -57,6 +57,14 @@ export class RequestSnapshot {
     this.head = headOf(request, policy, this.credentials)
   }
 
+  /** There is a key after all, from `getKey` or a hook: what the client sent with it counts. */
+  expectKey(): void {
+    if (this.head === '') this.readHead()
+    if (this.key !== undefined) return
+    this.key = ''
+    if (this.#isRead && this.policy.getKey === null) this.#readPayload()
+  }
+
   /**
    * Reads the body in the moment in which the parser hands it over: the instance's preValidation hooks, which come
    * before all hooks of a route, may replace or change it.
@@ -131,11 +139,11 @@ export class RequestSnapshot {
     const { policy } = this
     this.#isRead = true
     if (this.key === undefined && policy.getKey === null) this.key = this.#keyInBody()
-    if (this.key === undefined && policy.getKey === null) return
-    if (policy.fingerprint === true && !(this.key instanceof Error)) this.#readPayload()
+    if (this.key !== undefined || policy.getKey !== null) this.#readPayload()
   }
 
   #readPayload(): void {
+    if (this.policy.fingerprint !== true || this.key instanceof Error) return
     // What a body throws that is looked at is for the claim to throw: here it would be in the way of the parser.
     const failed = (error: unknown) => {
       this.key = error as Error

@@ -52,7 +52,7 @@ t.test('a key is claimed once, in preHandler, unless an earlier hook is wanted',
 
 t.test('a body that never comes holds its key for one lease, and leaves nothing behind', async (t) => {
   for (const onAbandoned of ['rerun', 'reject'] as const) {
-    const app = await build(t, { hook: 'onRequest', lease: 80, onAbandoned })
+    const app = await build(t, { hook: 'onRequest', lease: 500, onAbandoned })
     const attempts: unknown[] = []
     app.post('/', config(), async (request) => {
       attempts.push(request.idempotency?.attempt)

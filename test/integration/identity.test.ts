@@ -97,17 +97,65 @@ t.test("with hook 'preHandler', a key that the route's own hooks provide counts"
   }
 })
 
-t.test('a key that a hook provides is compared with its payload as any other', async (t) => {
-  const app = await build(t, { hook: 'preHandler' })
-  const preHandler = async (request: FastifyRequest) => {
-    request.headers['idempotency-key'] = 'k'
-  }
-  app.post('/', { preHandler, config: { idempotency: true } }, async () => 'x')
-  const send = (payload: object) => app.inject({ method: 'POST', url: '/', payload })
-  await send({ a: 1 })
-  t.equal(codeOf(await send({ a: 2 })), 'FST_IDEMPOTENCY_KEY_REUSED')
-  t.equal((await send({ a: 1 })).headers[REPLAYED], 'true')
-})
+const provide = async ({ headers }: FastifyRequest) => {
+  headers['idempotency-key'] = 'k'
+}
+
+interface Way {
+  sent?: { headers?: Record<string, string>; query?: string; payload?: object }
+  options?: IdempotencyOptions
+  hooks?: object
+}
+
+/** The ways in which a request may come to its key: what the client sends, and what the server does about it. */
+const WAYS_OF_KEYS: Record<string, Way> = {
+  'in the header': { sent: { headers: key('k') } },
+  'in the query': { sent: { query: '?f=k' }, options: { field: 'f' } },
+  'in the body': { sent: { payload: { f: 'k' } }, options: { field: 'f' } },
+  'from getKey': { options: { getKey: () => 'k' } },
+  'from an async getKey': { options: { getKey: async () => 'k' } },
+  'from getKey, in the body': {
+    sent: { payload: { f: 'k' } },
+    options: { getKey: ({ body }) => (body as { f?: string } | undefined)?.f }
+  },
+  ...Object.fromEntries(
+    (['onRequest', 'preParsing', 'preValidation', 'preHandler'] as const).flatMap((phase) =>
+      [undefined, 'f'].map((field) => [
+        `from a hook in ${phase}, ${field === undefined ? 'without' : 'with'} a field`,
+        {
+          options: field === undefined ? {} : { field },
+          hooks: { [phase]: provide }
+        }
+      ])
+    )
+  )
+}
+
+for (const [way, { sent = {}, options = {}, hooks = {} }] of Object.entries(WAYS_OF_KEYS)) {
+  t.test(`a key that comes ${way} is compared with its caller, its target and its payload`, async (t) => {
+    for (const hook of ['onRequest', 'preParsing', 'preValidation', 'preHandler'] as const) {
+      const app = await build(t, { hook, ...options })
+      app.post('/:id', { ...hooks, config: { idempotency: true } }, async ({ body }) => body)
+      const send = (url: string, authorization: string, payload: object) =>
+        app.inject({
+          method: 'POST',
+          url: `${url}${sent.query ?? ''}`,
+          headers: { ...sent.headers, authorization },
+          payload: { ...payload, ...sent.payload }
+        })
+      const first = await send('/1', 'alice', { a: 1 })
+      t.same(first.json(), { a: 1, ...sent.payload })
+      for (const [differs, url, who, payload] of [
+        ['caller', '/1', 'bob', { a: 1 }],
+        ['target', '/2', 'alice', { a: 1 }],
+        ['payload', '/1', 'alice', { a: 2 }]
+      ] as const) {
+        t.equal(codeOf(await send(url, who, payload)), 'FST_IDEMPOTENCY_KEY_REUSED', `${hook}: ${differs}`)
+      }
+      t.equal((await send('/1', 'alice', { a: 1 })).headers[REPLAYED], 'true', hook)
+    }
+  })
+}
 
 t.test('a malformed key is 422: blank, too long, several, not well-formed', async (t) => {
   for (const hook of ['onRequest', 'preParsing', 'preValidation', 'preHandler'] as const) {
