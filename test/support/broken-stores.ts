@@ -9,8 +9,10 @@ import { type Found, ModelData, ModelStore, type Row } from './model-store.js'
 type Step = 'renew' | 'complete' | 'release'
 type How = 'completed' | 'released' | 'deleted'
 
+type Model = new (data: ModelData) => ModelStore
+
 /** Two clients on the same data, of a class of stores. */
-function clients(Store: new (data: ModelData) => ModelStore): () => StoreUnderTest {
+function clients(Store: Model): () => StoreUnderTest {
   return () => {
     const data = new ModelData()
     const store = new Store(data)
@@ -19,54 +21,48 @@ function clients(Store: new (data: ModelData) => ModelStore): () => StoreUnderTe
 }
 
 /** The model, with some of its answers changed. */
-function answering(change: (answer: Acquisition) => object): () => StoreUnderTest {
-  return clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        return change(await super.acquire(key, claim)) as Acquisition
-      }
-      override async get(key: string) {
-        const found = await super.get(key)
-        return found && (change(found) as Acquisition)
-      }
+function answering(change: (answer: Acquisition) => object): Model {
+  return class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      return change(await super.acquire(key, claim)) as Acquisition
     }
-  )
+    override async get(key: string) {
+      const found = await super.get(key)
+      return found && (change(found) as Acquisition)
+    }
+  }
 }
 
 /** The model, with the members of a reply changed on their way into the table or out of it. */
-function keeping(change: (reply: StoredReply) => object, on: 'in' | 'out' = 'out'): () => StoreUnderTest {
+function keeping(change: (reply: StoredReply) => object, on: 'in' | 'out' = 'out'): Model {
   const changed = (record: StoredRecord) =>
     (record.kind === 'reply' ? { ...record, ...change(record) } : record) as StoredRecord
-  return clients(
-    class extends ModelStore {
-      protected override encode(record: StoredRecord) {
-        return super.encode(on === 'in' ? changed(record) : record)
-      }
-      protected override decode(text: string) {
-        const record = super.decode(text)
-        return on === 'out' ? changed(record) : record
-      }
+  return class extends ModelStore {
+    protected override encode(record: StoredRecord) {
+      return super.encode(on === 'in' ? changed(record) : record)
     }
-  )
+    protected override decode(text: string) {
+      const record = super.decode(text)
+      return on === 'out' ? changed(record) : record
+    }
+  }
 }
 
 /** The model, with records that are kept as objects. */
-function referring(keep: (record: StoredRecord) => StoredRecord, give: (record: StoredRecord) => StoredRecord) {
+function referring(keep: (record: StoredRecord) => StoredRecord, give: (record: StoredRecord) => StoredRecord): Model {
   const records = new Map<string, StoredRecord>()
-  return clients(
-    class extends ModelStore {
-      protected override encode(record: StoredRecord) {
-        const name = `record ${records.size}!`
-        records.set(name, keep(record))
-        return name
-      }
-      protected override decode(name: string) {
-        const record = records.get(name)
-        if (record === undefined) throw new Error('No such record')
-        return give(record)
-      }
+  return class extends ModelStore {
+    protected override encode(record: StoredRecord) {
+      const name = `record ${records.size}!`
+      records.set(name, keep(record))
+      return name
     }
-  )
+    protected override decode(name: string) {
+      const record = records.get(name)
+      if (record === undefined) throw new Error('No such record')
+      return give(record)
+    }
+  }
 }
 
 function copy(record: StoredRecord): StoredRecord {
@@ -76,499 +72,361 @@ function copy(record: StoredRecord): StoredRecord {
 }
 
 /** The model, with another name for a key in the table. */
-function naming(rowKey: (key: string) => string): () => StoreUnderTest {
-  return clients(
-    class extends ModelStore {
-      protected override rowKey(key: string) {
-        return rowKey(key)
-      }
+function naming(rowKey: (key: string) => string): Model {
+  return class extends ModelStore {
+    protected override rowKey(key: string) {
+      return rowKey(key)
     }
-  )
+  }
 }
 
 /** The model, with what a step decides made before the step itself, and not in one. */
-function hesitating(...steps: ('acquire' | Step)[]): () => StoreUnderTest {
-  return clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        if (!steps.includes('acquire')) return super.acquire(key, claim)
-        const now = this.now()
-        const row = this.known(key, now)
-        await sleep(1)
-        if (row === undefined || row.state === 'released') return this.take(key, claim, 1, now)
-        if (row.state === 'running' && row.token !== claim.token && row.leaseEnd <= now && claim.takeover) {
-          return this.take(key, claim, row.attempt + 1, now, this.found(row))
-        }
-        return super.acquire(key, claim)
+function hesitating(late: 'acquire' | Step): Model {
+  return class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      if (late !== 'acquire') return super.acquire(key, claim)
+      const now = this.now()
+      const row = this.known(key, now)
+      await sleep(1)
+      if (row === undefined || row.state === 'released') return this.take(key, claim, 1, now)
+      if (row.state === 'running' && row.token !== claim.token && row.leaseEnd <= now && claim.takeover) {
+        return this.take(key, claim, row.attempt + 1, now, this.found(row))
       }
-      override renew(key: string, token: string, leaseMs: number) {
-        return this.#late('renew', key, token, () => super.renew(key, token, leaseMs), { state: 'running' })
-      }
-      override complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
-        return this.#late('complete', key, token, () => super.complete(key, token, record, ttlMs), { state: 'running' })
-      }
-      override release(key: string, token: string, unused?: boolean) {
-        return this.#late('release', key, token, () => super.release(key, token, unused), { state: 'running' })
-      }
-      async #late(step: Step, key: string, token: string, go: () => Promise<boolean>, assumed: Partial<Row>) {
-        const row = this.known(key, this.now())
-        if (!steps.includes(step) || row?.state !== 'running' || row.token !== token) return go()
-        await sleep(1)
-        // As it was when it was looked at.
-        this.data.rows.set(this.rowKey(key), { ...row, ...assumed, token })
-        return go()
-      }
+      return super.acquire(key, claim)
     }
-  )
+    override renew(key: string, token: string, leaseMs: number) {
+      return this.#late('renew', key, token, () => super.renew(key, token, leaseMs))
+    }
+    override complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+      return this.#late('complete', key, token, () => super.complete(key, token, record, ttlMs))
+    }
+    override release(key: string, token: string, unused?: boolean) {
+      return this.#late('release', key, token, () => super.release(key, token, unused))
+    }
+    async #late(step: Step, key: string, token: string, go: () => Promise<boolean>) {
+      const row = this.known(key, this.now())
+      if (step !== late || row?.state !== 'running' || row.token !== token) return go()
+      await sleep(1)
+      // As it was when it was looked at.
+      this.data.rows.set(this.rowKey(key), { ...row, state: 'running', token })
+      return go()
+    }
+  }
 }
 
 const never = new Promise<never>(() => {})
+const looker: Claim = { token: 'looker', fingerprint: '', leaseMs: 60_000, retainMs: 60_000, takeover: true }
 
-export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStore> = {
+/** The model, with other times for a claim, or for one that is renewed. */
+function prolonging(then: (row: Row, now: number, leaseMs: number) => void): Model {
+  return class extends ModelStore {
+    protected override prolong(row: Row, leaseMs: number, now: number) {
+      super.prolong(row, leaseMs, now)
+      then(row, now, leaseMs)
+    }
+  }
+}
+
+/** The model, with something else remembered of what was given back. */
+function givingBack(then: (row: Row, now: number, before: Row) => void): Model {
+  return class extends ModelStore {
+    protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
+      const before = { ...row }
+      super.giveBack(row, found, unused, now)
+      then(row, now, before)
+    }
+  }
+}
+
+/** The model, with another row, or another claim, when an owner claims again what it has. */
+function repeating(first: (row: Row) => Partial<Claim>): Model {
+  return class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      const row = this.known(key, this.now())
+      const isRepeated = row?.state === 'running' && row.token === claim.token
+      return super.acquire(key, isRepeated ? { ...claim, ...first(row) } : claim)
+    }
+  }
+}
+
+const models: Record<string, Model> = {
   'looks first and claims later': hesitating('acquire'),
   'looks first and renews later': hesitating('renew'),
   'looks first and completes later': hesitating('complete'),
   'looks first and releases later': hesitating('release'),
-
   ...Object.fromEntries(
     (['renew', 'complete', 'release'] as const).map((wrong) => [
       `asks nobody for a token to ${wrong}`,
-      clients(
-        class extends ModelStore {
-          protected override owns(step: Step, row: Row, token: string, now: number) {
-            return step === wrong || super.owns(step, row, token, now)
-          }
+      class extends ModelStore {
+        protected override owns(step: Step, row: Row, token: string, now: number) {
+          return step === wrong || super.owns(step, row, token, now)
         }
-      )
+      }
     ])
   ),
 
-  'takes a lapsed claim from its owner': clients(
-    class extends ModelStore {
-      protected override owns(step: Step, row: Row, token: string, now: number) {
-        return super.owns(step, row, token, now) && (row.state !== 'running' || row.leaseEnd > now)
-      }
+  'takes a lapsed claim from its owner': class extends ModelStore {
+    protected override owns(step: Step, row: Row, token: string, now: number) {
+      return super.owns(step, row, token, now) && (row.state !== 'running' || row.leaseEnd > now)
     }
-  ),
-
-  'forgets who has completed': clients(
-    class extends ModelStore {
-      protected override again(step: Step) {
-        return step !== 'complete'
-      }
+  },
+  'forgets who has completed': class extends ModelStore {
+    protected override again(step: Step) {
+      return step !== 'complete'
     }
-  ),
-
-  'forgets who has released': clients(
-    class extends ModelStore {
-      protected override again(step: Step) {
-        return step !== 'release'
-      }
+  },
+  'forgets who has released': class extends ModelStore {
+    protected override again(step: Step) {
+      return step !== 'release'
     }
-  ),
-
-  'overwrites a record with a later one': clients(
-    class extends ModelStore {
-      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
-        const row = this.known(key, this.now())
-        if (row?.state === 'completed' && row.token === token) row.state = 'running'
-        return super.complete(key, token, record, ttlMs)
-      }
+  },
+  'overwrites a record with a later one': class extends ModelStore {
+    override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+      const row = this.known(key, this.now())
+      if (row?.state === 'completed' && row.token === token) row.state = 'running'
+      return super.complete(key, token, record, ttlMs)
     }
-  ),
-
-  'releases what is completed': clients(
-    class extends ModelStore {
-      override async release(key: string, token: string, unused?: boolean) {
-        const row = this.known(key, this.now())
-        if (row?.state === 'completed' && row.token === token) row.state = 'running'
-        return super.release(key, token, unused)
-      }
+  },
+  'releases what is completed': class extends ModelStore {
+    override async release(key: string, token: string, unused?: boolean) {
+      const row = this.known(key, this.now())
+      if (row?.state === 'completed' && row.token === token) row.state = 'running'
+      return super.release(key, token, unused)
     }
-  ),
+  },
 
-  'expires for those who read, and not for those who claim': clients(
-    class extends ModelStore {
-      #claiming = false
-      override acquire(key: string, claim: Claim) {
-        this.#claiming = true
-        const found = super.acquire(key, claim)
-        this.#claiming = false
-        return found
-      }
-      protected override known(key: string, now: number) {
-        return this.#claiming ? this.data.rows.get(key) : super.known(key, now)
-      }
-      protected override completed(row: Row, now: number) {
-        return super.completed({ ...row, expires: Math.max(row.expires, now) }, now)
-      }
+  'expires for those who read, and not for those who claim': class extends ModelStore {
+    #claiming = false
+    override acquire(key: string, claim: Claim) {
+      this.#claiming = true
+      const found = super.acquire(key, claim)
+      this.#claiming = false
+      return found
     }
-  ),
-
-  'never expires': clients(
-    class extends ModelStore {
-      protected override known(key: string) {
-        return this.data.rows.get(key)
-      }
-      protected override completed(row: Row, now: number) {
-        return super.completed({ ...row, expires: Math.max(row.expires, now) }, now)
-      }
+    protected override known(key: string, now: number) {
+      return this.#claiming ? this.data.rows.get(key) : super.known(key, now)
     }
-  ),
-
-  'forgets a claim with its lease': clients(
-    class extends ModelStore {
-      protected override prolong(row: Row, leaseMs: number, now: number) {
-        super.prolong(row, leaseMs, now)
-        row.expires = row.leaseEnd
-      }
+    protected override completed(row: Row, now: number) {
+      return super.completed({ ...row, expires: Math.max(row.expires, now) }, now)
     }
-  ),
-
-  'remembers an abandoned claim for ever': clients(
-    class extends ModelStore {
-      protected override prolong(row: Row, leaseMs: number, now: number) {
-        super.prolong(row, leaseMs, now)
-        row.expires = Number.POSITIVE_INFINITY
-      }
+  },
+  'never expires': class extends ModelStore {
+    protected override known(key: string) {
+      return this.data.rows.get(key)
     }
-  ),
-
-  'remembers a renewed claim for no longer than before': clients(
-    class extends ModelStore {
-      protected override prolong(row: Row, leaseMs: number, now: number) {
-        const { expires } = row
-        super.prolong(row, leaseMs, now)
-        if (expires > 0) row.expires = expires
-      }
+    protected override completed(row: Row, now: number) {
+      return super.completed({ ...row, expires: Math.max(row.expires, now) }, now)
     }
-  ),
-
-  'lets a lease lapse early': clients(
-    class extends ModelStore {
-      protected override prolong(row: Row, leaseMs: number, now: number) {
-        super.prolong(row, leaseMs, now)
-        row.leaseEnd = now + leaseMs / 2
-      }
+  },
+  'forgets a claim with its lease': prolonging((row) => {
+    row.expires = row.leaseEnd
+  }),
+  'remembers an abandoned claim for ever': prolonging((row) => {
+    row.expires = Number.POSITIVE_INFINITY
+  }),
+  'remembers a renewed claim for no longer than before': class extends ModelStore {
+    protected override prolong(row: Row, leaseMs: number, now: number) {
+      const { expires } = row
+      super.prolong(row, leaseMs, now)
+      if (expires > 0) row.expires = expires
     }
-  ),
-
-  'lets a lease of 40 days overflow': clients(
-    class extends ModelStore {
-      protected override prolong(row: Row, leaseMs: number, now: number) {
-        super.prolong(row, leaseMs < 2 ** 31 ? leaseMs : 1, now)
-      }
+  },
+  'lets a lease lapse early': prolonging((row, now, leaseMs) => {
+    row.leaseEnd = now + leaseMs / 2
+  }),
+  'lets a lease of 40 days overflow': class extends ModelStore {
+    protected override prolong(row: Row, leaseMs: number, now: number) {
+      super.prolong(row, leaseMs < 2 ** 31 ? leaseMs : 1, now)
     }
-  ),
-
-  'renews for as long as it was claimed': clients(
-    class extends ModelStore {
-      readonly #first = new WeakMap<Row, number>()
-      protected override prolong(row: Row, leaseMs: number, now: number) {
-        const first = this.#first.get(row) ?? leaseMs
-        this.#first.set(row, first)
-        super.prolong(row, first, now)
-      }
+  },
+  'renews for as long as it was claimed': class extends ModelStore {
+    readonly #first = new WeakMap<Row, number>()
+    protected override prolong(row: Row, leaseMs: number, now: number) {
+      const first = this.#first.get(row) ?? leaseMs
+      this.#first.set(row, first)
+      super.prolong(row, first, now)
     }
-  ),
+  },
 
-  'does not count attempts': clients(
-    class extends ModelStore {
-      protected override nextAttempt(row: Row) {
-        return row.attempt
-      }
+  'does not count attempts': class extends ModelStore {
+    protected override nextAttempt(row: Row) {
+      return row.attempt
     }
-  ),
-
-  'counts attempts over a release and an expiry': clients(
-    class extends ModelStore {
-      protected override take(key: string, claim: Claim, _: number, now: number, found?: Found) {
-        return super.take(key, claim, (this.data.rows.get(key)?.attempt ?? 0) + 1, now, found)
-      }
+  },
+  'counts attempts over a release and an expiry': class extends ModelStore {
+    protected override take(key: string, claim: Claim, _: number, now: number, found?: Found) {
+      return super.take(key, claim, (this.data.rows.get(key)?.attempt ?? 0) + 1, now, found)
     }
-  ),
-
-  'forgets an interrupted attempt with the release of a later one': clients(
-    class extends ModelStore {
-      protected override giveBack(row: Row, _found: Found, _unused: boolean, now: number) {
-        Object.assign(row, { state: 'released', expires: now + 60_000 })
-      }
+  },
+  'forgets an interrupted attempt with the release of a later one': class extends ModelStore {
+    protected override giveBack(row: Row, _found: Found, _unused: boolean, now: number) {
+      Object.assign(row, { state: 'released', expires: now + 60_000 })
     }
-  ),
-
-  'remembers the release of a first attempt': clients(
-    class extends ModelStore {
-      protected override take(key: string, claim: Claim, attempt: number, now: number, found?: Found) {
-        return super.take(key, claim, attempt, now, found ?? { state: 'abandoned', fingerprint: '' })
-      }
+  },
+  'remembers the release of a first attempt': class extends ModelStore {
+    protected override take(key: string, claim: Claim, attempt: number, now: number, found?: Found) {
+      return super.take(key, claim, attempt, now, found ?? { state: 'abandoned', fingerprint: '' })
     }
-  ),
-
-  'gives a claim back with its lease': clients(
-    class extends ModelStore {
-      protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
-        const { leaseEnd } = row
-        super.giveBack(row, found, unused, now)
-        row.leaseEnd = leaseEnd
-      }
-    }
-  ),
-
-  'remembers what was given back for ever': clients(
-    class extends ModelStore {
-      protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
-        super.giveBack(row, found, unused, now)
-        row.expires = Number.POSITIVE_INFINITY
-      }
-    }
-  ),
-
-  'remembers what was given back for as long as a release': clients(
-    class extends ModelStore {
-      protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
-        super.giveBack(row, found, unused, now)
-        row.expires = now + 10
-      }
-    }
-  ),
-
+  },
+  'gives a claim back with its lease': givingBack((row, _now, { leaseEnd }) => {
+    row.leaseEnd = leaseEnd
+  }),
+  'remembers what was given back for ever': givingBack((row) => {
+    row.expires = Number.POSITIVE_INFINITY
+  }),
+  'remembers what was given back for as long as a release': givingBack((row, now) => {
+    row.expires = now + 10
+  }),
   'does not say that a claim has ended': answering(({ ...found }) => {
     if (found.state === 'abandoned') delete found.ended
     return found
   }),
-
   'says of all that is abandoned that it has ended': answering((found) =>
     found.state === 'abandoned' ? { ...found, ended: true } : found
   ),
-
   'says whether a claim has ended by true or false': answering((found) =>
     found.state === 'abandoned' ? { ...found, ended: found.ended ?? false } : found
   ),
-
-  'counts attempts whose handler never ran': clients(
-    class extends ModelStore {
-      override release(key: string, token: string) {
-        return super.release(key, token)
-      }
+  'counts attempts whose handler never ran': class extends ModelStore {
+    override release(key: string, token: string) {
+      return super.release(key, token)
     }
-  ),
-
-  'takes back every attempt that is released': clients(
-    class extends ModelStore {
-      override release(key: string, token: string) {
-        return super.release(key, token, true)
-      }
+  },
+  'takes back every attempt that is released': class extends ModelStore {
+    override release(key: string, token: string) {
+      return super.release(key, token, true)
     }
-  ),
-
-  'says that what was taken over and given back unused has ended': clients(
-    class extends ModelStore {
-      protected override found(row: Row): Found {
-        return { ...super.found(row), state: 'ended' }
-      }
+  },
+  'says that what was taken over and given back unused has ended': class extends ModelStore {
+    protected override found(row: Row): Found {
+      return { ...super.found(row), state: 'ended' }
     }
-  ),
-
-  'forgets that what was taken over and given back unused had ended': clients(
-    class extends ModelStore {
-      protected override found(row: Row): Found {
-        return { ...super.found(row), state: 'abandoned' }
-      }
+  },
+  'forgets that what was taken over and given back unused had ended': class extends ModelStore {
+    protected override found(row: Row): Found {
+      return { ...super.found(row), state: 'abandoned' }
     }
-  ),
-
-  'keeps the fingerprint of a claim that was given back unused': clients(
-    class extends ModelStore {
-      protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
-        super.giveBack(row, { ...found, fingerprint: row.fingerprint }, unused, now)
-      }
+  },
+  'keeps the fingerprint of a claim that was given back unused': class extends ModelStore {
+    protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
+      super.giveBack(row, { ...found, fingerprint: row.fingerprint }, unused, now)
     }
-  ),
-
-  'leaves what was given back to its former owner': clients(
-    class extends ModelStore {
-      override async renew(key: string, token: string, leaseMs: number) {
-        this.#undo(key, token)
-        return super.renew(key, token, leaseMs)
-      }
-      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
-        this.#undo(key, token)
-        return super.complete(key, token, record, ttlMs)
-      }
-      #undo(key: string, token: string) {
-        const row = this.known(key, this.now())
-        if (row?.token === token && (row.state === 'ended' || row.state === 'abandoned')) row.state = 'running'
-      }
+  },
+  'leaves what was given back to its former owner': class extends ModelStore {
+    override async renew(key: string, token: string, leaseMs: number) {
+      this.#undo(key, token)
+      return super.renew(key, token, leaseMs)
     }
-  ),
-
-  'knows who has given a claim back for its owner': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim): Promise<Acquisition> {
-        const row = this.known(key, this.now())
-        if (row?.state === 'ended' && row.token === claim.token) return { state: 'acquired', attempt: row.attempt }
-        return super.acquire(key, claim)
-      }
+    override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+      this.#undo(key, token)
+      return super.complete(key, token, record, ttlMs)
     }
-  ),
-
-  'gives back again what was given back': clients(
-    class extends ModelStore {
-      override async release(key: string, token: string, unused = false) {
-        const now = this.now()
-        const row = this.known(key, now)
-        if (row?.token === token && row.state === 'ended') row.attempt--
-        return super.release(key, token, unused)
-      }
+    #undo(key: string, token: string) {
+      const row = this.known(key, this.now())
+      if (row?.token === token && (row.state === 'ended' || row.state === 'abandoned')) row.state = 'running'
     }
-  ),
-
-  'forgets what it took over when a claim is repeated': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        const row = this.known(key, this.now())
-        if (row?.state === 'running' && row.token === claim.token) row.found = null
-        return super.acquire(key, claim)
-      }
+  },
+  'knows who has given a claim back for its owner': class extends ModelStore {
+    override async acquire(key: string, claim: Claim): Promise<Acquisition> {
+      const row = this.known(key, this.now())
+      if (row?.state === 'ended' && row.token === claim.token) return { state: 'acquired', attempt: row.attempt }
+      return super.acquire(key, claim)
     }
-  ),
-
-  'remembers a repeated claim for no longer than before': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        const row = this.known(key, this.now())
-        const same = row?.state === 'running' && row.token === claim.token
-        return super.acquire(key, same ? { ...claim, retainMs: row.retainMs } : claim)
-      }
+  },
+  'gives back again what was given back': class extends ModelStore {
+    override async release(key: string, token: string, unused = false) {
+      const now = this.now()
+      const row = this.known(key, now)
+      if (row?.token === token && row.state === 'ended') row.attempt--
+      return super.release(key, token, unused)
     }
-  ),
+  },
 
-  'remembers what there is no need to remember': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        return super.acquire(key, { ...claim, retainMs: Math.max(claim.retainMs, 1) * 1_000 })
-      }
+  'forgets what it took over when a claim is repeated': repeating((row) => {
+    row.found = null
+    return {}
+  }),
+  'remembers a repeated claim for no longer than before': repeating(({ retainMs }) => ({ retainMs })),
+  'remembers what there is no need to remember': class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      return super.acquire(key, { ...claim, retainMs: Math.max(claim.retainMs, 1) * 1_000 })
     }
-  ),
-
-  'keeps the fingerprint of a claim that is repeated': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        const row = this.known(key, this.now())
-        const same = row?.state === 'running' && row.token === claim.token
-        return super.acquire(key, same ? { ...claim, fingerprint: row.fingerprint } : claim)
-      }
+  },
+  'keeps the fingerprint of a claim that is repeated': repeating(({ fingerprint }) => ({ fingerprint })),
+  'counts the repeated claim as another attempt': repeating((row) => {
+    row.attempt++
+    return {}
+  }),
+  'does not know its owner again': class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      const now = this.now()
+      const row = this.known(key, now)
+      return row?.state === 'running' && row.token === claim.token ? this.held(row, now) : super.acquire(key, claim)
     }
-  ),
-
-  'counts the repeated claim as another attempt': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        const row = this.known(key, this.now())
-        if (row?.state === 'running' && row.token === claim.token) row.attempt++
-        return super.acquire(key, claim)
-      }
+  },
+  'gives a completed key to its owner': class extends ModelStore {
+    override async acquire(key: string, claim: Claim): Promise<Acquisition> {
+      const row = this.known(key, this.now())
+      if (row?.state === 'completed' && row.token === claim.token) return { state: 'acquired', attempt: row.attempt }
+      return super.acquire(key, claim)
     }
-  ),
+  },
 
-  'does not know its owner again': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        const now = this.now()
-        const row = this.known(key, now)
-        return row?.state === 'running' && row.token === claim.token ? this.held(row, now) : super.acquire(key, claim)
-      }
+  'takes over without being asked': class extends ModelStore {
+    protected override mayTakeOver() {
+      return true
     }
-  ),
-
-  'gives a completed key to its owner': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim): Promise<Acquisition> {
-        const row = this.known(key, this.now())
-        if (row?.state === 'completed' && row.token === claim.token) return { state: 'acquired', attempt: row.attempt }
-        return super.acquire(key, claim)
-      }
+  },
+  'looks at the clock twice': class extends ModelStore {
+    protected override held(row: Row, now: number) {
+      return super.held(row, now + 2)
     }
-  ),
-
-  'takes over without being asked': clients(
-    class extends ModelStore {
-      protected override mayTakeOver() {
-        return true
-      }
+  },
+  'never takes over': class extends ModelStore {
+    protected override mayTakeOver() {
+      return false
     }
-  ),
+  },
 
-  'looks at the clock twice': clients(
-    class extends ModelStore {
-      protected override held(row: Row, now: number) {
-        return super.held(row, now + 2)
-      }
+  'counts the ttl from the claim': class extends ModelStore {
+    readonly #claimed = new WeakMap<Row, number>()
+    protected override prolong(row: Row, leaseMs: number, now: number) {
+      if (!this.#claimed.has(row)) this.#claimed.set(row, now)
+      super.prolong(row, leaseMs, now)
     }
-  ),
-
-  'never takes over': clients(
-    class extends ModelStore {
-      protected override mayTakeOver() {
-        return false
-      }
+    protected override expires(row: Row, ttlMs: number | null, now: number) {
+      return super.expires(row, ttlMs, this.#claimed.get(row) ?? now)
     }
-  ),
-
-  'counts the ttl from the claim': clients(
-    class extends ModelStore {
-      readonly #claimed = new WeakMap<Row, number>()
-      protected override prolong(row: Row, leaseMs: number, now: number) {
-        if (!this.#claimed.has(row)) this.#claimed.set(row, now)
-        super.prolong(row, leaseMs, now)
-      }
-      protected override expires(row: Row, ttlMs: number | null, now: number) {
-        return super.expires(row, ttlMs, this.#claimed.get(row) ?? now)
-      }
+  },
+  'lets a ttl of 40 days overflow': class extends ModelStore {
+    protected override expires(row: Row, ttlMs: number | null, now: number) {
+      return super.expires(row, ttlMs === null || ttlMs < 2 ** 31 ? ttlMs : 1, now)
     }
-  ),
-
-  'lets a ttl of 40 days overflow': clients(
-    class extends ModelStore {
-      protected override expires(row: Row, ttlMs: number | null, now: number) {
-        return super.expires(row, ttlMs === null || ttlMs < 2 ** 31 ? ttlMs : 1, now)
-      }
+  },
+  'takes no ttl for none': class extends ModelStore {
+    protected override expires(row: Row, ttlMs: number | null, now: number) {
+      return super.expires(row, ttlMs ?? 0, now)
     }
-  ),
-
-  'takes no ttl for none': clients(
-    class extends ModelStore {
-      protected override expires(row: Row, ttlMs: number | null, now: number) {
-        return super.expires(row, ttlMs ?? 0, now)
-      }
+  },
+  'keeps a record for no longer than its claim': class extends ModelStore {
+    protected override expires(row: Row, ttlMs: number | null, now: number) {
+      return Math.min(row.expires, super.expires(row, ttlMs, now))
     }
-  ),
-
-  'keeps a record for no longer than its claim': clients(
-    class extends ModelStore {
-      protected override expires(row: Row, ttlMs: number | null, now: number) {
-        return Math.min(row.expires, super.expires(row, ttlMs, now))
-      }
+  },
+  'begins the ttl anew with a replay': class extends ModelStore {
+    readonly #ttls = new WeakMap<Row, number>()
+    protected override expires(row: Row, ttlMs: number | null, now: number) {
+      if (ttlMs !== null) this.#ttls.set(row, ttlMs)
+      return super.expires(row, ttlMs, now)
     }
-  ),
-
-  'begins the ttl anew with a replay': clients(
-    class extends ModelStore {
-      readonly #ttls = new WeakMap<Row, number>()
-      protected override expires(row: Row, ttlMs: number | null, now: number) {
-        if (ttlMs !== null) this.#ttls.set(row, ttlMs)
-        return super.expires(row, ttlMs, now)
-      }
-      override async acquire(key: string, claim: Claim) {
-        const found = await super.acquire(key, claim)
-        const row = this.data.rows.get(key)
-        const ttlMs = row && this.#ttls.get(row)
-        if (row?.state === 'completed' && ttlMs !== undefined) row.expires = this.now() + ttlMs
-        return found
-      }
+    override async acquire(key: string, claim: Claim) {
+      const found = await super.acquire(key, claim)
+      const row = this.data.rows.get(key)
+      const ttlMs = row && this.#ttls.get(row)
+      if (row?.state === 'completed' && ttlMs !== undefined) row.expires = this.now() + ttlMs
+      return found
     }
-  ),
-
+  },
   'tells the ttl as it was': answering((found) => (found.state === 'completed' ? { ...found, ttlMs: 60_000 } : found)),
   'tells no ttl as infinity': answering((found) =>
     found.state === 'completed' ? { ...found, ttlMs: found.ttlMs ?? Number.POSITIVE_INFINITY } : found
@@ -592,131 +450,294 @@ export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStor
   'gives the body that it keeps': referring(copy, (record) =>
     record.kind === 'reply' ? ({ ...copy(record), body: record.body } as StoredRecord) : copy(record)
   ),
-  'reads a claim later than it was given': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        await null
-        return super.acquire(key, claim)
-      }
+  'reads a claim later than it was given': class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      await null
+      return super.acquire(key, claim)
     }
-  ),
+  },
 
-  'hears late': clients(
-    class extends ModelStore {
-      protected override async listen(key: string, signal: AbortSignal) {
-        await sleep(5)
-        return super.listen(key, signal)
-      }
+  'hears late': class extends ModelStore {
+    protected override async listen(key: string, signal: AbortSignal) {
+      await sleep(5)
+      return super.listen(key, signal)
     }
-  ),
-  'wakes nobody': clients(
-    class extends ModelStore {
-      protected override ended() {}
+  },
+  'wakes nobody': class extends ModelStore {
+    protected override ended() {}
+  },
+  'wakes one of several': class extends ModelStore {
+    protected override ended(key: string) {
+      this.data.ended.listeners(this.channel(key))[0]?.()
     }
-  ),
-  'wakes one of several': clients(
-    class extends ModelStore {
-      protected override ended(key: string) {
-        this.data.ended.listeners(this.channel(key))[0]?.()
-      }
+  },
+  'wakes those of its own client': class extends ModelStore {
+    constructor(data: ModelData) {
+      super(Object.assign(Object.create(data), { ended: new EventEmitter().setMaxListeners(0) }))
     }
-  ),
-  'wakes those of its own client': clients(
-    class extends ModelStore {
-      constructor(data: ModelData) {
-        super(Object.assign(Object.create(data), { ended: new EventEmitter().setMaxListeners(0) }))
-      }
+  },
+  'wakes those who listen to any key': class extends ModelStore {
+    protected override channel() {
+      return 'any'
     }
-  ),
-  'wakes those who listen to any key': clients(
-    class extends ModelStore {
-      protected override channel() {
-        return 'any'
-      }
-    }
-  ),
+  },
   ...Object.fromEntries(
     (['completed', 'released', 'deleted'] as const).map((silent) => [
       `wakes nobody when a key is ${silent}`,
-      clients(
-        class extends ModelStore {
-          protected override ended(key: string, how: How) {
-            if (how !== silent) super.ended(key, how)
-          }
+      class extends ModelStore {
+        protected override ended(key: string, how: How) {
+          if (how !== silent) super.ended(key, how)
         }
-      )
+      }
     ])
   ),
-  'wakes nobody when a claim is given back that took over': clients(
-    class extends ModelStore {
-      protected override ended(key: string, how: How) {
-        const row = this.data.rows.get(this.rowKey(key))
-        if (row?.state !== 'ended' && row?.state !== 'abandoned') super.ended(key, how)
+  'wakes nobody when a claim is given back that took over': class extends ModelStore {
+    protected override ended(key: string, how: How) {
+      const row = this.data.rows.get(this.rowKey(key))
+      if (row?.state !== 'ended' && row?.state !== 'abandoned') super.ended(key, how)
+    }
+  },
+  'wakes before it writes': class extends ModelStore {
+    override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+      const row = this.known(key, this.now())
+      if (row?.state === 'running' && row.token === token) {
+        super.ended(key, 'completed')
+        await sleep(5)
+      }
+      return super.complete(key, token, record, ttlMs)
+    }
+    protected override ended(key: string, how: How) {
+      if (how !== 'completed') super.ended(key, how)
+    }
+  },
+  'wakes with every claim and renewal': class extends ModelStore {
+    protected override prolong(row: Row, leaseMs: number, now: number) {
+      super.prolong(row, leaseMs, now)
+      for (const name of this.data.ended.eventNames()) this.data.ended.emit(name)
+    }
+  },
+  'listens where nothing runs': class extends ModelStore {
+    override changed(key: string, signal: AbortSignal) {
+      return signal.aborted ? Promise.resolve() : this.listen(key, signal)
+    }
+  },
+  'listens to an abandoned claim': class extends ModelStore {
+    override async changed(key: string, signal: AbortSignal) {
+      const row = this.known(key, this.now())
+      if (!signal.aborted && row !== undefined && 'running abandoned ended'.includes(row.state)) {
+        await this.listen(key, signal)
       }
     }
-  ),
-  'wakes before it writes': clients(
-    class extends ModelStore {
-      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
-        const row = this.known(key, this.now())
-        if (row?.state === 'running' && row.token === token) {
-          super.ended(key, 'completed')
-          await sleep(5)
-        }
-        return super.complete(key, token, record, ttlMs)
-      }
-      protected override ended(key: string, how: How) {
-        if (how !== 'completed') super.ended(key, how)
+  },
+  'listens for ever': class extends ModelStore {
+    protected override listen(key: string) {
+      return super.listen(key, new AbortController().signal)
+    }
+  },
+  'listens although it was called off before': class extends ModelStore {
+    override changed(key: string, signal: AbortSignal) {
+      return super.changed(key, signal.aborted ? new AbortController().signal : signal)
+    }
+  },
+  'ends all listening with one': class extends ModelStore {
+    protected override listen(key: string, signal: AbortSignal) {
+      signal.addEventListener('abort', () => this.data.ended.emit(this.channel(key)))
+      return super.listen(key, signal)
+    }
+  },
+
+  'keeps bytes as text': keeping(({ body }) => ({ body: Buffer.from(body.toString('utf8')) }), 'in'),
+  'keeps text as base64': keeping(({ body, text }) => (text ? { body: Buffer.from(body.toString('base64')) } : {})),
+  'takes everything for text': keeping(() => ({ text: true })),
+  'takes nothing for text': keeping(() => ({ text: false })),
+  'does not say what is text': keeping(() => ({ text: undefined })),
+  'loses an empty body': keeping(({ body }) => ({ body: body.length > 0 ? body : null })),
+  'gives bodies that are no buffers': keeping(({ body }) => ({ body: new Uint8Array(body) })),
+  'cuts a body at 64 KiB': keeping(({ body }) => ({ body: body.subarray(0, 65_535) })),
+  'joins the values of a header': keeping(({ headers }) => ({
+    headers: headers.map(([name, value]) => [name, String(value)])
+  })),
+  'keeps headers as an object': keeping(({ headers }) => ({ headers: Object.entries(Object.fromEntries(headers)) })),
+  'makes a value of a single one': keeping(({ headers }) => ({
+    headers: headers.map(([name, value]) => [name, Array.isArray(value) && value.length === 1 ? value[0] : value])
+  })),
+  'gives the time as a date': keeping(({ createdAt }) => ({ createdAt: new Date(createdAt) })),
+  'loses tombstones': class extends ModelStore {
+    protected override decode(text: string) {
+      const record = super.decode(text)
+      return {
+        statusCode: 409,
+        headers: [],
+        body: Buffer.alloc(0),
+        text: true,
+        ...record,
+        kind: 'reply'
+      } as StoredReply
+    }
+  },
+  'gives the fingerprint of the claim': class extends ModelStore {
+    protected override completed(row: Row, now: number) {
+      const found = super.completed(row, now)
+      if (found.state === 'completed') found.record.fingerprint = row.fingerprint
+      return found
+    }
+  },
+  'takes what it cannot decode for nothing': class extends ModelStore {
+    override acquire(key: string, claim: Claim) {
+      return super.acquire(key, claim).catch(() => this.take(key, claim, 1, this.now()))
+    }
+    override get(key: string) {
+      return super.get(key).catch(() => null)
+    }
+  },
+  'gives what it cannot decode': class extends ModelStore {
+    protected override decode(text: string) {
+      try {
+        return super.decode(text)
+      } catch {
+        return { kind: 'reply', fingerprint: '', createdAt: 0 } as StoredReply
       }
     }
-  ),
-  'wakes with every claim and renewal': clients(
-    class extends ModelStore {
-      protected override prolong(row: Row, leaseMs: number, now: number) {
-        super.prolong(row, leaseMs, now)
-        for (const name of this.data.ended.eventNames()) this.data.ended.emit(name)
-      }
+  },
+
+  'trims keys': naming((key) => key.trim()),
+  'folds the case of keys': naming((key) => key.toLowerCase()),
+  'normalises keys': naming((key) => key.normalize()),
+  'cuts keys at 255 characters': naming((key) => key.slice(0, 255)),
+  'ends keys at a NUL': naming((key) => key.split('\0')[0] as string),
+  'keeps keys in an object': class extends ModelStore {
+    protected override known(key: string, now: number) {
+      return key in {} ? ({} as Row) : super.known(key, now)
     }
-  ),
-  'listens where nothing runs': clients(
-    class extends ModelStore {
-      override changed(key: string, signal: AbortSignal) {
-        return signal.aborted ? Promise.resolve() : this.listen(key, signal)
-      }
+  },
+  'refuses an empty key': class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      if (key === '') throw new RangeError('An empty key')
+      return super.acquire(key, claim)
     }
-  ),
-  'listens to an abandoned claim': clients(
-    class extends ModelStore {
-      override async changed(key: string, signal: AbortSignal) {
-        const row = this.known(key, this.now())
-        if (!signal.aborted && row !== undefined && 'running abandoned ended'.includes(row.state)) {
-          await this.listen(key, signal)
-        }
-      }
+  },
+  'folds the case of tokens': class extends ModelStore {
+    protected override owns(_: Step, row: Row, token: string) {
+      return row.token.toLowerCase() === token.toLowerCase()
     }
-  ),
-  'listens for ever': clients(
-    class extends ModelStore {
-      protected override listen(key: string) {
-        return super.listen(key, new AbortController().signal)
-      }
+  },
+  'cuts tokens at 254 bytes': class extends ModelStore {
+    protected override owns(_: Step, row: Row, token: string) {
+      return row.token.slice(0, 254) === token.slice(0, 254)
     }
+  },
+  'trims fingerprints': answering((found) =>
+    'fingerprint' in found ? { ...found, fingerprint: found.fingerprint.trim() } : found
   ),
-  'listens although it was called off before': clients(
-    class extends ModelStore {
-      override changed(key: string, signal: AbortSignal) {
-        return super.changed(key, signal.aborted ? new AbortController().signal : signal)
-      }
+  'cuts fingerprints at 255 characters': answering((found) =>
+    'fingerprint' in found ? { ...found, fingerprint: found.fingerprint.slice(0, 255) } : found
+  ),
+
+  'claims what it looks at': class extends ModelStore {
+    override async get(key: string) {
+      const found = await super.get(key)
+      if (found === null) this.take(key, { ...looker }, 1, this.now())
+      return found
     }
-  ),
-  'ends all listening with one': clients(
-    class extends ModelStore {
-      protected override listen(key: string, signal: AbortSignal) {
-        signal.addEventListener('abort', () => this.data.ended.emit(this.channel(key)))
-        return super.listen(key, signal)
-      }
+  },
+  'takes over what it looks at': class extends ModelStore {
+    override async get(key: string) {
+      const found = await super.get(key)
+      if (found?.state === 'abandoned') await super.acquire(key, looker)
+      return found
     }
-  ),
+  },
+  'prolongs what it looks at': class extends ModelStore {
+    override async get(key: string) {
+      const row = this.known(key, this.now())
+      if (row) row.expires = this.now() + 60_000
+      return super.get(key)
+    }
+  },
+  'shows what was released': class extends ModelStore {
+    override async get(key: string) {
+      const now = this.now()
+      const row = this.known(key, now)
+      return row?.state === 'released' ? this.held(row, now) : super.get(key)
+    }
+  },
+  'shows nothing as undefined': class extends ModelStore {
+    override async get(key: string) {
+      return ((await super.get(key)) ?? undefined) as unknown as null
+    }
+  },
+  'does not delete a record': class extends ModelStore {
+    override async delete(key: string) {
+      return this.known(key, this.now())?.state === 'completed' || super.delete(key)
+    }
+  },
+  'does not delete a running claim': class extends ModelStore {
+    override async delete(key: string) {
+      return this.known(key, this.now())?.state !== 'running' && super.delete(key)
+    }
+  },
+  'has always deleted something': class extends ModelStore {
+    override async delete(key: string) {
+      await super.delete(key)
+      return true
+    }
+  },
+  'deletes everything': class extends ModelStore {
+    override async delete(key: string) {
+      const existed = await super.delete(key)
+      this.data.rows.clear()
+      return existed
+    }
+  },
+  'cannot be closed twice': class extends ModelStore {
+    #closed = false
+    override async close() {
+      if (this.#closed) throw new Error('Closed already')
+      this.#closed = true
+    }
+  },
+  'closes what others use': class extends ModelStore {
+    override async close() {
+      this.data.rows.clear()
+    }
+  },
+
+  'does not answer a completion': class extends ModelStore {
+    override complete() {
+      return never
+    }
+  },
+  'throws where it should reject': class extends ModelStore {
+    override acquire(): never {
+      throw new Error('Not connected')
+    }
+  },
+  'throws where it cannot decode': class extends ModelStore {
+    override acquire(key: string, claim: Claim): Promise<Acquisition> {
+      const row = this.known(key, this.now())
+      if (row?.state === 'completed') this.decode(row.record)
+      return super.acquire(key, claim)
+    }
+  },
+  'answers without a promise': class extends ModelStore {
+    override renew() {
+      return true as unknown as Promise<boolean>
+    }
+  },
+  'answers with the number of rows': class extends ModelStore {
+    override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+      return Number(await super.complete(key, token, record, ttlMs)) as unknown as boolean
+    }
+  },
+  'rejects what it is asked': class extends ModelStore {
+    override async release(): Promise<boolean> {
+      throw new Error('Not connected')
+    }
+  }
+}
+
+export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStore> = {
+  ...Object.fromEntries(Object.entries(models).map(([name, Store]) => [name, clients(Store)])),
   'is deaf after its connection broke': () => {
     const data = new ModelData()
     return {
@@ -742,250 +763,9 @@ export const brokenStores: Record<string, () => StoreUnderTest | IdempotencyStor
     const data = new ModelData()
     return { store: new ModelStore(data), second: new ModelStore(data), interrupt: () => data.rows.clear() }
   },
-
-  'keeps bytes as text': keeping(({ body }) => ({ body: Buffer.from(body.toString('utf8')) }), 'in'),
-  'keeps text as base64': keeping(({ body, text }) => (text ? { body: Buffer.from(body.toString('base64')) } : {})),
-  'takes everything for text': keeping(() => ({ text: true })),
-  'takes nothing for text': keeping(() => ({ text: false })),
-  'does not say what is text': keeping(() => ({ text: undefined })),
-  'loses an empty body': keeping(({ body }) => ({ body: body.length > 0 ? body : null })),
-  'gives bodies that are no buffers': keeping(({ body }) => ({ body: new Uint8Array(body) })),
-  'cuts a body at 64 KiB': keeping(({ body }) => ({ body: body.subarray(0, 65_535) })),
-  'joins the values of a header': keeping(({ headers }) => ({
-    headers: headers.map(([name, value]) => [name, String(value)])
-  })),
-  'keeps headers as an object': keeping(({ headers }) => ({ headers: Object.entries(Object.fromEntries(headers)) })),
-  'makes a value of a single one': keeping(({ headers }) => ({
-    headers: headers.map(([name, value]) => [name, Array.isArray(value) && value.length === 1 ? value[0] : value])
-  })),
-  'gives the time as a date': keeping(({ createdAt }) => ({ createdAt: new Date(createdAt) })),
-  'loses tombstones': clients(
-    class extends ModelStore {
-      protected override decode(text: string) {
-        const record = super.decode(text)
-        return {
-          statusCode: 409,
-          headers: [],
-          body: Buffer.alloc(0),
-          text: true,
-          ...record,
-          kind: 'reply'
-        } as StoredReply
-      }
-    }
-  ),
-  'gives the fingerprint of the claim': clients(
-    class extends ModelStore {
-      protected override completed(row: Row, now: number) {
-        const found = super.completed(row, now)
-        if (found.state === 'completed') found.record.fingerprint = row.fingerprint
-        return found
-      }
-    }
-  ),
-  'takes what it cannot decode for nothing': clients(
-    class extends ModelStore {
-      override acquire(key: string, claim: Claim) {
-        return super.acquire(key, claim).catch(() => this.take(key, claim, 1, this.now()))
-      }
-      override get(key: string) {
-        return super.get(key).catch(() => null)
-      }
-    }
-  ),
-  'gives what it cannot decode': clients(
-    class extends ModelStore {
-      protected override decode(text: string) {
-        try {
-          return super.decode(text)
-        } catch {
-          return { kind: 'reply', fingerprint: '', createdAt: 0 } as StoredReply
-        }
-      }
-    }
-  ),
-
-  'trims keys': naming((key) => key.trim()),
-  'folds the case of keys': naming((key) => key.toLowerCase()),
-  'normalises keys': naming((key) => key.normalize()),
-  'cuts keys at 255 characters': naming((key) => key.slice(0, 255)),
-  'ends keys at a NUL': naming((key) => key.split('\0')[0] as string),
-  'keeps keys in an object': clients(
-    class extends ModelStore {
-      protected override known(key: string, now: number) {
-        return key in {} ? ({} as Row) : super.known(key, now)
-      }
-    }
-  ),
-  'refuses an empty key': clients(
-    class extends ModelStore {
-      override async acquire(key: string, claim: Claim) {
-        if (key === '') throw new RangeError('An empty key')
-        return super.acquire(key, claim)
-      }
-    }
-  ),
-  'folds the case of tokens': clients(
-    class extends ModelStore {
-      protected override owns(_: Step, row: Row, token: string) {
-        return row.token.toLowerCase() === token.toLowerCase()
-      }
-    }
-  ),
-  'cuts tokens at 254 bytes': clients(
-    class extends ModelStore {
-      protected override owns(_: Step, row: Row, token: string) {
-        return row.token.slice(0, 254) === token.slice(0, 254)
-      }
-    }
-  ),
-  'trims fingerprints': answering((found) =>
-    'fingerprint' in found ? { ...found, fingerprint: found.fingerprint.trim() } : found
-  ),
-  'cuts fingerprints at 255 characters': answering((found) =>
-    'fingerprint' in found ? { ...found, fingerprint: found.fingerprint.slice(0, 255) } : found
-  ),
-
-  'claims what it looks at': clients(
-    class extends ModelStore {
-      override async get(key: string) {
-        const found = await super.get(key)
-        if (found === null) this.take(key, { ...looker }, 1, this.now())
-        return found
-      }
-    }
-  ),
-  'takes over what it looks at': clients(
-    class extends ModelStore {
-      override async get(key: string) {
-        const found = await super.get(key)
-        if (found?.state === 'abandoned') await super.acquire(key, looker)
-        return found
-      }
-    }
-  ),
-  'prolongs what it looks at': clients(
-    class extends ModelStore {
-      override async get(key: string) {
-        const row = this.known(key, this.now())
-        if (row) row.expires = this.now() + 60_000
-        return super.get(key)
-      }
-    }
-  ),
-  'shows what was released': clients(
-    class extends ModelStore {
-      override async get(key: string) {
-        const now = this.now()
-        const row = this.known(key, now)
-        return row?.state === 'released' ? this.held(row, now) : super.get(key)
-      }
-    }
-  ),
-  'shows nothing as undefined': clients(
-    class extends ModelStore {
-      override async get(key: string) {
-        return ((await super.get(key)) ?? undefined) as unknown as null
-      }
-    }
-  ),
-  'does not delete a record': clients(
-    class extends ModelStore {
-      override async delete(key: string) {
-        return this.known(key, this.now())?.state === 'completed' || super.delete(key)
-      }
-    }
-  ),
-  'does not delete a running claim': clients(
-    class extends ModelStore {
-      override async delete(key: string) {
-        return this.known(key, this.now())?.state !== 'running' && super.delete(key)
-      }
-    }
-  ),
-  'has always deleted something': clients(
-    class extends ModelStore {
-      override async delete(key: string) {
-        await super.delete(key)
-        return true
-      }
-    }
-  ),
-  'deletes everything': clients(
-    class extends ModelStore {
-      override async delete(key: string) {
-        const existed = await super.delete(key)
-        this.data.rows.clear()
-        return existed
-      }
-    }
-  ),
-  'cannot be closed twice': clients(
-    class extends ModelStore {
-      #closed = false
-      override async close() {
-        if (this.#closed) throw new Error('Closed already')
-        this.#closed = true
-      }
-    }
-  ),
-  'closes what others use': clients(
-    class extends ModelStore {
-      override async close() {
-        this.data.rows.clear()
-      }
-    }
-  ),
-
   'shares nothing between clients': () => ({ store: new ModelStore(), second: new ModelStore() }),
   'does not answer': () => {
     const answer = () => never
     return { acquire: answer, renew: answer, complete: answer, release: answer }
-  },
-  'does not answer a completion': clients(
-    class extends ModelStore {
-      override complete() {
-        return never
-      }
-    }
-  ),
-  'throws where it should reject': clients(
-    class extends ModelStore {
-      override acquire(): never {
-        throw new Error('Not connected')
-      }
-    }
-  ),
-  'throws where it cannot decode': clients(
-    class extends ModelStore {
-      override acquire(key: string, claim: Claim): Promise<Acquisition> {
-        const row = this.known(key, this.now())
-        if (row?.state === 'completed') this.decode(row.record)
-        return super.acquire(key, claim)
-      }
-    }
-  ),
-  'answers without a promise': clients(
-    class extends ModelStore {
-      override renew() {
-        return true as unknown as Promise<boolean>
-      }
-    }
-  ),
-  'answers with the number of rows': clients(
-    class extends ModelStore {
-      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
-        return Number(await super.complete(key, token, record, ttlMs)) as unknown as boolean
-      }
-    }
-  ),
-  'rejects what it is asked': clients(
-    class extends ModelStore {
-      override async release(): Promise<boolean> {
-        throw new Error('Not connected')
-      }
-    }
-  )
+  }
 }
-
-const looker: Claim = { token: 'looker', fingerprint: '', leaseMs: 60_000, retainMs: 60_000, takeover: true }
