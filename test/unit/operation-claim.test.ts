@@ -1,9 +1,7 @@
 import t from 'tap'
 import { UnreadableAnswer } from '../../lib/errors.js'
 import { composeFingerprint } from '../../lib/operation/fingerprint.js'
-import { storageKey } from '../../lib/operation/storage-key.js'
 import { LocalCache } from '../../lib/stores/memory/local-cache.js'
-import { resolved } from '../../lib/util/sync-promise.js'
 import type { Acquisition } from '../../types/index.js'
 import { latch } from '../support/latch.js'
 import {
@@ -26,14 +24,16 @@ import {
   STORE_TIMEOUT,
   scene,
   UNAVAILABLE,
-  verdictOf,
-  WAIT_TIMEOUT
+  verdictOf
 } from '../support/operation-scene.js'
-import { reply, tombstone } from '../support/store-fixtures.js'
+import { tombstone } from '../support/store-fixtures.js'
 
 /* How an operation comes to its verdict: what it asks the store, and what it makes of the answers. */
 
 const HEAD_ONLY = composeFingerprint('head', '')
+const OTHER_PAYLOAD = composeFingerprint('head', 'another')
+/** Of a head of as many characters as heads have, whose hint is another. */
+const OTHER_TARGET = composeFingerprint(`${'x'.repeat(22)}hint`, '')
 
 const acquired = (attempt = 1): Acquisition => ({ state: 'acquired', attempt })
 const abandoned = (fingerprint = OURS): Acquisition => ({ state: 'abandoned', fingerprint, attempt: 1 })
@@ -59,115 +59,32 @@ onBoth(t, 'a free key is claimed in one call, and held', async (t, s) => {
   t.equal(operation.transaction, null)
 })
 
-t.test('what is at hand is decided at once', async (t) => {
-  const s = scene(t)
-  t.equal(s.actor().operation.claim(), 'run')
-  s.store.answers.acquire = [running()]
-  t.throws(() => s.actor({ key: 'other' }).operation.claim(), IN_PROGRESS)
-})
+/** Of what is found, with `onAbandoned: 'reject'`: the verdict, and its event. What is found of whom is in decide.test.ts. */
+const VERDICTS: [what: string, found: Acquisition, verdict: unknown, event: string][] = [
+  ['a running key is a conflict', running(), IN_PROGRESS, 'conflict'],
+  ['a finished reply is replayed', completed(), 'replay', 'replayed'],
+  ['a tombstone is told', completed({ ...tombstone('too-large'), fingerprint: OURS }), NOT_REPLAYABLE, 'conflict'],
+  ['an abandoned claim is told', abandoned(), ABANDONED, 'conflict'],
+  ['the key of another target is told', running(OTHER_TARGET), { ...REUSED, differs: 'target' }, 'mismatch'],
+  ['another payload is told', completed({ ...RECORD, fingerprint: OTHER_PAYLOAD }), REUSED, 'mismatch']
+]
 
-t.test('a claim without a payload says so, and one with a payload says more', async (t) => {
-  const s = scene(t)
-  const { operation } = s.actor()
-  t.equal(operation.fingerprint, HEAD_ONLY)
-  operation.learn('payload')
-  t.equal(operation.fingerprint, OURS)
-  await operation.claim()
-  t.match(s.store.calls('acquire')[0], [KEY, { fingerprint: OURS }])
-})
-
-t.test('an operation has its own token, its scope is part of its key, and its rules are the route’s', async (t) => {
-  const s = scene(t)
-  const a = s.actor()
-  const b = s.actor({ key: 'other', policy: { reruns: false } })
-  a.operation.claim()
-  b.operation.claim()
-  t.not(s.store.tokens[0], s.store.tokens[1])
-  t.equal(b.operation.storageKey, storageKey(null, 'other'))
-  t.equal(b.operation.key, 'other')
-  t.strictSame([a.operation.takesOver, b.operation.takesOver], [true, false])
-  t.equal(a.operation.waitTimeout, WAIT_TIMEOUT)
-  t.strictSame([a.operation.replayed, a.operation.discarded, a.operation.attempt], [false, false, 1])
-  t.equal(a.operation.signal, a.operation.signal)
-  t.equal(a.operation.signal.aborted, false)
-})
-
-onBoth(t, 'a claim that was taken over says so', async (t, s) => {
-  s.store.answers.acquire = [acquired(3)]
-  const { operation, events, bindings } = s.actor()
-  t.equal(await operation.claim(), 'run')
-  t.equal(operation.attempt, 3)
-  t.strictSame(events, ['acquired', 'takeover'])
-  t.match(bindings, [{ attempt: 3 }, { attempt: 3 }])
-})
-
-onBoth(t, 'a running key is a conflict, at once', async (t, s) => {
-  s.store.answers.acquire = [running()]
-  const { operation, events, errors } = s.actor()
-  const error = await outcome(() => operation.claim())
-  t.match(error, IN_PROGRESS)
-  t.equal(operation.phase, 'over')
-  t.strictSame(events, ['conflict'])
-  t.equal(errors.conflict, error)
-  t.equal(s.registration.operations.size, 0)
-  t.equal(s.inUse.live.size, 0)
-})
-
-onBoth(t, 'a completed key is replayed, and asked for once', async (t, s) => {
-  const record = { ...reply(), fingerprint: OURS }
-  s.store.answers.acquire = [completed(record)]
-  const { operation, events } = s.actor()
-  operation.learn('payload')
-  t.equal(await operation.claim(), 'replay')
-  t.equal(operation.reply, record)
-  t.equal(operation.replayed, true)
-  t.equal(operation.phase, 'over')
-  t.strictSame(events, ['replayed'])
-  t.equal(s.registration.operations.size, 0)
-  t.equal(s.store.asked.length, 1)
-})
-
-onBoth(t, 'a tombstone is told', async (t, s) => {
-  s.store.answers.acquire = [completed({ ...tombstone('too-large'), fingerprint: OURS })]
-  const a = s.actor()
-  t.match(await verdictOf(a), NOT_REPLAYABLE)
-  t.strictSame(a.events, ['conflict'])
-  t.equal(a.operation.phase, 'over')
-})
-
-/** A head of as many characters as heads have, whose hint is another. */
-const OTHER_TARGET = `${'x'.repeat(22)}hint`
-
-for (const [what, found] of Object.entries({
-  running: running(composeFingerprint(OTHER_TARGET, '')),
-  abandoned: abandoned(composeFingerprint(OTHER_TARGET, '')),
-  completed: completed({ ...reply(), fingerprint: composeFingerprint(OTHER_TARGET, 'payload') })
-})) {
-  onBoth(t, `another request under a key that is ${what} is told so, before its body is read too`, async (t, s) => {
-    for (const step of ['reserve', 'claim'] as const) {
+for (const [what, found, verdict, event] of VERDICTS) {
+  onBoth(
+    t,
+    `${what} at once, with its event, and then the operation is over`,
+    async (t, s) => {
       s.store.answers.acquire = [found]
-      s.store.asked.length = 0
-      const a = s.actor({ policy: { waits: true } })
-      t.match(await outcome(() => a.operation[step]()), { ...REUSED, differs: 'target' })
-      t.strictSame(a.events, ['mismatch'])
-      t.equal(a.operation.phase, 'over')
-      t.equal(s.store.asked.length, 1)
-    }
-  })
-}
-
-for (const [what, found] of Object.entries({
-  running: running(),
-  abandoned: abandoned(),
-  completed: completed()
-})) {
-  onBoth(t, `another payload under a key that is ${what} is told so, and nothing is taken over`, async (t, s) => {
-    s.store.answers.acquire = [found]
-    const a = s.actor({ policy: { waits: true } })
-    t.match(await verdictOf(a, 'another'), { ...REUSED, differs: 'payload' })
-    t.strictSame(a.events, ['mismatch'])
-    t.equal(s.store.asked.length, 1)
-  })
+      const a = s.actor()
+      const given = await verdictOf(a)
+      t.match(given, verdict)
+      t.equal(a.operation.reply, verdict === 'replay' ? RECORD : null)
+      t.strictSame([a.operation.phase, a.events], ['over', [event]])
+      if (event === 'conflict') t.equal(a.errors[event], given)
+      t.strictSame([s.store.asked.length, s.inUse.live.size, s.registration.operations.size], [1, 0, 0])
+    },
+    { reruns: false }
+  )
 }
 
 onBoth(t, 'an abandoned claim of the same request is taken over', async (t, s) => {
@@ -192,19 +109,6 @@ onBoth(t, 'who is outrun in taking over is told what has become of the key', asy
   t.match(await outcome(() => s.actor().operation.claim()), IN_PROGRESS)
 })
 
-onBoth(
-  t,
-  'an abandoned claim is not taken over where the route says so',
-  async (t, s) => {
-    s.store.answers.acquire = [abandoned(HEAD_ONLY)]
-    const a = s.actor()
-    t.match(await outcome(() => a.operation.claim()), ABANDONED)
-    t.strictSame(a.events, ['conflict'])
-    t.equal(s.store.asked.length, 1)
-  },
-  { reruns: false }
-)
-
 /* A failing store */
 
 onBoth(
@@ -225,15 +129,6 @@ onBoth(
     t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
   }
 )
-
-onBoth(t, 'a store that throws has failed', async (t, s) => {
-  s.store.answers.acquire = [
-    () => {
-      throw away
-    }
-  ]
-  t.match(await outcome(() => s.actor().operation.claim()), { ...UNAVAILABLE, cause: away })
-})
 
 onBoth(
   t,
@@ -288,34 +183,23 @@ async function down(s: Scene): Promise<unknown> {
   return ((await first) as Error).cause
 }
 
-t.test('while a store is known to be down requests get their 503 at once, and one at a time asks', async (t) => {
-  const s = scene(t, { shows: false })
-  const cause = await down(s)
-  const probe = s.actor({ key: 'probe' })
-  const probing = outcome(() => probe.operation.claim())
-  const others = ['a', 'b', 'c'].map((key) => s.actor({ key }))
-  for (const other of others) {
-    const error = await outcome(() => other.operation.claim())
-    t.match(error, UNAVAILABLE)
-    t.equal((error as Error).cause, cause)
-    t.strictSame([other.events, other.errors['store-error']], [['store-error'], cause], 'each is an event')
-    t.strictSame(other.logged, [], 'but none is an error in the log')
-    t.equal(other.operation.phase, 'over')
-  }
-  t.equal(s.store.calls('acquire').length, 2)
-  t.equal(s.registration.operations.size, 1)
-  await s.time.pass(100)
-  t.match(await probing, UNAVAILABLE)
-  t.strictSame(probe.logged, [])
-})
-
-t.test('the first request after an outage runs', async (t) => {
-  const s = scene(t)
-  await down(s)
-  s.store.answers.acquire = [{ state: 'acquired', attempt: 1 }]
-  for (const key of ['a', 'b']) t.equal(await s.actor({ key }).operation.claim(), 'run')
-  t.equal(s.inUse.health.isDown, false)
-})
+for (const bypasses of [false, true]) {
+  const what = bypasses ? 'runs' : 'gets its 503'
+  t.test(`while a store is known to be down one at a time asks it, and who else comes ${what} at once`, async (t) => {
+    const s = scene(t, { shows: false, policy: { bypasses } })
+    const cause = await down(s)
+    const probing = verdictOf(s.actor({ key: 'probe' }))
+    for (const key of ['a', 'b']) {
+      const a = s.actor({ key })
+      t.match(await verdictOf(a), bypasses ? 'run' : { ...UNAVAILABLE, cause })
+      t.strictSame(a.events, ['store-error', ...(bypasses ? ['bypassed'] : [])], 'each is an event')
+      t.strictSame(a.logged, [], 'but none is an error in the log')
+    }
+    t.equal(s.store.calls('acquire').length, 2)
+    await s.time.pass(100)
+    t.match(await probing, bypasses ? 'run' : UNAVAILABLE)
+  })
+}
 
 t.test('the claim of a request that did not wait for the store to come back is given back', async (t) => {
   const s = scene(t, { shows: false })
@@ -331,18 +215,6 @@ t.test('the claim of a request that did not wait for the store to come back is g
   const token = s.store.tokens.at(-1)
   t.ok(s.store.calls('release').some(([key, given]) => key === a.operation.storageKey && given === token))
   t.equal(s.inUse.health.isDown, false)
-})
-
-t.test('a store that is known to be down is bypassed at once, where the route prefers to run', async (t) => {
-  const s = scene(t, { shows: false, policy: { bypasses: true } })
-  await down(s)
-  const probing = s.actor({ key: 'probe' }).operation.claim()
-  const a = s.actor({ key: 'a' })
-  t.equal(await a.operation.claim(), 'run')
-  t.strictSame(a.events, ['store-error', 'bypassed'])
-  t.equal(s.store.calls('acquire').length, 2)
-  await s.time.pass(100)
-  t.equal(await probing, 'run', 'and so does who asks')
 })
 
 t.test('what this process knows itself is known while the store is down', async (t) => {
@@ -382,28 +254,11 @@ t.test('a renewal that comes through ends the outage', async (t) => {
   const s = scene(t, { shows: false })
   const owner = s.actor()
   await owner.operation.claim()
-  const error = await down(s)
+  await down(s)
   claimOf(s, owner).renew()
   await s.time.pass(0)
   t.equal(s.inUse.health.isDown, false)
-  t.type(error, Error)
 })
-
-onBoth(
-  t,
-  'a store that is full is not bypassed',
-  async (t, s) => {
-    const full = Object.assign(new Error('full'), { code: 'FST_IDEMPOTENCY_STORE_FULL' })
-    s.store.answers.acquire = [failing(full)]
-    for (const key of ['a', 'b', 'c', 'd']) {
-      const a = s.actor({ key })
-      t.match(await outcome(() => a.operation.claim()), { ...UNAVAILABLE, cause: full })
-      t.strictSame(a.events, ['store-error'])
-    }
-    t.equal(s.inUse.health.isDown, false)
-  },
-  { bypasses: true }
-)
 
 const REPLY = {
   kind: 'reply',
@@ -493,48 +348,32 @@ for (const [what, answer] of Object.entries({
   })
 }
 
-t.test('a store that gives no answer in time has failed, and the claim is given back', async (t) => {
-  const s = scene(t)
-  s.store.answers.acquire = [never]
-  const a = s.actor()
-  const verdict = outcome(() => a.operation.claim())
-  await s.time.pass(STORE_TIMEOUT - 10)
-  t.strictSame([a.operation.phase, a.events], ['asking', []])
-  await s.time.pass(20)
-  t.match(await verdict, { ...UNAVAILABLE, cause: { name: 'StoreTimeout' } })
-  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
-})
-
-t.test('a claim that is written too late is given back once more', async (t) => {
-  const s = scene(t)
-  for (const [late, times] of [
-    [acquired(), 2],
-    [running(), 1],
-    [undefined, 1]
-  ] as const) {
-    const answer = latch<unknown>()
-    s.store.answers.acquire = [() => answer.promise]
-    s.store.asked.length = 0
-    const verdict = outcome(() => s.actor().operation.claim())
-    await s.time.pass(STORE_TIMEOUT + 10)
-    t.match(await verdict, UNAVAILABLE)
-    answer.open(late)
-    await s.time.pass(0)
-    t.strictSame(s.store.calls('release'), Array(times).fill([KEY, s.store.tokens[0], true]))
+t.test(
+  'a claim that gets no answer in time has failed, and is given back: again if it is written too late',
+  async (t) => {
+    const s = scene(t)
+    for (const [late, times] of [
+      [acquired, 2],
+      [running, 1],
+      [() => undefined, 1],
+      [failing(away), 2]
+    ] as const) {
+      const answer = latch()
+      s.store.answers.acquire = [() => answer.promise.then(() => late())]
+      s.store.asked.length = 0
+      const a = s.actor()
+      const verdict = outcome(() => a.operation.claim())
+      await s.time.pass(STORE_TIMEOUT - 10)
+      t.strictSame([a.operation.phase, a.events], ['asking', []])
+      await s.time.pass(20)
+      t.match(await verdict, { ...UNAVAILABLE, cause: { name: 'StoreTimeout' } })
+      t.equal(s.store.calls('release').length, 1)
+      answer.open()
+      await s.time.pass(0)
+      t.strictSame(s.store.calls('release'), Array(times).fill([KEY, s.store.tokens[0], true]))
+    }
   }
-})
-
-t.test('a call that fails too late may have been written as well', async (t) => {
-  const s = scene(t)
-  const answer = latch<unknown>()
-  s.store.answers.acquire = [() => answer.promise]
-  const verdict = outcome(() => s.actor().operation.claim())
-  await s.time.pass(STORE_TIMEOUT + 10)
-  await verdict
-  answer.fail(away)
-  await s.time.pass(0)
-  t.equal(s.store.calls('release').length, 2)
-})
+)
 
 /* A client that leaves */
 
@@ -576,81 +415,16 @@ t.test(
   }
 )
 
-onBoth(t, 'a client that leaves before its handler starts gives its key back', async (t, s) => {
+onBoth(t, 'a client that leaves between its claim and its handler gives its key back', async (t, s) => {
   const a = s.actor()
   await a.operation.claim()
   await a.operation.cancel()
   t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
-  t.equal(a.operation.phase, 'over')
-  t.strictSame(a.events, ['acquired', 'released'])
+  t.strictSame([a.operation.phase, a.events], ['over', ['acquired', 'released']])
   t.equal(a.operation.start(), false)
 })
 
-onBoth(t, 'a client that leaves while its handler runs changes nothing', async (t, s) => {
-  const a = s.actor()
-  await a.operation.claim()
-  t.equal(a.operation.start(), true)
-  t.equal(a.operation.phase, 'running')
-  await a.operation.cancel()
-  t.equal(a.operation.phase, 'running')
-  t.strictSame(s.store.names, ['acquire'])
-})
-
 /* Waiting */
-
-onBoth(
-  t,
-  'a duplicate that waits gets the reply',
-  async (t, s) => {
-    const record = { ...reply(), fingerprint: OURS }
-    s.store.answers.acquire = [running(), running(), completed(record)]
-    const a = s.actor()
-    const verdict = verdictOf(a)
-    await s.time.pass(0)
-    t.equal(s.store.asked.length, 2)
-    await s.time.pass(100)
-    t.equal(await verdict, 'replay')
-    t.equal(a.operation.reply, record)
-    t.strictSame(a.events, ['replayed'])
-    t.match(s.store.takeovers, [false, false, false])
-  },
-  { waits: true }
-)
-
-onBoth(
-  t,
-  'a duplicate of another payload finds out when the reply is there',
-  async (t, s) => {
-    s.store.answers.acquire = [running(HEAD_ONLY), completed()]
-    t.match(await verdictOf(s.actor(), 'another'), REUSED)
-  },
-  { waits: true }
-)
-
-onBoth(
-  t,
-  'a duplicate that waits gets the key when it becomes free',
-  async (t, s) => {
-    s.store.answers.acquire = [running(), acquired()]
-    const a = s.actor()
-    t.equal(await verdictOf(a), 'run')
-    t.equal(a.operation.phase, 'held')
-    t.match(s.store.calls('acquire')[1], [KEY, { fingerprint: OURS }])
-  },
-  { waits: true }
-)
-
-onBoth(
-  t,
-  'a duplicate that waits takes over from an owner that died',
-  async (t, s) => {
-    s.store.answers.acquire = [running(), abandoned(), acquired(2)]
-    const a = s.actor()
-    t.equal(await verdictOf(a), 'run')
-    t.match(s.store.takeovers, [false, false, true])
-  },
-  { waits: true }
-)
 
 t.test('who is outrun in taking over waits on', async (t) => {
   const s = scene(t, { policy: { waits: true } })
@@ -660,58 +434,23 @@ t.test('who is outrun in taking over waits on', async (t) => {
   t.equal(await verdict, 'replay')
 })
 
-t.test('a duplicate that has waited long enough is in conflict', async (t) => {
-  const s = scene(t, { policy: { waits: true } })
-  s.store.answers.acquire = [running()]
-  const a = s.actor()
-  const verdict = verdictOf(a)
-  await s.time.pass(WAIT_TIMEOUT - 10)
-  t.strictSame(a.events, [])
-  await s.time.pass(20)
-  t.match(await verdict, IN_PROGRESS)
-  t.strictSame(a.events, ['conflict'])
-  t.equal(a.operation.phase, 'over')
-})
-
-t.test('a duplicate whose server closes is in conflict, and does not begin to wait', async (t) => {
+t.test('a duplicate whose client leaves while it waits is gone, without an event', async (t) => {
   const s = scene(t, { policy: { waits: true } })
   s.store.answers.acquire = [running()]
   const a = s.actor()
   const verdict = verdictOf(a)
   await s.time.pass(10)
-  a.operation.stopWaiting()
-  t.match(await verdict, IN_PROGRESS)
-  const asked = s.store.asked.length
+  await a.operation.cancel()
+  t.equal(await verdict, 'gone')
+  t.strictSame([a.events, s.registration.operations.size], [[], 0])
+})
+
+t.test('a duplicate does not begin to wait while its server closes', async (t) => {
+  const s = scene(t, { policy: { waits: true } })
+  s.store.answers.acquire = [running()]
   Object.assign(s.registration, { closing: true })
   t.match(await verdictOf(s.actor()), IN_PROGRESS)
-  t.equal(s.store.asked.length, asked + 1)
-})
-
-t.test('a duplicate whose client leaves while it waits is gone', async (t) => {
-  const s = scene(t, { policy: { waits: true } })
-  s.store.answers.acquire = [running()]
-  const a = s.actor()
-  const verdict = verdictOf(a)
-  await s.time.pass(10)
-  await a.operation.cancel()
-  t.equal(await verdict, 'gone')
-  t.strictSame(a.events, [])
-  t.equal(s.registration.operations.size, 0)
-})
-
-t.test('a key that becomes free for a duplicate that has left is given back', async (t) => {
-  const s = scene(t, { policy: { waits: true } })
-  const answered = latch<unknown>()
-  s.store.answers.acquire = [running(), () => answered.promise]
-  const a = s.actor()
-  const verdict = verdictOf(a)
-  await s.time.pass(10)
-  await a.operation.cancel()
-  t.equal(await verdict, 'gone')
-  answered.open(acquired())
-  await s.time.pass(0)
-  t.strictSame(s.store.calls('release'), [[KEY, s.store.tokens[0], true]])
-  t.equal(s.inUse.live.size, 0)
+  t.equal(s.store.asked.length, 1)
 })
 
 t.test('a key that becomes free for a duplicate that leaves at this very moment is given back', async (t) => {
@@ -732,23 +471,17 @@ t.test('a key that becomes free for a duplicate that leaves at this very moment 
 
 /* Others in the same process */
 
-onBoth(
-  t,
-  'a claim that has lapsed while its owner is alive in this process is not taken over, but renewed',
-  async (t, s) => {
-    const owner = s.actor()
-    owner.operation.learn('payload')
-    await owner.operation.claim()
-    for (const found of [abandoned(), abandoned('')]) {
-      s.store.answers.acquire = [found]
-      s.store.asked.length = 0
-      t.match(await outcome(() => s.actor().operation.claim()), IN_PROGRESS)
-      await s.time.pass(0)
-      t.match(s.store.asked, [['acquire'], ['renew', KEY, String, LEASE]])
-      t.equal(s.store.asked.length, 2)
-    }
+onBoth(t, 'a claim that has lapsed while its owner lives in this process is in progress, and renewed', async (t, s) => {
+  await verdictOf(s.actor())
+  for (const found of [abandoned(), abandoned('')]) {
+    s.store.answers.acquire = [found]
+    s.store.asked.length = 0
+    t.match(await outcome(() => s.actor().operation.claim()), IN_PROGRESS)
+    await s.time.pass(0)
+    t.match(s.store.asked, [['acquire'], ['renew', KEY, String, LEASE]])
+    t.equal(s.store.asked.length, 2)
   }
-)
+})
 
 onBoth(t, 'a key that the store says is another’s is not the one’s who believes to have it here', async (t, s) => {
   await s.actor().operation.claim()
@@ -765,39 +498,6 @@ onBoth(t, 'a claim that has lapsed, whose owner here is giving it back, is taken
   t.equal(await s.actor().operation.claim(), 'run')
 })
 
-onBoth(t, 'an owner that waits for the store is known to run when the store fails', async (t, s) => {
-  const owner = s.actor()
-  owner.operation.learn('payload')
-  await owner.operation.claim()
-  s.store.answers.acquire = [failing(away)]
-  const a = s.actor()
-  t.match(await outcome(() => a.operation.claim()), IN_PROGRESS)
-  t.strictSame(a.events, ['store-error', 'conflict'])
-  const b = s.actor({ head: 'another' })
-  t.match(await outcome(() => b.operation.claim()), REUSED)
-})
-
-t.test('who asks again after a failure does so under another name', async (t) => {
-  const s = scene(t, { policy: { waits: true } })
-  const owner = s.actor()
-  owner.operation.learn('payload')
-  owner.operation.claim()
-  s.store.answers.acquire = [failing(away), failing(away), running()]
-  const verdict = verdictOf(s.actor())
-  await s.time.pass(200)
-  const [, first, second, third, fourth] = s.store.tokens
-  t.equal(new Set([first, second, third]).size, 3)
-  t.equal(fourth, third)
-  s.store.answers.acquire = [completed()]
-  await s.time.pass(200)
-  t.equal(await verdict, 'replay')
-})
-
-onBoth(t, 'a store that does not say of what a claim is knows nothing against it', async (t, s) => {
-  s.store.answers.acquire = [running('')]
-  t.match(await outcome(() => s.actor({ head: 'another' }).operation.claim()), IN_PROGRESS)
-})
-
 /* Before the handler */
 
 onBoth(t, 'a claim that is lost before the handler starts is a conflict', async (t, s) => {
@@ -811,19 +511,4 @@ onBoth(t, 'a claim that is lost before the handler starts is a conflict', async 
   t.strictSame(a.events, ['acquired', 'lease-lost'])
   t.match(await outcome(() => a.operation.start()), IN_PROGRESS)
   t.strictSame(a.events.slice(2), ['conflict'])
-})
-
-t.test('a request that was let through unprotected does not start as a claim', async (t) => {
-  const s = scene(t)
-  const a = s.actor()
-  t.throws(() => a.operation.start(), IN_PROGRESS)
-})
-
-t.test('an answer at hand is not waited for, and one that is none is a failure', async (t) => {
-  const s = scene(t, { shows: false })
-  s.store.answers.acquire = [() => resolved(undefined)]
-  t.match(await outcome(() => s.actor().operation.claim()), {
-    ...UNAVAILABLE,
-    cause: { message: 'The idempotency store gave no valid answer' }
-  })
 })

@@ -15,6 +15,7 @@ import {
   onBoth,
   outcome,
   RECORD,
+  REUSED,
   running,
   type Scene,
   STORE_TIMEOUT,
@@ -74,13 +75,6 @@ for (const [record, event] of [
   })
 }
 
-t.test('what is stored at once is done at once', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  t.equal(a.operation.complete(RECORD), undefined)
-  t.equal(a.operation.phase, 'over')
-})
-
 t.test('an operation ends once', async (t) => {
   const s = scene(t, { shows: false })
   const a = await atWork(s)
@@ -93,15 +87,6 @@ t.test('an operation ends once', async (t) => {
   await a.operation.release()
   t.strictSame(s.store.names, ['acquire', 'complete'])
   t.strictSame(a.events, ['acquired', 'stored'])
-})
-
-onBoth(t, 'a reply that the handler wants not to be stored is not, and the key is free', async (t, s) => {
-  const a = await atWork(s)
-  a.operation.discarded = true
-  await a.operation.complete(RECORD)
-  t.strictSame(s.store.names, ['acquire', 'release'])
-  t.strictSame(a.events, ['acquired', 'released'])
-  isOver(t, s, a)
 })
 
 onBoth(t, 'a store that has lost its data gets the claim anew, and then the record', async (t, s) => {
@@ -146,16 +131,6 @@ for (const [what, prepare] of Object.entries({
   })
 }
 
-t.test('who has the signal already hears that the claim is lost', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  const { signal } = a.operation
-  s.store.answers.complete = [false]
-  s.store.answers.get = [running()]
-  await a.operation.complete(RECORD)
-  t.equal(signal.aborted, true)
-})
-
 /* A reply that cannot be stored */
 
 onBoth(t, 'a reply leaves although it could not be stored, which is tried again until it is', async (t, s) => {
@@ -179,32 +154,6 @@ onBoth(t, 'a reply leaves although it could not be stored, which is tried again 
   isOver(t, s, a)
 })
 
-t.test('a store that throws when it should store has failed', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  s.store.answers.complete = [
-    () => {
-      throw away
-    },
-    true
-  ]
-  await a.operation.complete(RECORD)
-  await s.time.pass(60)
-  t.strictSame(a.events, ['acquired', 'store-error', 'stored'])
-})
-
-t.test('a store that does not answer in time has failed', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  s.store.answers.complete = [never, true]
-  const done = a.operation.complete(RECORD)
-  await s.time.pass(STORE_TIMEOUT + 10)
-  await done
-  t.match(a.errors['store-error'], { name: 'StoreTimeout' })
-  await s.time.pass(60)
-  t.strictSame(a.events, ['acquired', 'store-error', 'stored'])
-})
-
 onBoth(t, 'a reply that could not be stored in time turns out to be another’s', async (t, s) => {
   const a = await unstored(s)
   s.store.answers.complete = [false]
@@ -222,101 +171,58 @@ onBoth(t, 'a claim whose reply is not stored yet is renewed', async (t, s) => {
   t.strictSame(s.store.calls('renew'), Array(2).fill([KEY, s.store.tokens[0], LEASE]))
 })
 
-onBoth(t, 'what could not be stored is given up when the server has closed', async (t, s) => {
-  const a = await unstored(s)
-  Object.assign(s.registration, { closed: true })
-  const before = s.store.calls('complete').length
-  await s.time.pass(3_000)
-  t.equal(s.store.calls('complete').length, before)
-  t.strictSame(a.events, ['acquired', 'store-error'])
-  isOver(t, s, a)
-})
-
-onBoth(t, 'a reply that is not stored yet is replayed from memory, without asking', async (t, s) => {
-  await unstored(s)
-  const asked = s.store.asked.length
-  const b = s.actor()
-  t.equal(await b.operation.reserve(), 'later')
-  t.equal(s.store.asked.length, asked)
-  t.equal(await verdictOf(b), 'replay')
-  t.equal(b.operation.reply, RECORD)
-  t.equal(s.store.asked.length, asked)
-  t.match(await verdictOf(s.actor(), 'another'), { code: 'FST_IDEMPOTENCY_KEY_REUSED' })
-})
-
-onBoth(t, 'what was remembered is asked for again when the request has been read', async (t, s) => {
-  const a = await unstored(s)
-  const b = s.actor()
-  t.equal(await b.operation.reserve(), 'later')
-  s.store.answers.complete = [true]
-  await s.time.pass(60)
-  isOver(t, { ...s, registration: s.registrationOf() }, a)
-  const asked = s.store.calls('acquire').length
-  const another: StoredRecord = { ...RECORD, statusCode: 418 }
-  s.store.answers.acquire = [completed(another)]
-  t.equal(await verdictOf(b), 'replay')
-  t.equal(b.operation.reply, another)
-  t.strictSame(s.store.takeovers.slice(asked), [false])
-})
-
-onBoth(t, 'what the store has said is not asked for again', async (t, s) => {
-  s.store.answers.acquire = [completed()]
-  const b = s.actor()
-  t.equal(await b.operation.reserve(), 'later')
-  t.equal(await verdictOf(b), 'replay')
-  t.equal(s.store.asked.length, 1)
-})
-
 /** The time of a lease passes, in which the store is not heard of. */
 async function cutOff(s: Scene, ms = LEASE): Promise<void> {
   s.store.answers.renew = [failing(away)]
   await s.time.pass(ms)
 }
 
-onBoth(t, 'a reply is replayed from memory for as long as nobody else can have the key', async (t, s) => {
+onBoth(t, 'a reply that is not stored yet is replayed from memory while nobody else can have the key', async (t, s) => {
   await unstored(s)
   await cutOff(s, LEASE - 10)
-  const before = s.store.asked.length
-  t.equal(await verdictOf(s.actor()), 'replay')
-  t.equal(s.store.asked.length, before)
-})
-
-onBoth(t, 'after that the store has to take the reply first', async (t, s) => {
-  const a = await unstored(s)
-  await cutOff(s)
-  const before = s.store.asked.length
-  s.store.answers.complete = [true]
+  const asked = s.store.asked.length
   const b = s.actor()
+  t.equal(await b.operation.reserve(), 'later')
   t.equal(await verdictOf(b), 'replay')
   t.equal(b.operation.reply, RECORD)
-  t.strictSame(s.store.names.slice(before, before + 1), ['complete'])
-  t.strictSame(a.events.at(-1), 'stored')
-  t.equal(a.operation.phase, 'over')
-  t.equal(a.events.filter((event) => event === 'stored').length, 1)
-  const stored = s.store.calls('complete').length
-  await s.time.pass(3_000)
-  t.equal(s.store.calls('complete').length, stored)
+  t.match(await verdictOf(s.actor(), 'another'), REUSED)
+  t.equal(s.store.asked.length, asked, 'without asking')
 })
 
-onBoth(t, 'a renewal lets a reply be replayed from memory for another lease', async (t, s) => {
+onBoth(t, 'what was remembered is asked for again when the request has been read', async (t, s) => {
   await unstored(s)
-  await s.time.pass(LEASE)
-  s.store.answers.renew = [failing(away)]
-  await s.time.pass(LEASE / 2)
-  const before = s.store.asked.length
-  t.equal(await verdictOf(s.actor()), 'replay')
-  t.equal(s.store.asked.length, before)
-})
-
-onBoth(t, 'a renewal that the store refuses ends that', async (t, s) => {
-  await unstored(s)
-  s.store.answers.renew = [false]
-  await s.time.pass(LEASE / 3 + 10)
-  const before = s.store.asked.length
+  const b = s.actor()
+  t.equal(await b.operation.reserve(), 'later')
   s.store.answers.complete = [true]
-  t.equal(await verdictOf(s.actor()), 'replay')
-  t.equal(s.store.names[before], 'complete')
+  await s.time.pass(60)
+  const another: StoredRecord = { ...RECORD, statusCode: 418 }
+  s.store.answers.acquire = [completed(another)]
+  t.equal(await verdictOf(b), 'replay')
+  t.equal(b.operation.reply, another)
+  t.strictSame(s.store.takeovers, [false, false])
 })
+
+onBoth(
+  t,
+  'after that the store has to take it first: all who ask share one attempt, if it does not fail',
+  async (t, s) => {
+    const a = await unstored(s)
+    await cutOff(s)
+    t.match(await verdictOf(s.actor()), { ...UNAVAILABLE, cause: away })
+    const answer = latch<boolean>()
+    s.store.answers.complete = [() => answer.promise]
+    const before = s.store.asked.length
+    const verdicts = [s.actor(), s.actor(), s.actor()].map((actor) => verdictOf(actor))
+    await s.time.pass(1_200)
+    t.strictSame(s.store.names.slice(before), ['complete'])
+    answer.open(true)
+    t.strictSame(await Promise.all(verdicts), ['replay', 'replay', 'replay'])
+    t.strictSame([a.operation.phase, a.events.at(-1)], ['over', 'stored'])
+    await s.time.pass(3_000)
+    t.equal(s.store.names.length, before + 1, 'and nobody stores it again')
+    t.equal(a.events.filter((event) => event === 'stored').length, 1)
+  }
+)
 
 t.test('a renewal counts from when it was asked for', async (t) => {
   const s = scene(t)
@@ -330,72 +236,6 @@ t.test('a renewal counts from when it was asked for', async (t) => {
   s.store.answers.complete = [true]
   await verdictOf(s.actor())
   t.equal(s.store.names[before], 'complete')
-})
-
-onBoth(t, 'if another has the key by then, its reply is given', async (t, s) => {
-  const a = await unstored(s)
-  await cutOff(s)
-  const another: StoredRecord = { ...RECORD, statusCode: 418 }
-  s.store.answers.complete = [false]
-  s.store.answers.get = [completed(another)]
-  s.store.answers.acquire = [completed(another)]
-  const b = s.actor()
-  t.equal(await verdictOf(b), 'replay')
-  t.equal(b.operation.reply, another)
-  t.strictSame(a.events.at(-1), 'lease-lost')
-  t.equal(a.operation.phase, 'over')
-})
-
-onBoth(t, 'if the store cannot take it, nobody knows', async (t, s) => {
-  await unstored(s)
-  await cutOff(s)
-  const b = s.actor()
-  const error = await outcome(() => b.operation.claim())
-  t.match(error, UNAVAILABLE)
-  t.equal((error as Error).cause, away)
-  t.strictSame(b.events, ['store-error'])
-})
-
-onBoth(
-  t,
-  'if the store cannot take it where the route prefers to run, the reply is better than to run once more',
-  async (t, s) => {
-    await unstored(s)
-    await cutOff(s)
-    const b = s.actor()
-    t.equal(await verdictOf(b), 'replay')
-    t.equal(b.operation.reply, RECORD)
-    t.strictSame(b.events, ['store-error', 'replayed'])
-  },
-  { bypasses: true }
-)
-
-t.test('all who ask for a reply that the store has to take first share one attempt', async (t) => {
-  const s = scene(t)
-  const a = await unstored(s)
-  await cutOff(s)
-  const answer = latch<boolean>()
-  s.store.answers.complete = [() => answer.promise]
-  const before = s.store.calls('complete').length
-  const verdicts = [s.actor(), s.actor(), s.actor()].map((actor) => verdictOf(actor))
-  await s.time.pass(1_200)
-  t.equal(s.store.calls('complete').length, before + 1)
-  answer.open(true)
-  await s.time.pass(0)
-  t.strictSame(await Promise.all(verdicts), ['replay', 'replay', 'replay'])
-  t.strictSame(
-    a.events.filter((event) => event !== 'store-error'),
-    ['acquired', 'stored']
-  )
-})
-
-t.test('an attempt that has failed is not shared with those who come later', async (t) => {
-  const s = scene(t)
-  await unstored(s)
-  await cutOff(s)
-  t.match(await outcome(() => s.actor().operation.claim()), UNAVAILABLE)
-  s.store.answers.complete = [true]
-  t.equal(await verdictOf(s.actor()), 'replay')
 })
 
 for (const [lease, gone] of [
@@ -444,19 +284,6 @@ onBoth(t, 'a first attempt that arrives late does not count twice', async (t, s)
 
 /* Deleting */
 
-onBoth(t, 'a reply whose key was deleted is not remembered, nor is its claim renewed', async (t, s) => {
-  const a = await unstored(s)
-  claimOf(s, a).forget()
-  s.store.answers.complete = [false]
-  s.store.answers.acquire = [{ state: 'acquired', attempt: 1 }]
-  s.store.asked.length = 0
-  const b = s.actor({ registration: s.registrationOf() })
-  t.equal(await b.operation.claim(), 'run')
-  await s.time.pass(60)
-  t.strictSame(s.store.names, ['acquire', 'complete', 'get'])
-  t.equal(a.operation.phase, 'over')
-})
-
 onBoth(t, 'a reply that cannot be stored when its key was deleted before is nobody’s', async (t, s) => {
   const a = await atWork(s)
   claimOf(s, a).forget()
@@ -470,34 +297,6 @@ onBoth(t, 'a reply that cannot be stored when its key was deleted before is nobo
   t.ok(s.store.calls('renew').length <= 1)
 })
 
-t.test('a key that is deleted while a lost claim is claimed anew does not come back', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  const [seen, claimed] = [latch<null>(), latch<unknown>()]
-  s.store.answers.complete = [false]
-  s.store.answers.get = [() => seen.promise]
-  const done = a.operation.complete(RECORD)
-  claimOf(s, a).forget()
-  seen.open(null)
-  await done
-  t.strictSame(s.store.names, ['acquire', 'complete', 'get'])
-  t.strictSame(a.events, ['acquired', 'lease-lost'])
-
-  const b = await atWork(s, { key: 'other' })
-  s.store.asked.length = 0
-  s.store.answers.get = [null]
-  s.store.answers.acquire = [() => claimed.promise]
-  const over = b.operation.complete(RECORD)
-  await s.time.pass(0)
-  t.strictSame(s.store.names, ['complete', 'get', 'acquire'])
-  claimOf(s, b).forget()
-  claimed.open({ state: 'acquired', attempt: 1 })
-  await over
-  t.strictSame(s.store.names, ['complete', 'get', 'acquire', 'release'])
-  t.strictSame(s.store.calls('release'), [[b.operation.storageKey, s.store.tokens[0], false]])
-  t.strictSame(b.events, ['acquired', 'lease-lost'])
-})
-
 /* Giving back */
 
 onBoth(t, 'a key is given back in one call', async (t, s) => {
@@ -509,39 +308,6 @@ onBoth(t, 'a key is given back in one call', async (t, s) => {
   isOver(t, s, a)
   await s.time.pass(LEASE)
   t.strictSame(s.store.names, ['acquire', 'release'])
-})
-
-onBoth(t, 'a key that is another’s when it is given back was lost', async (t, s) => {
-  const a = await atWork(s)
-  s.store.answers.release = [false]
-  await a.operation.release()
-  t.strictSame(a.events, ['acquired', 'lease-lost'])
-  isOver(t, s, a)
-})
-
-onBoth(t, 'a key that cannot be given back is tried again until it can be', async (t, s) => {
-  const a = await atWork(s)
-  s.store.answers.release = [failing(away), failing(away), true]
-  await a.operation.release()
-  t.equal(a.operation.phase, 'ending')
-  t.strictSame(a.events, ['acquired', 'store-error'])
-  t.ok(s.registration.operations.has(a.operation))
-  await s.time.pass(60)
-  t.strictSame(s.store.calls('release'), Array(3).fill([KEY, s.store.tokens[0], false]))
-  t.strictSame(a.events, ['acquired', 'store-error', 'released'])
-  isOver(t, s, a)
-})
-
-t.test('a store that does not answer a release in time has failed', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  s.store.answers.release = [never, true]
-  const done = a.operation.release()
-  await s.time.pass(STORE_TIMEOUT + 10)
-  await done
-  t.match(a.errors['store-error'], { name: 'StoreTimeout' })
-  await s.time.pass(0)
-  t.strictSame(a.events.at(-1), 'released')
 })
 
 onBoth(t, 'a key that is not given back before the store is closed is not said to be free', async (t, s) => {
@@ -631,39 +397,22 @@ onBoth(t, 'a claim is renewed three times in a lease, for as long as it is held'
   t.equal(s.store.calls('renew').length, 4)
 })
 
-onBoth(t, 'a renewal that fails is told, and tried again', async (t, s) => {
-  const a = await atWork(s)
-  s.store.answers.renew = [failing(away), true]
-  await s.time.pass(LEASE / 3 + 10)
-  t.strictSame(a.events, ['acquired', 'store-error'])
-  t.strictSame(a.logged, [['error', away]])
-  await s.time.pass(LEASE / 3 + 10)
-  t.equal(s.store.calls('renew').length, 2)
-  t.equal(a.operation.phase, 'running')
-})
-
-t.test('a renewal that is not answered in time has failed', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  s.store.answers.renew = [never, true]
-  await s.time.pass(LEASE / 3 + STORE_TIMEOUT + 10)
-  t.match(a.errors['store-error'], { name: 'StoreTimeout' })
-  await s.time.pass(LEASE / 3 + 10)
-  t.equal(s.store.calls('renew').length, 2)
-})
-
-t.test('a renewal that fails when the claim is over is nobody’s concern', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  const answer = latch<boolean>()
-  s.store.answers.renew = [() => answer.promise]
-  await s.time.pass(LEASE / 3 + 10)
-  await a.operation.complete(RECORD)
-  answer.fail(away)
-  await s.time.pass(LEASE)
-  t.strictSame(a.events, ['acquired', 'stored'])
-  t.equal(s.store.calls('renew').length, 1)
-})
+for (const [what, answers, error] of [
+  ['fails', { renew: [failing(away), true] }, away],
+  ['is not answered in time', { renew: [never, true] }, { name: 'StoreTimeout' }],
+  ['is refused by a store that then falls silent', { renew: [false], get: [never] }, { name: 'StoreTimeout' }]
+] as const) {
+  t.test(`a renewal that ${what} is told, and tried again`, async (t) => {
+    const s = scene(t)
+    const a = await atWork(s)
+    Object.assign(s.store.answers, answers)
+    await s.time.pass(LEASE / 3 + STORE_TIMEOUT + 10)
+    t.strictSame([a.operation.phase, a.events], ['running', ['acquired', 'store-error']])
+    t.match(a.errors['store-error'], error)
+    await s.time.pass(LEASE / 3 + 10)
+    t.equal(s.store.calls('renew').length, 2)
+  })
+}
 
 onBoth(t, 'a claim that the store has forgotten is claimed anew, and kept', async (t, s) => {
   const a = await atWork(s)
@@ -674,18 +423,6 @@ onBoth(t, 'a claim that the store has forgotten is claimed anew, and kept', asyn
   t.strictSame([a.operation.phase, a.events], ['running', ['acquired']])
   await s.time.pass(LEASE / 3 + 10)
   t.equal(s.store.calls('renew').length, 2)
-})
-
-onBoth(t, 'a lease that was claimed anew counts from then', async (t, s) => {
-  const a = await atWork(s)
-  s.store.answers.renew = [false, failing(away)]
-  await s.time.pass(LEASE / 3 + 10)
-  s.store.answers.complete = [failing(away)]
-  await a.operation.complete(RECORD)
-  await s.time.pass(LEASE - 100)
-  const before = s.store.asked.length
-  t.equal(await verdictOf(s.actor()), 'replay')
-  t.equal(s.store.asked.length, before)
 })
 
 onBoth(
@@ -736,28 +473,9 @@ t.test('a claim that ends while it is claimed anew is not called lost', async (t
   t.strictSame(a.events, ['acquired', 'stored'])
 })
 
-t.test('a store that does not answer when a claim is claimed anew has failed, and is asked again later', async (t) => {
-  const s = scene(t)
-  const a = await atWork(s)
-  s.store.answers.renew = [false]
-  s.store.answers.get = [never]
-  await s.time.pass(LEASE / 3 + STORE_TIMEOUT + 10)
-  t.match(a.errors['store-error'], { name: 'StoreTimeout' })
-  t.equal(a.operation.phase, 'running')
-  await s.time.pass(LEASE / 3 + 10)
-  t.equal(s.store.calls('renew').length, 2)
-})
-
-onBoth(t, 'a claim is not renewed any more when the server has closed', async (t, s) => {
-  const a = await atWork(s)
+onBoth(t, 'a claim is not renewed any more when the server has closed while it was', async (t, s) => {
+  await atWork(s)
   Object.assign(s.registration, { closed: true })
-  await s.time.pass(LEASE / 3 + 10)
+  await s.time.pass(LEASE + 10)
   t.equal(s.store.calls('renew').length, 1)
-  await s.time.pass(LEASE)
-  t.equal(s.store.calls('renew').length, 1)
-  const b = await atWork(s, { key: 'other' })
-  b.operation.abandon()
-  await s.time.pass(LEASE)
-  t.equal(s.store.calls('renew').length, 1)
-  t.equal(a.operation.phase, 'running')
 })
