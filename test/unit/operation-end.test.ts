@@ -89,6 +89,20 @@ t.test('an operation ends once', async (t) => {
   t.strictSame(a.events, ['acquired', 'stored'])
 })
 
+onBoth(t, 'a reply that the handler wants not to be stored is not, and the key is free', async (t, s) => {
+  const a = await atWork(s)
+  a.operation.discarded = true
+  await a.operation.complete(RECORD)
+  t.strictSame(
+    [s.store.names, a.events],
+    [
+      ['acquire', 'release'],
+      ['acquired', 'released']
+    ]
+  )
+  isOver(t, s, a)
+})
+
 onBoth(t, 'a store that has lost its data gets the claim anew, and then the record', async (t, s) => {
   const a = await atWork(s)
   s.store.answers.complete = [false, true]

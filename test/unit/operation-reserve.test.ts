@@ -256,14 +256,6 @@ onBoth(t, 'the owner is known to run also where the store fails then', async (t,
   t.match(s.store.calls('complete'), [[KEY, s.store.tokens[1], RECORD]])
 })
 
-onBoth(t, 'what is not read yet does not take the key of a living owner either', async (t, s) => {
-  const owner = s.actor()
-  await verdictOf(owner)
-  t.match(await outcome(() => s.actor().operation.reserve()), IN_PROGRESS)
-  t.equal(s.inUse.reservations, 0)
-  t.ok(s.inUse.live.has(KEY))
-})
-
 onBoth(t, 'an owner that gives its key back has it no more: it is the next one’s', async (t, s) => {
   const owner = s.actor()
   await verdictOf(owner)

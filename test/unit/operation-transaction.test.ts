@@ -37,6 +37,10 @@ class Transaction {
   committed: () => unknown = async () => ({ state: 'committed' })
   rolledBack: () => Promise<boolean> = async () => true
 
+  get names(): unknown[] {
+    return this.asked.map(([name]) => name)
+  }
+
   complete(...args: unknown[]): unknown {
     this.asked.push(['complete', ...args])
     return this.committed()
@@ -132,12 +136,6 @@ onBoth(
   policy
 )
 
-t.test('of the work of a handler that failed nothing but the record is committed', async (t) => {
-  const a = await atWork(scene(t, { policy }))
-  await a.operation.complete(RECORD, true)
-  t.strictSame(a.transaction.asked, [['complete', RECORD, TTL, true]])
-})
-
 t.test('a commit that the database refuses is the handler’s error', async (t) => {
   const s = scene(t, { policy })
   const a = await atWork(s)
@@ -154,13 +152,6 @@ t.test('a commit that the database refuses is the handler’s error', async (t) 
 
 for (const [what, committed, cause] of [
   ['fails', failing(away), away],
-  [
-    'throws',
-    () => {
-      throw away
-    },
-    away
-  ],
   ['is not answered', never, { name: 'StoreTimeout' }]
 ] as const) {
   t.test(`a commit that ${what} is a 503: its outcome is not known, and its connection is cut`, async (t) => {
@@ -170,10 +161,7 @@ for (const [what, committed, cause] of [
     const done = outcome(() => a.operation.complete(RECORD))
     await s.time.pass(STORE_TIMEOUT + 10)
     t.match(await done, { ...UNAVAILABLE, cause })
-    t.strictSame(
-      a.transaction.asked.map(([name]) => name),
-      ['complete', 'abandon']
-    )
+    t.strictSame(a.transaction.names, ['complete', 'abandon'])
     t.strictSame(a.events, ['acquired', 'store-error', 'lease-lost'])
     t.equal(a.operation.signal.aborted, true)
     t.equal(a.operation.phase, 'over')
@@ -199,36 +187,22 @@ t.test('the connection is not kept alive beyond the commit', async (t) => {
   a.transaction.committed = () => committed.promise
   const done = a.operation.complete(RECORD)
   await s.time.pass(LEASE)
-  t.strictSame(
-    a.transaction.asked.map(([name]) => name),
-    ['complete']
-  )
+  t.strictSame(a.transaction.names, ['complete'])
   committed.open({ state: 'committed' })
   await done
 })
 
-onBoth(
-  t,
-  'a key is given back by rolling back',
-  async (t, s) => {
+for (const isThere of [true, false]) {
+  t.test(`a key is given back by rolling back, where the connection ${isThere ? 'is there' : 'is lost'}`, async (t) => {
+    const s = scene(t, { policy })
     const a = await atWork(s)
+    a.transaction.rolledBack = async () => isThere
     await a.operation.release()
-    t.strictSame(a.transaction.asked, [['rollback']])
-    t.strictSame(s.store.names, ['begin'])
-    t.strictSame(a.events, ['acquired', 'released'])
-    t.equal(a.operation.phase, 'over')
+    t.strictSame([a.transaction.asked, s.store.names], [[['rollback']], ['begin']])
+    t.strictSame([a.operation.phase, a.events], ['over', ['acquired', 'released']])
     t.equal(s.inUse.live.size, 0)
-  },
-  policy
-)
-
-t.test('a connection that is lost has rolled back as well', async (t) => {
-  const a = await atWork(scene(t, { policy }))
-  a.transaction.rolledBack = async () => false
-  await a.operation.release()
-  t.strictSame(a.events, ['acquired', 'released'])
-  t.equal(a.operation.phase, 'over')
-})
+  })
+}
 
 for (const [what, rolledBack] of Object.entries({ fails: failing(away), 'is not answered': never })) {
   t.test(`where rolling back ${what} the connection is cut, which does as well`, async (t) => {
@@ -337,41 +311,24 @@ for (const [what, phase, asked] of [
 
 /* Answers that fail, or come too late */
 
-t.test('a transaction that begins too late is rolled back', async (t) => {
-  const s = scene(t, { policy })
-  const answer = latch<unknown>()
-  s.store.answers.begin = [() => answer.promise]
-  const a = s.actor()
-  const verdict = outcome(() => a.operation.claim())
-  await s.time.pass(STORE_TIMEOUT + 10)
-  t.match(await verdict, { ...UNAVAILABLE, cause: { name: 'StoreTimeout' } })
-  t.equal(s.inUse.asking.size, 0)
-  const transaction = new Transaction()
-  answer.open(begun(transaction))
-  await s.time.pass(0)
-  t.strictSame(transaction.asked, [['rollback']])
-  t.strictSame(s.store.names, ['begin'])
-})
-
-t.test('what else comes too late is nobody’s', async (t) => {
-  const s = scene(t, { policy })
-  for (const late of [(answer: ReturnType<typeof latch<unknown>>) => answer.open(running()), failed]) {
-    const answer = latch<unknown>()
-    s.store.answers.begin = [() => answer.promise]
+for (const [what, late, rolledBack] of [
+  ['a transaction that begins too late is rolled back', begun, [['rollback']]],
+  ['a key that is another’s too late is nobody’s', () => running(), []],
+  ['a failure that comes too late is nobody’s', failing(away), []]
+] as const) {
+  t.test(what, async (t) => {
+    const s = scene(t, { policy })
+    const answer = latch()
+    const transaction = new Transaction()
+    s.store.answers.begin = [() => answer.promise.then(() => late(transaction))]
     const verdict = outcome(() => s.actor().operation.claim())
     await s.time.pass(STORE_TIMEOUT + 10)
-    t.match(await verdict, UNAVAILABLE)
-    late(answer)
+    t.match(await verdict, { ...UNAVAILABLE, cause: { name: 'StoreTimeout' } })
+    t.equal(s.inUse.asking.size, 0)
+    answer.open()
     await s.time.pass(0)
-  }
-  t.equal(
-    s.store.names.every((name) => name === 'begin'),
-    true
-  )
-})
-
-function failed(answer: ReturnType<typeof latch<unknown>>): void {
-  answer.fail(away)
+    t.strictSame([transaction.asked, s.store.names], [rolledBack, ['begin']])
+  })
 }
 
 /* Others in the same process */
@@ -448,18 +405,6 @@ t.test('an answer that is final is as good for those who came later', async (t) 
   t.equal(actors[1]?.operation.reply, RECORD)
 })
 
-t.test('who waited for one that got the key is told so, without asking', async (t) => {
-  const s = scene(t, { policy })
-  const answer = latch<unknown>()
-  s.store.answers.begin = [() => answer.promise]
-  const verdicts = [0, 1].map(() => outcome(() => s.actor().operation.claim()))
-  await s.time.pass(0)
-  answer.open(begun(new Transaction()))
-  t.equal(await verdicts[0], 'run')
-  t.match(await verdicts[1], IN_PROGRESS)
-  t.equal(s.store.calls('begin').length, 1)
-})
-
 t.test('of three who want a key at the same moment one runs, be it the second', async (t) => {
   const s = scene(t, { policy })
   const [first, second] = [latch<unknown>(), latch<unknown>()]
@@ -473,6 +418,7 @@ t.test('of three who want a key at the same moment one runs, be it the second', 
   t.match(await verdicts[0], IN_PROGRESS)
   t.equal(await verdicts[1], 'run')
   t.match(await verdicts[2], IN_PROGRESS)
+  t.equal(s.store.calls('begin').length, 2, 'who waited for the one that got it is told so, without asking')
   t.ok(s.inUse.live.has(KEY))
 })
 
@@ -498,11 +444,4 @@ t.test('a failure is that of all who wait for the answer', async (t) => {
   // And of nobody else.
   t.match(await outcome(() => s.actor().operation.claim()), IN_PROGRESS)
   t.equal(s.store.calls('begin').length, 2)
-})
-
-t.test('a failure that nobody waits for is nobody’s', async (t) => {
-  const s = scene(t, { policy })
-  s.store.answers.begin = [failing(away)]
-  t.match(await outcome(() => s.actor().operation.claim()), UNAVAILABLE)
-  await s.time.pass(0)
 })

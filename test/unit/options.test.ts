@@ -34,11 +34,14 @@ function policy(config: unknown = true, options: object = {}): Policy {
   return covered
 }
 
-function refusal(build: () => unknown): Error & { code?: string } {
+/** The message with which an option is refused. */
+function refusal(build: () => unknown): string {
   try {
     build()
   } catch (error) {
-    return error as Error
+    const { code, message } = error as Error & { code?: string }
+    if (code === 'FST_IDEMPOTENCY_INVALID_OPTION') return message
+    throw error
   }
   throw new Error('Nothing was refused')
 }
@@ -165,16 +168,20 @@ t.test('a transaction needs a store that has them, and cannot do without its sto
   const begins = storeWith({ begin: yes })
   const bare = Object.assign(Object.create(null), store)
   const NEEDS = 'option "transaction" of POST /charges takes a store with transactions (PostgresStore), got'
-  t.equal(refusal(() => policy({ transaction: true, store })).message, `${NEEDS} Plain`)
-  t.equal(refusal(() => policy({ transaction: true }, { store })).message, `${NEEDS} Plain`)
-  t.equal(refusal(() => policy({ transaction: true, store: bare })).message, `${NEEDS} object`)
-  t.match(
-    refusal(() => policy({ transaction: true, store: begins, onStoreError: 'bypass' })),
-    {
-      code: 'FST_IDEMPOTENCY_INVALID_OPTION',
-      message: /^option "transaction" of POST \/charges takes no onStoreError 'bypass'/
-    }
+  t.equal(
+    refusal(() => policy({ transaction: true, store })),
+    `${NEEDS} Plain`
   )
+  t.equal(
+    refusal(() => policy({ transaction: true }, { store })),
+    `${NEEDS} Plain`
+  )
+  t.equal(
+    refusal(() => policy({ transaction: true, store: bare })),
+    `${NEEDS} object`
+  )
+  const bypassing = () => policy({ transaction: true, store: begins, onStoreError: 'bypass' })
+  t.match(refusal(bypassing), /^option "transaction" of POST \/charges takes no onStoreError 'bypass'/)
   t.equal(policy({ transaction: true, store: begins }).transaction, true)
   t.equal(policy({ transaction: true, onStoreError: 'reject' }, { store: begins }).transaction, true)
   t.equal(policy({ transaction: false, store }).transaction, false)
@@ -185,8 +192,7 @@ t.test('a transaction claims in preHandler, and nowhere else: bodies are not rea
   t.equal(policy({ transaction: true, store }).hook, 'preHandler')
   t.equal(policy({ transaction: true, store, hook: 'preHandler' }).hook, 'preHandler')
   for (const hook of ['onRequest', 'preParsing', 'preValidation']) {
-    const { code, message } = refusal(() => policy({ transaction: true, store, hook }))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const message = refusal(() => policy({ transaction: true, store, hook }))
     t.match(message, `option "transaction" of POST /charges takes no hook '${hook}'`)
   }
 })
@@ -209,38 +215,15 @@ t.test('a reply that says when to come back is not final', async (t) => {
   t.equal(isFinal({} as FastifyRequest, hinting(false)), true)
 })
 
-const NUMBERS: [unknown, string][] = [
-  [0, '0 (number)'],
-  [-1, '-1 (number)'],
-  [1.5, '1.5 (number)'],
-  [Number.NaN, 'NaN (number)'],
-  [Number.POSITIVE_INFINITY, 'Infinity (number)'],
-  [2 ** 53, '9007199254740992 (number)'],
-  ['10', "'10' (string)"],
-  [10n, '10n (bigint)'],
-  [true, 'true (boolean)']
-]
-const BOOLEANS: [unknown, string][] = [
-  ['true', "'true' (string)"],
-  [1, '1 (number)'],
-  [0, '0 (number)'],
-  [null, 'null']
-]
-const FUNCTIONS: [unknown, string][] = [
-  ['user', "'user' (string)"],
-  [true, 'true (boolean)'],
-  [null, 'null'],
-  [{}, '{} (object)']
-]
-const HEADERS: [unknown, string][] = [
-  [true, 'true (boolean)'],
-  ['', "'' (string)"],
-  ['a b', "'a b' (string)"],
-  ['ключ', "'ключ' (string)"],
-  ['a:', "'a:' (string)"],
-  [null, 'null'],
-  [['X-Key'], "[ 'X-Key' ] (array)"]
-]
+/** A value, with what is said of it: what `inspect` says, and its type. */
+function worded(value: unknown): [value: unknown, got: string] {
+  if (value === null) return [value, 'null']
+  return [value, `${inspect(value)} (${Array.isArray(value) ? 'array' : typeof value})`]
+}
+const NUMBERS = [0, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY, 2 ** 53, '10', 10n, true].map(worded)
+const BOOLEANS = ['true', 1, 0, null].map(worded)
+const FUNCTIONS = ['user', true, null, {}].map(worded)
+const HEADERS = [true, '', 'a b', 'ключ', 'a:', null, ['X-Key']].map(worded)
 const storeWith = (members: object) => ({ acquire: yes, renew: yes, complete: yes, release: yes, ...members })
 
 /** For each option of a route: what its message says it takes, and values it does not, with what is said of them. */
@@ -264,75 +247,23 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
   ],
   skip: ['a function', FUNCTIONS],
   header: ['a header name, or false', HEADERS],
-  field: [
-    'the name of a field',
-    [
-      ['', "'' (string)"],
-      [false, 'false (boolean)'],
-      [null, 'null'],
-      [['key'], "[ 'key' ] (array)"]
-    ]
-  ],
+  field: ['the name of a field', ['', false, null, ['key']].map(worded)],
   getKey: ['a function', FUNCTIONS],
-  keyFormat: [
-    "'any', 'uuid', 'structured' or a RegExp",
-    [
-      ['UUID', "'UUID' (string)"],
-      ['^k', "'^k' (string)"],
-      ['', "'' (string)"],
-      [true, 'true (boolean)'],
-      [null, 'null'],
-      [yes, '[Function: yes] (function)'],
-      [['uuid'], "[ 'uuid' ] (array)"]
-    ]
-  ],
+  keyFormat: ["'any', 'uuid', 'structured' or a RegExp", ['UUID', '^k', '', true, null, yes, ['uuid']].map(worded)],
   maxKeyLength: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
   required: ['true or false', BOOLEANS],
   scope: ['a function, or false', FUNCTIONS],
   target: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => '/', '(function)']]],
-  fingerprint: [
-    'true, false or a function',
-    [
-      ['body', "'body' (string)"],
-      [null, 'null'],
-      [1, '1 (number)']
-    ]
-  ],
+  fingerprint: ['true, false or a function', ['body', null, 1].map(worded)],
   hook: [
     "'onRequest' or 'preParsing' or 'preValidation' or 'preHandler'",
-    [
-      ['onSend', "'onSend' (string)"],
-      ['prehandler', "'prehandler' (string)"],
-      ['constructor', "'constructor' (string)"],
-      [['onRequest'], "[ 'onRequest' ] (array)"],
-      [null, 'null']
-    ]
+    ['onSend', 'prehandler', 'constructor', ['onRequest'], null].map(worded)
   ],
-  onConflict: [
-    "'reject' or 'wait'",
-    [
-      ['bypass', "'bypass' (string)"],
-      [true, 'true (boolean)'],
-      [null, 'null']
-    ]
-  ],
+  onConflict: ["'reject' or 'wait'", ['bypass', true, null].map(worded)],
   waitTimeout: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
   lease: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
-  onAbandoned: [
-    "'rerun' or 'reject'",
-    [
-      ['wait', "'wait' (string)"],
-      [false, 'false (boolean)'],
-      [null, 'null']
-    ]
-  ],
-  transaction: [
-    'true or false',
-    [
-      ['yes', "'yes' (string)"],
-      [null, 'null']
-    ]
-  ],
+  onAbandoned: ["'rerun' or 'reject'", ['wait', false, null].map(worded)],
+  transaction: ['true or false', ['yes', null].map(worded)],
   ttl: ['a positive integer of milliseconds, or null for ever', NUMBERS],
   shouldStore: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => true, '(function)']]],
   maxReplySize: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
@@ -347,14 +278,7 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
     ]
   ],
   replayHeader: ['a header name, or false', HEADERS],
-  onStoreError: [
-    "'reject' or 'bypass'",
-    [
-      ['rerun', "'rerun' (string)"],
-      [false, 'false (boolean)'],
-      [null, 'null']
-    ]
-  ],
+  onStoreError: ["'reject' or 'bypass'", ['rerun', false, null].map(worded)],
   storeTimeout: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
   problemDetails: ['true or false', BOOLEANS],
   documentationUrl: [
@@ -377,8 +301,7 @@ for (const [name, [takes, values]] of Object.entries(wrong)) {
         ['', () => registered({ [name]: value })],
         [WHERE, () => declared({ [name]: value })]
       ] as const) {
-        const { code, message } = refusal(build)
-        t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+        const message = refusal(build)
         const said = `option "${name}"${where} takes ${takes}, got `
         t.equal(message.slice(0, said.length), said)
         t.ok(message.slice(said.length).includes(got), `${message.slice(said.length)} has ${got}`)
@@ -389,30 +312,16 @@ for (const [name, [takes, values]] of Object.entries(wrong)) {
 
 t.test('a wrong global is refused, with its name, what it takes and what it got', async (t) => {
   for (const [value, got] of BOOLEANS) {
-    const { code, message } = refusal(() => registered({ global: value }))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const message = refusal(() => registered({ global: value }))
     t.equal(message, `option "global" takes true or false, got ${got}`)
   }
 })
 
 t.test('wrong methods are refused, safe ones among them, whatever their case', async (t) => {
-  const values: [unknown, string][] = [
-    ['POST', "'POST' (string)"],
-    [['POST', 'GET'], "[ 'POST', 'GET' ] (array)"],
-    [['head'], "[ 'head' ] (array)"],
-    [['OPTIONS'], "[ 'OPTIONS' ] (array)"],
-    [['TRACE'], "[ 'TRACE' ] (array)"],
-    [['Query'], "[ 'Query' ] (array)"],
-    [[''], "[ '' ] (array)"],
-    [['PO ST'], "[ 'PO ST' ] (array)"],
-    [[1], '[ 1 ] (array)'],
-    [[], '[] (array)'],
-    [null, 'null']
-  ]
+  const safe = [['POST', 'GET'], ['head'], ['OPTIONS'], ['TRACE'], ['Query']]
   const takes = 'an array of one or more methods that change something (not GET, HEAD, OPTIONS, TRACE, QUERY)'
-  for (const [value, got] of values) {
-    const { code, message } = refusal(() => registered({ methods: value }))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+  for (const [value, got] of [...safe, 'POST', [''], ['PO ST'], [1], [], null].map(worded)) {
+    const message = refusal(() => registered({ methods: value }))
     t.equal(message, `option "methods" takes ${takes}, got ${got}`)
   }
 })
@@ -421,8 +330,7 @@ t.test('methods that the server does not have are refused, with what it has', as
   const supportedMethods = ['GET', 'HEAD', 'PUT', 'POST', 'MKCOL']
   const on = (methods?: string[]) => registrationOptions({ ...(methods && { methods }) }, { supportedMethods })
   for (const methods of [['ALL'], ['POTS'], ['POST', 'DELETE']]) {
-    const { code, message } = refusal(() => on(methods))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const message = refusal(() => on(methods))
     const takes =
       'methods that this server has: MKCOL, POST, PUT (and those of addHttpMethod, when it is called before)'
     t.equal(message, `option "methods" takes ${takes}, got ${inspect(methods)} (array)`)
@@ -464,7 +372,7 @@ t.test('what is in a value stays out of the message', async (t) => {
   ]
   for (const value of values) {
     for (const name of ['store', 'methods', 'keyFormat', 'hook', 'maxKeyLength']) {
-      const { message } = refusal(() => registered({ [name]: value }))
+      const message = refusal(() => registered({ [name]: value }))
       t.notMatch(message, /sec.?ret/, message)
     }
   }
@@ -498,10 +406,12 @@ t.test('what is taken for a store is told what to write', async (t) => {
     [() => {}, /\(function\)$/]
   ]
   for (const [value, said] of values) {
-    const { code, message } = refusal(() => registered({ store: value }))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const message = refusal(() => registered({ store: value }))
     t.match(message, said)
-    t.match(refusal(() => declared({ store: value })).message, said)
+    t.match(
+      refusal(() => declared({ store: value })),
+      said
+    )
   }
 })
 
@@ -565,26 +475,24 @@ t.test('a lease that a slow store outlives is told where it is set', async (t) =
 })
 
 t.test('a long value is cut in the message', async (t) => {
-  const { message } = refusal(() => registered({ hook: 'x'.repeat(10_000) }))
+  const message = refusal(() => registered({ hook: 'x'.repeat(10_000) }))
   t.match(message, /got 'x{79} \(string\)$/)
 })
 
 t.test('an option that is not known is refused at the registration, and the known ones are listed', async (t) => {
   const typos = ['tll', 'Header', 'constructor', 'toString', 'hasOwnProperty', '']
   for (const name of typos) {
-    const { code, message } = refusal(() => registered({ [name]: undefined }))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const message = refusal(() => registered({ [name]: undefined }))
     const known = [...Object.keys(wrong), 'global', 'methods'].join(', ')
     t.equal(message, `option "${name}" is not known; known are ${known}`)
   }
-  const { message } = refusal(() => registered(JSON.parse('{"__proto__":{"ttl":1}}')))
+  const message = refusal(() => registered(JSON.parse('{"__proto__":{"ttl":1}}')))
   t.match(message, 'option "__proto__" is not known')
 })
 
 t.test("an option that is not known is refused at a route, and so are the registration's own", async (t) => {
   for (const name of ['tll', 'global', 'methods', 'prefix', 'logLevel', 'logSerializers', 'constructor']) {
-    const { code, message } = refusal(() => declared({ [name]: undefined }))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const message = refusal(() => declared({ [name]: undefined }))
     t.equal(message, `option "${name}"${WHERE} is not known; known are ${Object.keys(wrong).join(', ')}`)
   }
 })
@@ -656,8 +564,7 @@ t.test('header: false is refused where there is neither a field nor a getKey', a
     [{ header: false }, {}],
     [true, { header: false }]
   ] as const) {
-    const { code, message } = refusal(() => declared(config, options))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+    const message = refusal(() => declared(config, options))
     t.equal(message, `option "header"${WHERE} takes false only together with "field" or "getKey"`)
   }
   t.equal(policy({ header: false, field: 'key' }).header, null)
@@ -677,19 +584,8 @@ t.test('headers are known as they were configured, too, for people', async (t) =
 })
 
 t.test('config.idempotency takes true, false or an object, and nothing else', async (t) => {
-  const values: [unknown, string][] = [
-    [null, 'null'],
-    [1, '1 (number)'],
-    [0, '0 (number)'],
-    ['', "'' (string)"],
-    ['true', "'true' (string)"],
-    [['wait'], "[ 'wait' ] (array)"],
-    [() => true, '[Function (anonymous)] (function)'],
-    [Symbol('yes'), 'Symbol(yes) (symbol)']
-  ]
-  for (const [value, got] of values) {
-    const { code, message } = refusal(() => declared(value))
-    t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+  for (const [value, got] of [null, 1, 0, '', 'true', ['wait'], () => true, Symbol('yes')].map(worded)) {
+    const message = refusal(() => declared(value))
     t.equal(message, `config.idempotency${WHERE} takes true, false or an object, got ${got}`)
   }
 })
@@ -717,8 +613,7 @@ t.test('global covers the routes with a method in methods that do not opt out', 
 t.test('a route that opts in with safe methods only is refused', async (t) => {
   for (const method of ['GET', 'HEAD', 'OPTIONS', 'TRACE', 'QUERY', ['GET', 'HEAD']]) {
     for (const config of [true, {}]) {
-      const { code, message } = refusal(() => declared(config, { global: true }, { method, url: '/safe' }))
-      t.equal(code, 'FST_IDEMPOTENCY_INVALID_OPTION')
+      const message = refusal(() => declared(config, { global: true }, { method, url: '/safe' }))
       const names = [method].flat().join('|')
       t.equal(message, `config.idempotency of ${names} /safe takes no route that has safe methods only`)
     }
