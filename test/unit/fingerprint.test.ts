@@ -174,17 +174,6 @@ t.test('no client text reaches a fingerprint', async (t) => {
   t.match(composeFingerprint(headOf(secret, RULES, 'secret.secret'), payload('secret')), /^[\w-]{26}\.[\w-]{22}$/)
 })
 
-t.test('JSON is the same in whatever order its members are', async (t) => {
-  t.equal(json('{"a":1,"b":{"c":[{"d":2,"e":3}],"f":null}}'), json('{"b":{"f":null,"c":[{"e":3,"d":2}]},"a":1}'))
-  t.equal(json('{"2":"b","10":"c","1":"a"}'), json('{"10":"c","1":"a","2":"b"}'))
-  t.equal(json('{"é":1,"e":2,"😀":3,"\uffff":4,"":5}'), json('{"":5,"\uffff":4,"😀":3,"e":2,"é":1}'))
-})
-
-t.test('JSON is the same with whatever white space and escapes it is written', async (t) => {
-  t.equal(json('{"a":[1,2],"b":"x"}'), json(' {\n\t"a" : [ 1 , 2 ] ,\r\n"b":"x"\n}\n'))
-  t.equal(json('{"a":"\\u00e9\\u0022\\/"}'), json('{"a":"é\\"/"}'))
-})
-
 t.test('equal numbers are the same however they are written', async (t) => {
   t.equal(json('[1,100,0.1,0]'), json('[1.0,1e2,1e-1,-0]'))
   t.equal(json('{"a":-0}'), json('{"a":0}'))
@@ -194,11 +183,6 @@ t.test('equal numbers are the same however they are written', async (t) => {
   t.not(json('5e-324'), json('0'))
   t.not(payload(10n), payload(10), 'a parser that gives big integers')
   t.not(payload(9007199254740993n), payload(9007199254740992n))
-})
-
-t.test('the order of an array matters', async (t) => {
-  t.not(json('[1,2]'), json('[2,1]'))
-  t.not(json('[{"a":1},{"b":1}]'), json('[{"b":1},{"a":1}]'))
 })
 
 t.test('values that look alike are told apart', async (t) => {
@@ -223,11 +207,6 @@ t.test('values that look alike are told apart', async (t) => {
     ...['{"__proto__":1}', '{"constructor":1}', '{"toString":null}', '{"toJSON":1}', '{"length":0}']
   ]
   t.equal(new Set(values.map(json)).size, values.length)
-})
-
-t.test('an own member called __proto__ counts', async (t) => {
-  t.not(json('{"a":1,"__proto__":{"b":2}}'), json('{"a":1}'))
-  t.not(json('{"a":1,"__proto__":{"b":2}}'), json('{"a":1,"__proto__":{"b":3}}'))
 })
 
 t.test('no body, an empty text, null and an empty object are four different payloads', async (t) => {
@@ -528,21 +507,6 @@ t.test('fingerprints differ when something differs that both know, and say what'
     t.equal(difference(x, y), expected, `${x} and ${y}`)
     t.equal(difference(y, x), expected, `${y} and ${x}`)
   }
-})
-
-t.test('the fingerprints of real requests differ as the contract says', async (t) => {
-  const of = (members: object, user: string | null = null) => {
-    const made = request({ headers: JSON_TYPE, ...members })
-    return composeFingerprint(headOf(made, RULES, user), payloadOfBody(made) as string)
-  }
-  const one = of({ body: { a: 1, b: 2 } })
-  t.equal(difference(one, of({ body: { b: 2, a: 1 } })), null)
-  t.equal(difference(one, of({ body: { a: 1 } })), 'payload')
-  t.equal(difference(one, of({ body: { a: 1, b: 2 }, query: { x: '' } })), 'target')
-  t.equal(difference(one, of({ body: { a: 1, b: 2 } }, 'alice')), 'credentials')
-  t.equal(difference(of({}, 'alice'), of({}, 'bob')), 'credentials')
-  t.equal(difference(of({}, 'alice'), of({ host: 'other' }, 'bob')), 'target')
-  t.equal(difference(one, of({ body: new PassThrough() })), null, 'one payload is not known')
 })
 
 t.test('a fingerprint says whether it knows the payload', async (t) => {

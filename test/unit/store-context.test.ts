@@ -3,7 +3,6 @@ import t, { type Test } from 'tap'
 import { retryUntil, StoreContext, sleep } from '../../lib/operation/store-context.js'
 import type { IdempotencyStore } from '../../types/index.js'
 import { latch, until } from '../support/latch.js'
-import { VirtualTime } from '../support/virtual-time.js'
 
 /** Longer than any pause. */
 const TIMEOUT = 30_000
@@ -12,9 +11,9 @@ const TIMEOUT = 30_000
 const alive = setInterval(() => {}, TIMEOUT)
 t.teardown(() => clearInterval(alive))
 
-/** A store of which only `release` and `close` are asked. */
-function storeWith(parts: Partial<IdempotencyStore>): IdempotencyStore {
-  return parts as IdempotencyStore
+/** The context of a store that is asked for nothing else. */
+function releasing(release: IdempotencyStore['release']): StoreContext {
+  return StoreContext.of({ release } as IdempotencyStore)
 }
 
 /** Makes pauses short, and notes how long they would have been. */
@@ -36,39 +35,18 @@ function hurry(t: Test): number[] {
 /** Timers that keep the process alive. */
 const holding = () => process.getActiveResourcesInfo().filter((name) => name === 'Timeout').length
 
-t.test('whoever asks for a store gets the same one, and for another store another', async (t) => {
-  const store = storeWith({})
-  t.equal(StoreContext.of(store), StoreContext.of(store))
-  t.not(StoreContext.of(store), StoreContext.of(storeWith({})))
-})
-
-t.test('the last one that leaves closes the store, and nobody before', async (t) => {
-  let closed = 0
-  const inUse = StoreContext.of(storeWith({ close: async () => void closed++ }))
-  inUse.enter()
-  inUse.enter()
-  await inUse.leave()
-  t.equal(closed, 0)
-  await inUse.leave()
-  t.equal(closed, 1)
-})
-
 t.test('a store that need not be closed is let go all the same', async (t) => {
-  const inUse = StoreContext.of(storeWith({}))
+  const inUse = StoreContext.of({} as IdempotencyStore)
   inUse.enter()
   await t.resolves(inUse.leave())
 })
 
 t.test('a claim that nobody needs is given back once, used or unused, and who asked for it is told', async (t) => {
   const released: unknown[][] = []
-  const inUse = StoreContext.of(
-    storeWith({
-      async release(...args) {
-        released.push(args)
-        return true
-      }
-    })
-  )
+  const inUse = releasing(async (...args) => {
+    released.push(args)
+    return true
+  })
   await inUse.giveBack('a', '1', TIMEOUT, true)
   await Promise.all([inUse.giveBack('b', '2', TIMEOUT, false), inUse.giveBack('c', '3', TIMEOUT, true)])
   t.strictSame(released, [
@@ -78,36 +56,15 @@ t.test('a claim that nobody needs is given back once, used or unused, and who as
   ])
 })
 
-t.test('claims are given back side by side, but not all at once', async (t) => {
-  let atOnce = 0
-  let most = 0
-  const inUse = StoreContext.of(
-    storeWith({
-      async release() {
-        most = Math.max(most, ++atOnce)
-        await new Promise((resolve) => setImmediate(resolve))
-        atOnce--
-        return true
-      }
-    })
-  )
-  await Promise.all(Array.from({ length: 200 }, (_, n) => inUse.giveBack(`key ${n}`, 'token', TIMEOUT, true)))
-  t.equal(most, 16)
-})
-
 t.test('a claim that cannot be given back is tried again after growing pauses, a second at most', async (t) => {
   const pauses = hurry(t)
   let failures = 7
   const asked: string[] = []
-  const inUse = StoreContext.of(
-    storeWith({
-      async release(key) {
-        asked.push(key)
-        if (failures-- > 0) throw new Error('away')
-        return true
-      }
-    })
-  )
+  const inUse = releasing(async (key) => {
+    asked.push(key)
+    if (failures-- > 0) throw new Error('away')
+    return true
+  })
   await inUse.giveBack('a', 'token', TIMEOUT, true)
   t.strictSame(pauses, [50, 100, 200, 400, 800, 1_000, 1_000])
   failures = 1
@@ -119,54 +76,21 @@ t.test('a claim that cannot be given back is tried again after growing pauses, a
 t.test('a success makes the pauses short again for the claims behind it', async (t) => {
   const pauses = hurry(t)
   const answers = [false, false, true, false, true]
-  const inUse = StoreContext.of(
-    storeWith({
-      async release() {
-        if (answers.shift() === false) throw new Error('away')
-        return true
-      }
-    })
-  )
+  const inUse = releasing(async () => {
+    if (answers.shift() === false) throw new Error('away')
+    return true
+  })
   await Promise.all([inUse.giveBack('a', 'token', TIMEOUT, true), inUse.giveBack('b', 'token', TIMEOUT, true)])
   t.strictSame(pauses, [50, 100, 50])
-})
-
-t.test('of those who give back side by side one goes on asking a store that fails', async (t) => {
-  const time = new VirtualTime()
-  time.install()
-  t.teardown(() => time.uninstall())
-  let asked = 0
-  const inUse = StoreContext.of(
-    storeWith({
-      async release() {
-        if (++asked > 50) throw new Error('away')
-        return true
-      }
-    })
-  )
-  inUse.enter()
-  const given = Array.from({ length: 200 }, (_, n) => inUse.giveBack(`key ${n}`, 'token', TIMEOUT, true))
-  await time.pass(0)
-  for (const pause of [50, 100, 200]) {
-    const before = asked
-    await time.pass(pause)
-    t.equal(asked, before + 1)
-  }
-  await inUse.leave()
-  t.equal((await Promise.all(given)).filter((is) => is).length, 50)
 })
 
 t.test('a claim that cannot be given back does not hold up the others', async (t) => {
   hurry(t)
   let broken = true
-  const inUse = StoreContext.of(
-    storeWith({
-      async release(key) {
-        if (key === 'broken' && broken) throw new Error('away')
-        return true
-      }
-    })
-  )
+  const inUse = releasing(async (key) => {
+    if (key === 'broken' && broken) throw new Error('away')
+    return true
+  })
   const first = inUse.giveBack('broken', 'token', TIMEOUT, true)
   await inUse.giveBack('sound', 'token', TIMEOUT, true)
   broken = false
@@ -176,11 +100,7 @@ t.test('a claim that cannot be given back does not hold up the others', async (t
 t.test('a store that gives no answer in time is asked again', async (t) => {
   hurry(t)
   let asked = 0
-  const inUse = StoreContext.of(
-    storeWith({
-      release: () => (++asked === 1 ? new Promise<never>(() => {}) : Promise.resolve(true))
-    })
-  )
+  const inUse = releasing(() => (++asked === 1 ? new Promise<never>(() => {}) : Promise.resolve(true)))
   await inUse.giveBack('a', 'token', 10, true)
   t.equal(asked, 2)
 })
@@ -188,14 +108,10 @@ t.test('a store that gives no answer in time is asked again', async (t) => {
 t.test('when the last one has left nothing more is given back, and who waits for it is told', async (t) => {
   hurry(t)
   let asked = 0
-  const inUse = StoreContext.of(
-    storeWith({
-      async release() {
-        asked++
-        throw new Error('away')
-      }
-    })
-  )
+  const inUse = releasing(async () => {
+    asked++
+    throw new Error('away')
+  })
   inUse.enter()
   const given = Promise.all([inUse.giveBack('a', 'token', TIMEOUT, true), inUse.giveBack('b', 'token', TIMEOUT, true)])
   await until(() => asked >= 3)
@@ -210,14 +126,10 @@ t.test('a claim whose giving back fails after the last one has left is not tried
   hurry(t)
   const answer = latch<boolean>()
   let asked = 0
-  const inUse = StoreContext.of(
-    storeWith({
-      release() {
-        asked++
-        return answer.promise
-      }
-    })
-  )
+  const inUse = releasing(() => {
+    asked++
+    return answer.promise
+  })
   inUse.enter()
   const given = inUse.giveBack('a', 'token', TIMEOUT, true)
   await inUse.leave()
@@ -230,14 +142,10 @@ t.test('a claim whose giving back fails after the last one has left is not tried
 t.test('of more than ten thousand claims that nobody needs the oldest are left to lapse', async (t) => {
   const answer = latch<boolean>()
   const asked: string[] = []
-  const inUse = StoreContext.of(
-    storeWith({
-      release(key) {
-        asked.push(key)
-        return answer.promise
-      }
-    })
-  )
+  const inUse = releasing((key) => {
+    asked.push(key)
+    return answer.promise
+  })
   let told = 0
   const tell = async (given: Promise<boolean>) => {
     const is = await given
