@@ -201,7 +201,7 @@ t.test('a reply that could not be stored is no replay when the claim turns out t
     isLost = !renewed
     return renewed
   }
-  const app = await build(t, { store: { ...store, renew }, lease: 900 })
+  const app = await build(t, { store: { ...store, renew }, lease: 900, hook: 'onRequest' })
   app.post('/', { config: { idempotency: true } }, async () => 'mine')
   failing.complete = () => Promise.reject(new Error('down'))
   t.equal((await app.inject(keyed)).body, 'mine')
