@@ -4,6 +4,7 @@ import type { InstanceIdempotency, RequestIdempotency } from './request.js'
 export type * from './events.js'
 export type * from './options.js'
 export type * from './request.js'
+export type * from './steps.js'
 export type * from './store.js'
 
 declare module 'fastify' {

@@ -1,3 +1,4 @@
+import type { Step } from './steps.js'
 import type { Acquisition, IdempotencyStore, TransactionClient } from './store.js'
 
 /** `request.idempotency` of a covered request with a key. */
@@ -24,8 +25,13 @@ export interface RequestIdempotency {
    */
   readonly transaction: TransactionClient | null
   /**
+   * Does something once for this operation, whatever the attempt: a rerun goes on behind the last finished step. May be
+   * taken out of its object.
+   */
+  readonly step: Step
+  /**
    * Do not store this reply, whatever it is: the key is released, a transaction is rolled back, and a retry runs
-   * the handler again.
+   * the handler again, behind the steps that are finished.
    */
   discard(): void
   /**

@@ -18,17 +18,23 @@ export interface Claim {
   takeover: boolean
 }
 
-/** What holds a key, or that it is now ours. */
+/** A finished step of an operation: its name, and its result. Both are opaque to the store. */
+export type StoredStep = readonly [name: string, result: string]
+
+/**
+ * What holds a key, or that it is now ours. `steps` are those that all attempts at the operation have finished, in the
+ * order in which they were stored; left out where there are none.
+ */
 export type Acquisition =
   /** The key belongs to the caller's token. `attempt` is 1, and one more than what was abandoned after each takeover. */
-  | { state: 'acquired'; attempt: number }
+  | { state: 'acquired'; attempt: number; steps?: readonly StoredStep[] }
   /** Another token holds the key under a lease with `leaseMs` milliseconds to go. */
-  | { state: 'running'; fingerprint: string; leaseMs: number }
+  | { state: 'running'; fingerprint: string; leaseMs: number; steps?: readonly StoredStep[] }
   /**
    * The operation has no result and no owner, and the claim did not ask to take over: the owner's lease lapsed, or, with
-   * `ended`, the owner has given the key back after an earlier attempt was interrupted.
+   * `ended`, the owner has given back what had begun: steps of it are finished, or an earlier attempt was interrupted.
    */
-  | { state: 'abandoned'; fingerprint: string; attempt: number; ended?: true }
+  | { state: 'abandoned'; fingerprint: string; attempt: number; ended?: true; steps?: readonly StoredStep[] }
   /** The operation has ended. `ttlMs` is what is left of the record's life, `null` for ever. */
   | { state: 'completed'; record: StoredRecord; ttlMs: number | null }
 
@@ -70,7 +76,7 @@ export type StoredRecord = StoredReply | Tombstone
  * seen to happen between what it reads and what it writes. Time is the store's own clock, and an expired
  * lease and an expired record are dealt with inside `acquire`.
  *
- * `false` from `renew`, `complete` or `release` means that the token does not own the key, and that
+ * `false` from `renew`, `step`, `complete` or `release` means that the token does not own the key, and that
  * nothing was changed. A rejected promise means that the outcome is not known; so it is with a record that cannot be
  * decoded. No method throws.
  *
@@ -97,9 +103,17 @@ export interface IdempotencyStore {
    */
   complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean>
   /**
-   * Gives the key back: whoever asks next may have it. A first attempt leaves nothing behind, as if it had never been. A
-   * later one stands on an attempt that was interrupted, which is not to be forgotten: its lease ends at once, and the
-   * key is `abandoned`, with `ended: true`, the same attempt and fingerprint, for the `retainMs` of its claim from now on.
+   * Keeps a finished step with the claim, until it is completed or forgotten: takeovers and releases leave it. The lease
+   * stays as it is. `true` again, and the first result stays, when the operation has a step of this name already. Without
+   * this method handlers have no steps.
+   *
+   * A store that has no room for it rejects, and keeps all that it has.
+   */
+  step?(key: string, token: string, step: StoredStep): Promise<boolean>
+  /**
+   * Gives the key back: whoever asks next may have it. A first attempt without steps leaves nothing behind, as if it had
+   * never been. Others have begun something that is not to be forgotten: the lease ends at once, and the key is
+   * `abandoned`, with `ended: true`, the same attempt, fingerprint and steps, for the `retainMs` of its claim from now on.
    * `true` again when this token's release has already happened and nobody has claimed the key since.
    * @param unused The handler never ran: a key that was taken over is abandoned as it was found, with the attempt, the
    * fingerprint and the `ended` of then.
