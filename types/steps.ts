@@ -36,11 +36,11 @@ export type Stored<T> = unknown extends T
       ? never
       : T extends { toJSON(...args: never): infer Shown }
         ? Stored<Shown>
-        : {
-            [Name in keyof T as T[Name] extends (...args: never) => unknown ? never : Exclude<Name, symbol>]: Stored<
-              T[Name]
-            >
-          }
+        : T extends readonly unknown[]
+          ? { [At in keyof T]: Stored<T[At]> }
+          : { [Name in keyof T as KeptName<Name, T[Name]>]: Stored<T[Name]> }
+
+type KeptName<Name, Value> = Value extends (...args: never) => unknown ? never : Exclude<Name, symbol>
 
 /** Does something once for an operation, whatever the attempt, and gives what was kept of the first time. */
 export interface Step {
