@@ -22,12 +22,18 @@ export function traceIdempotency(
     done()
   })
 
-  const note = (name: IdempotencyEventName, { request, key, attempt, error }: IdempotencyEvent) => {
-    const span = spans.get(request)
+  const note = (name: IdempotencyEventName, { request, key, attempt, error, step }: IdempotencyEvent) => {
+    // What is no request runs in the span of its caller.
+    const span = request === null ? trace.getActiveSpan() : spans.get(request)
     // A reply may be stored when its request, and the span, is long over.
     if (!span?.isRecording()) return
     const code = (error as { code?: string } | undefined)?.code
-    span.addEvent(`idempotency.${name}`, { 'idempotency.attempt': attempt, ...(code && { 'error.type': code }) })
+    span.addEvent(`idempotency.${name}`, {
+      'idempotency.attempt': attempt,
+      ...(step !== undefined && { 'idempotency.step': step }),
+      ...(code && { 'error.type': code })
+    })
+    if (step !== undefined) return
     // A hash: the client's key is nowhere in the messages.
     span.setAttributes({ 'idempotency.key': key, 'idempotency.outcome': name, 'idempotency.attempt': attempt })
     if (name === 'replayed') span.setAttribute('idempotency.replayed', true)

@@ -51,6 +51,7 @@ export function idempotencyMetrics(app: FastifyInstance, register: Registry) {
   const count = (event: IdempotencyEventName, { request, route, error }: IdempotencyEvent) => {
     const code = event === 'conflict' ? String((error as { code?: string } | undefined)?.code) : ''
     events.inc({ event, route, code })
+    if (request === null) return
     if (event === 'acquired' && !holders.has(request)) {
       holders.add(request)
       running.inc({ route })

@@ -36,6 +36,11 @@ export const Abandoned = expected(
   'The request with this idempotency key was interrupted, and its outcome is not known',
   409
 )
+export const ClaimLost = expected(
+  'FST_IDEMPOTENCY_CLAIM_LOST',
+  'The claim on this idempotency key was lost: another request has it now',
+  409
+)
 export const StoreUnavailable = createError<[{ cause: unknown }]>(
   'FST_IDEMPOTENCY_STORE_UNAVAILABLE',
   'The idempotency store is not available',
@@ -53,6 +58,7 @@ export const KeyUnreadable = createError<[string]>(
   500
 )
 export const TransactionBroken = createError<[string, { cause?: unknown }?]>('FST_IDEMPOTENCY_TRANSACTION', '%s', 500)
+export const StepFailed = createError<[string]>('FST_IDEMPOTENCY_STEP', '%s', 500)
 export const InvalidOption = createError<[string]>('FST_IDEMPOTENCY_INVALID_OPTION', '%s', 500, TypeError)
 export const RouteTooEarly = createError<[string]>('FST_IDEMPOTENCY_ROUTE_TOO_EARLY', '%s', 500)
 export const NotCovered = createError<[string]>('FST_IDEMPOTENCY_NOT_COVERED', '%s', 500)

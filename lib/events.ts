@@ -1,5 +1,6 @@
 import { type Channel, channel } from 'node:diagnostics_channel'
-import type { Difference, IdempotencyEvent, IdempotencyEventName } from '../types/index.js'
+import type { FastifyBaseLogger } from 'fastify'
+import type { IdempotencyEvent, IdempotencyEventName } from '../types/index.js'
 
 /* The diagnostics channels. A subscriber never changes a request. */
 
@@ -15,7 +16,9 @@ export const idempotencyEvents: readonly IdempotencyEventName[] = Object.freeze(
   'takeover',
   'lease-lost',
   'store-error',
-  'bypassed'
+  'bypassed',
+  'step-stored',
+  'step-resumed'
 ])
 
 // Channels are held here because Node forgets a channel that nobody refers to.
@@ -26,22 +29,25 @@ const channels = Object.fromEntries(
 /** What an event is about. */
 export interface Subject {
   readonly request: IdempotencyEvent['request']
+  readonly log: FastifyBaseLogger
   readonly storageKey: string
   readonly policy: { readonly route: string }
   readonly attempt: number
 }
 
+/** What some events tell besides. */
+export type EventDetails = Pick<IdempotencyEvent, 'error' | 'differs' | 'step'>
+
 /** Tells the subscribers of an event. Free when there are none. */
-export function publish(name: IdempotencyEventName, subject: Subject, error?: unknown, differs?: Difference): void {
+export function publish(name: IdempotencyEventName, subject: Subject, details: EventDetails = {}): void {
   const target = channels[name]
   if (!target.hasSubscribers) return
   const event: IdempotencyEvent = {
     request: subject.request,
     key: subject.storageKey,
     route: subject.policy.route,
-    attempt: subject.attempt
+    attempt: subject.attempt,
+    ...details
   }
-  if (error !== undefined) event.error = error
-  if (differs !== undefined) event.differs = differs
   target.publish(event)
 }

@@ -3,20 +3,29 @@ import type {
   IdempotencyStore,
   InstanceIdempotency,
   KeyFormat,
-  OperationSelector
+  OperationSelector,
+  RunContext,
+  RunOptions,
+  Stored
 } from '../types/index.js'
 import { InvalidOption } from './errors.js'
 import { generateKey, parseKey } from './http/key.js'
 import { storageKey } from './operation/storage-key.js'
 import { StoreContext } from './operation/store-context.js'
+import type { Runner } from './run.js'
 
 /** `app.idempotency`. */
 export class InstanceApi implements InstanceIdempotency {
   readonly store: IdempotencyStore
   readonly #field: string | undefined
   readonly #keyFormat: KeyFormat
+  readonly #runner: Runner
 
-  constructor({ store, field, keyFormat = 'any' }: { store: IdempotencyStore; field?: string; keyFormat?: KeyFormat }) {
+  constructor(
+    { store, field, keyFormat = 'any' }: { store: IdempotencyStore; field?: string; keyFormat?: KeyFormat },
+    runner: Runner
+  ) {
+    this.#runner = runner
     this.store = store
     this.#field = field
     this.#keyFormat = keyFormat
@@ -43,6 +52,12 @@ export class InstanceApi implements InstanceIdempotency {
     const stored = this.#storageKey(key, scope)
     StoreContext.of(this.store).live.get(stored)?.forget()
     return this.store.delete(stored)
+  }
+
+  async run<T>(key: string, options: RunOptions, fn: (run: RunContext) => T | Promise<T>): Promise<Stored<T>> {
+    if (typeof key !== 'string' || key === '') throw new InvalidOption('run() takes a key of one character or more')
+    if (typeof fn !== 'function') throw new InvalidOption('run() takes a key, options and a function')
+    return this.#runner.run(this.#parsed(key), options, fn)
   }
 
   /** `key` may be pasted from a header, quotes and all; a `scope` option may have given a number. */

@@ -1,6 +1,12 @@
 import { METHODS } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import type { ClaimHook, IdempotencyOptions, IdempotencyRouteOptions, IdempotencyStore } from '../types/index.js'
+import type {
+  ClaimHook,
+  IdempotencyOptions,
+  IdempotencyRouteOptions,
+  IdempotencyStore,
+  RunOptions
+} from '../types/index.js'
 import { InvalidOption } from './errors.js'
 import { isFinal } from './http/finality.js'
 import { constraintsOf } from './http/fingerprint.js'
@@ -65,6 +71,7 @@ export interface Policy extends KeyRules {
   readonly retain: number
   readonly shouldStore: (request: FastifyRequest, reply: FastifyReply) => boolean
   readonly maxReplySize: number
+  readonly maxStepsSize: number
   readonly excludeHeaders: ReadonlySet<string>
   readonly replayHeader: string | null
   /** The same as it was configured, for people. */
@@ -120,6 +127,7 @@ const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
   },
   shouldStore: SYNC_FUNCTION,
   maxReplySize: BYTES,
+  maxStepsSize: BYTES,
   excludeHeaders: { takes: 'an array of header names', accepts: listOf(isHeaderName) },
   replayHeader: HEADER,
   onStoreError: oneOf('reject', 'bypass'),
@@ -242,6 +250,22 @@ export function routePolicy(route: RouteDeclaration, registration: RegistrationO
   })
 }
 
+const { ttl, onConflict } = ROUTE_RULES
+const RUN_RULES = { ttl, onConflict }
+
+/**
+ * The policy of an `app.idempotency.run`, which is no route.
+ * @throws FST_IDEMPOTENCY_INVALID_OPTION
+ */
+export function runPolicy(
+  options: Pick<RunOptions, 'ttl' | 'onConflict'>,
+  { transaction, hook, ...defaults }: RegistrationOptions['routeDefaults']
+): Policy {
+  const where = ' of run()'
+  const own = checked<Pick<RunOptions, 'ttl' | 'onConflict'>>(options, RUN_RULES, { where })
+  return { route: 'run', constraints: '', methods: null, ...complete({ ...defaults, ...own }, defaults.store, where) }
+}
+
 /**
  * A constraint of the application's own is compared as the route has it. Of one that matches by a pattern nobody can see
  * what it has matched, a tenant for instance. Versions and hosts are known otherwise.
@@ -303,6 +327,7 @@ function complete(
     retain: ttl ?? RETAIN_WITHOUT_TTL,
     shouldStore: options.shouldStore ?? isFinal,
     maxReplySize: options.maxReplySize ?? 1_048_576,
+    maxStepsSize: options.maxStepsSize ?? 65_536,
     excludeHeaders: new Set(options.excludeHeaders?.map((name) => name.toLowerCase())),
     replayHeader: replayHeader === false ? null : replayHeader.toLowerCase(),
     replayHeaderName: replayHeader === false ? null : replayHeader,

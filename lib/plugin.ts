@@ -11,6 +11,7 @@ import { globalsOf, kRegistration, Registration, registrationOf } from './regist
 import { expectCoverage, sees } from './routes/coverage.js'
 import { cover } from './routes/covered-routes.js'
 import { withoutSlash } from './routes/early-routes.js'
+import { Runner } from './run.js'
 
 /* Register time: what a registration decorates, which routes get which hooks, and where in their phases these stand. */
 
@@ -26,7 +27,10 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
   const later = postponer()
   const fielded: FieldedRoute[] = []
 
-  fastify.decorate('idempotency', new InstanceApi(registration.options.routeDefaults))
+  fastify.decorate(
+    'idempotency',
+    new InstanceApi(registration.options.routeDefaults, new Runner(registration, fastify.log))
+  )
   fastify.decorate(kRegistration, registration)
   decorateRequest(fastify)
   expectCoverage(fastify, registration)

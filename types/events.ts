@@ -13,19 +13,24 @@ export type IdempotencyEventName =
   | 'lease-lost'
   | 'store-error'
   | 'bypassed'
+  | 'step-stored'
+  | 'step-resumed'
 
 /** What tells two requests with the same key apart: what they are for, who asks, or what they bring. */
 export type Difference = 'target' | 'credentials' | 'payload'
 
 /** The message of every event. */
 export interface IdempotencyEvent {
-  request: FastifyRequest
+  /** `null` for `app.idempotency.run`. */
+  request: FastifyRequest | null
   /** The storage key: a hash, never the client's key. */
   key: string
-  /** The route's URL pattern. */
+  /** The route's URL pattern; `'run'` for `app.idempotency.run`. */
   route: string
   attempt: number
   error?: unknown
   /** Of `mismatch`: what differs from the request that has used the key before. */
   differs?: Difference
+  /** Of `step-stored` and `step-resumed`: the name of the step. */
+  step?: string
 }

@@ -122,6 +122,12 @@ export interface IdempotencyRouteOptions {
    */
   maxReplySize?: number
   /**
+   * How many bytes the names and results of all steps of an operation take at most. They travel with the claim: a step
+   * should give an id, not an object.
+   * @default 65_536
+   */
+  maxStepsSize?: number
+  /**
    * Names of reply headers that are not stored, besides those that never are.
    * @default []
    */

@@ -1,4 +1,4 @@
-import type { Step } from './steps.js'
+import type { Step, Stored } from './steps.js'
 import type { Acquisition, IdempotencyStore, TransactionClient } from './store.js'
 
 /** `request.idempotency` of a covered request with a key. */
@@ -48,6 +48,22 @@ export interface OperationSelector {
   scope?: string
 }
 
+/** How `app.idempotency.run` treats a key. What is left out is as the registration has it. */
+export interface RunOptions extends OperationSelector {
+  /**
+   * What the operation is about, compared by value: the same key with another is FST_IDEMPOTENCY_KEY_REUSED. Anything that
+   * `payloadFingerprint` takes.
+   */
+  fingerprint?: unknown
+  /** How long its result is kept, in milliseconds; `null` for ever. */
+  ttl?: number | null
+  /** What becomes of a call while another runs: rejected with FST_IDEMPOTENCY_IN_PROGRESS, or held until the result is there. */
+  onConflict?: 'reject' | 'wait'
+}
+
+/** What the function of `app.idempotency.run` may use: see `RequestIdempotency`. */
+export type RunContext = Pick<RequestIdempotency, 'attempt' | 'signal' | 'step' | 'deriveKey'>
+
 /** `app.idempotency`. */
 export interface InstanceIdempotency {
   /** The store of this registration. */
@@ -70,4 +86,14 @@ export interface InstanceIdempotency {
    * @throws when the store has no `delete`.
    */
   delete(key: string, selector?: OperationSelector): Promise<boolean>
+  /**
+   * Runs a function once for a key, outside of any request: for queue consumers, cron jobs, stored webhooks. Its result is
+   * kept, and given to every later call. An error of it is passed on, and the next call runs it again, behind the
+   * steps that are finished. Keys are those of requests too: choose a `scope` of its own.
+   * @returns What JSON makes of the result.
+   * @throws FST_IDEMPOTENCY_KEY_REUSED, FST_IDEMPOTENCY_IN_PROGRESS, FST_IDEMPOTENCY_ABANDONED,
+   * FST_IDEMPOTENCY_NOT_REPLAYABLE and FST_IDEMPOTENCY_STORE_UNAVAILABLE, as requests are refused with; and
+   * FST_IDEMPOTENCY_STEP where JSON cannot keep the result, on this call and all later ones.
+   */
+  run<T>(key: string, options: RunOptions, fn: (run: RunContext) => T | Promise<T>): Promise<Stored<T>>
 }

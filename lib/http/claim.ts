@@ -99,7 +99,14 @@ export class Claims {
   /** The request becomes an operation. */
   #open(request: FastifyRequest, reply: FastifyReply, key: string, scope: string | null): Exchange {
     const snapshot = this.#snapshotOf(request)
-    const operation = new Operation(request, this.#policy, this.#registration, key, scope, snapshot)
+    const operation = new Operation(
+      { request, log: request.log },
+      this.#policy,
+      this.#registration,
+      key,
+      scope,
+      snapshot
+    )
     // Before preValidation is over it is not known yet.
     if (typeof snapshot.payload === 'string') operation.learn(snapshot.payload)
     const exchange = new Exchange(operation, reply)
@@ -122,12 +129,14 @@ export class Claims {
   }
 
   #decide(exchange: Exchange): Answer {
-    const { operation } = exchange
+    const { operation, request } = exchange
     const { fingerprint } = this.#policy
-    const snapshot = operation.request[kSnapshot]
+    const { operation, request } = exchange
+    const { fingerprint } = this.#policy
+    const snapshot = request[kSnapshot]
     const payload = snapshot?.payload ?? ''
     if (typeof fingerprint === 'function') {
-      return this.#decideKnowing(exchange, Promise.resolve(fingerprint(operation.request)).then(hashPayload))
+      return this.#decideKnowing(exchange, Promise.resolve(fingerprint(request)).then(hashPayload))
     }
     if (payload instanceof Promise) return this.#decideKnowing(exchange, payload)
     if (snapshot?.key instanceof Error) throw snapshot.key
@@ -138,7 +147,7 @@ export class Claims {
 
   async #decideKnowing(exchange: Exchange, payload: Promise<string>): Promise<FastifyReply | undefined> {
     exchange.operation.learn(await payload)
-    const { key } = exchange.operation.request[kSnapshot] ?? {}
+    const { key } = exchange.request[kSnapshot] ?? {}
     if (key instanceof Error) throw key
     return this.#obey(await exchange.operation.claim(), exchange)
   }

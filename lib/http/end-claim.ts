@@ -82,10 +82,10 @@ export function storeHijacked(operation: Operation, failed = false): void {
 }
 
 /** Ends the claim by the status of an error, whose reply is not known: final, and not kept; or not final. */
-export function endByStatus({ operation, reply }: Exchange, error: unknown): void {
+export function endByStatus({ operation, reply, request }: Exchange, error: unknown): void {
   const { statusCode: before } = reply
   reply.raw.statusCode = statusOf(error, before)
-  const final = isFinalReply(operation.policy, operation.request, reply)
+  const final = isFinalReply(operation.policy, request, reply)
   reply.raw.statusCode = before
   if (final) storeHijacked(operation, true)
   else void operation.release()

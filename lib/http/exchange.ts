@@ -111,6 +111,7 @@ const SENT: Sent = { is: 'sent', stream: null }
 /** One request and its reply, on the way of one operation. All that changes on that way changes here. */
 export class Exchange {
   readonly operation: Operation
+  readonly request: FastifyRequest
   #reply: FastifyReply
   #stage: Stage = { is: 'claiming', failed: false }
   #handler: HandlerState = 'working'
@@ -118,6 +119,7 @@ export class Exchange {
 
   constructor(operation: Operation, reply: FastifyReply) {
     this.operation = operation
+    this.request = reply.request
     this.#reply = reply
   }
 

@@ -1,5 +1,5 @@
 import type { FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
-import { TransactionBroken } from '../errors.js'
+import { isRefusal } from '../errors.js'
 import type { Policy } from '../options.js'
 import type { Registration } from '../registration.js'
 import type { MaybePromise } from '../util/sync-promise.js'
@@ -119,10 +119,8 @@ export class RouteHooks {
     const exchange = exchangeOf(request)
     if (exchange !== null && !exchange.isOfTimeout(reply)) {
       exchange.fail(error, () => isFinalReply(this.#policy, request, reply))
-      // What a handler meets of the plugin's own, where it misuses its transaction. What comes from onSend is known.
-      if (error instanceof TransactionBroken && error !== request[kRefusal]) {
-        refuse(this.#policy, request, reply, error)
-      }
+      // What a handler meets of the plugin's own, in its steps or its transaction. What comes from onSend is known.
+      if (isRefusal(error) && error !== request[kRefusal]) refuse(this.#policy, request, reply, error)
       const { stage } = exchange
       if (stage.is === 'replaying') takeOff(reply, stage.stored, this.#policy.replayHeader, stage.headersBefore)
     }

@@ -1,4 +1,4 @@
-import type { RequestIdempotency, TransactionClient } from '../../types/index.js'
+import type { RequestIdempotency, Step, TransactionClient } from '../../types/index.js'
 import type { Operation } from '../operation/operation.js'
 import { deriveKey } from '../operation/storage-key.js'
 
@@ -31,6 +31,10 @@ export class RequestContext implements RequestIdempotency {
   }
 
   // Made when they are asked for, and not bound to `this`: they may be taken out of their object.
+
+  get step(): Step {
+    return ((name: string, ...rest: [never, never]) => this.#operation.step(name, ...rest)) as Step
+  }
 
   get discard(): () => void {
     return () => {

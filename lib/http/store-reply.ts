@@ -1,4 +1,5 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
+import { isRefusal } from '../errors.js'
 import type { Policy } from '../options.js'
 import type { MaybePromise } from '../util/sync-promise.js'
 import type { Unfinished } from './captured-stream.js'
@@ -22,8 +23,8 @@ export function storeReply(
   policy: Policy,
   open: Set<Unfinished>
 ): MaybePromise<Payload> {
-  const { operation, reply } = exchange
-  const { fingerprint, request } = operation
+  const { operation, reply, request } = exchange
+  const { fingerprint } = operation
   if (running.reply === 'overtaken') {
     endByStatus(exchange, running.failure?.error)
     return payload
@@ -38,7 +39,9 @@ export function storeReply(
     dropStream(body)
     return Promise.reject(unsendable)
   }
-  const isFinal = running.reply === 'broken' || isFinalReply(policy, request, reply)
+  // What the plugin refuses to a handler, such as a step under a claim that was lost, is no reply of the operation.
+  const isRefused = isRefusal(running.failure?.error)
+  const isFinal = running.reply === 'broken' || (!isRefused && isFinalReply(policy, request, reply))
   if (running.reply === 'broken') warnOfBroken(request, running)
   if (!isBuffered(body) && !hasNoBody(reply.statusCode)) return storeStream(exchange, running, body, isFinal, open)
   if (!isFinal) return storeThenSend(exchange, running, body, null)

@@ -1,4 +1,11 @@
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, TransactionAcquisition } from '../../types/index.js'
+import type {
+  Acquisition,
+  Claim,
+  IdempotencyStore,
+  StoredRecord,
+  StoredStep,
+  TransactionAcquisition
+} from '../../types/index.js'
 import { StoreTimeout, UnreadableAnswer } from '../errors.js'
 import { kPeek, type MaybePromise, type Peekable, peek } from '../util/sync-promise.js'
 import { promiseTry, withTimeout } from '../util/timeout.js'
@@ -49,10 +56,10 @@ export class Claiming {
     return this.#claimant.policy.transaction ? this.#askInTurn(takeover) : this.#askStore(takeover)
   }
 
-  /** The claim that was acquired. */
-  take(): HeldClaim {
+  /** The claim that was acquired, with the steps that earlier attempts have finished. */
+  take(steps: readonly StoredStep[]): HeldClaim {
     if (this.#transactional === null) {
-      return new LeasedClaim(this.#claimant, this.#context, this.#token, this.#askedAt)
+      return new LeasedClaim(this.#claimant, this.#context, this.#token, this.#askedAt, steps)
     }
     if (this.#transactional.isLost) {
       this.#context.live.delete(this.#claimant.storageKey)

@@ -1,10 +1,13 @@
-import type { Acquisition, Difference, StoredReply } from '../../types/index.js'
+import type { Acquisition, Difference, StoredReply, StoredStep } from '../../types/index.js'
 import { difference } from './fingerprint.js'
+
+const NONE: readonly StoredStep[] = []
 
 /** What is to be done about a key that was asked for. */
 export type Decision =
-  /** It is ours. `reserve`: for one lease, because not all is known of the request yet. */
-  | { readonly do: 'hold' | 'reserve'; readonly attempt: number }
+  /** It is ours, with the steps that earlier attempts have finished. `reserve`: for one lease, because not all is known yet. */
+  | { readonly do: 'hold'; readonly attempt: number; readonly steps: readonly StoredStep[] }
+  | { readonly do: 'reserve' }
   | { readonly do: 'replay'; readonly reply: StoredReply }
   | { readonly do: 'wait' }
   | { readonly do: 'take over' }
@@ -25,7 +28,9 @@ export function decide(
   knowsAll: boolean,
   policy: { readonly waits: boolean; readonly reruns: boolean }
 ): Decision {
-  if (found.state === 'acquired') return { do: knowsAll ? 'hold' : 'reserve', attempt: found.attempt }
+  if (found.state === 'acquired') {
+    return knowsAll ? { do: 'hold', attempt: found.attempt, steps: found.steps ?? NONE } : { do: 'reserve' }
+  }
   const differs = difference(found.state === 'completed' ? found.record.fingerprint : found.fingerprint, ours)
   if (differs !== null) return { do: 'refuse', with: 'KEY_REUSED', differs }
   switch (found.state) {

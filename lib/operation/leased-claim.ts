@@ -1,10 +1,11 @@
-import type { Acquisition, Claim, StoredRecord } from '../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../types/index.js'
 import { UnreadableAnswer } from '../errors.js'
 import { type MaybePromise, peek } from '../util/sync-promise.js'
 import { promiseTry } from '../util/timeout.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import { cancelRenewal, type Renewable, scheduleRenewal } from './leases.js'
-import { tell, tellFailure, tellStored } from './report.js'
+import { tell, tellFailure, tellStored, unavailable } from './report.js'
+import { StepKeeper } from './step-keeper.js'
 import { isAcquisition, toBoolean } from './store-answers.js'
 import { retryUntil, type StoreContext } from './store-context.js'
 
@@ -21,6 +22,8 @@ export class LeasedClaim implements HeldClaim, Renewable {
   unstored: StoredRecord | null = null
   readonly #claimant: Claimant
   readonly #context: StoreContext
+  /** `null` until there is one: most operations have none. */
+  #steps: StepKeeper | null = null
   #token: string
   /** When the store was last asked to begin the lease: it ends no sooner than a lease later. Monotonic milliseconds. */
   #leasedAt: number
@@ -31,11 +34,19 @@ export class LeasedClaim implements HeldClaim, Renewable {
   /** What other requests of this process are asking about the key meanwhile; one of them may leave its claim to this one. */
   #rivals: Set<Promise<unknown>> | null = null
 
-  constructor(claimant: Claimant, context: StoreContext, token: string, leasedAt: number) {
+  /** @param steps Those that earlier attempts have finished. */
+  constructor(
+    claimant: Claimant,
+    context: StoreContext,
+    token: string,
+    leasedAt: number,
+    steps: readonly StoredStep[]
+  ) {
     this.#claimant = claimant
     this.#context = context
     this.#token = token
     this.#leasedAt = leasedAt
+    if (steps.length > 0) this.#steps = this.#keeper(steps)
   }
 
   get lease(): number {
@@ -45,6 +56,10 @@ export class LeasedClaim implements HeldClaim, Renewable {
   /** The store cannot have let the lease lapse yet: the key is this operation's. */
   get isLeased(): boolean {
     return performance.now() - this.#leasedAt < this.lease
+  }
+
+  get keepsSteps(): boolean {
+    return this.#claimant.policy.store.step !== undefined
   }
 
   /** Does the handler run, or its reply wait to be stored, under a claim that counts? */
@@ -57,27 +72,54 @@ export class LeasedClaim implements HeldClaim, Renewable {
   }
 
   complete(record: StoredRecord): MaybePromise<void> {
+    this.#steps?.clear()
     const stored = peek(this.#call(() => this.#complete(record)))
     if (stored instanceof Promise) return this.#completeInBackground(stored, record)
     this.#completed(stored, record)
   }
 
+  async isOurs(): Promise<boolean> {
+    if (this.isLeased) return true
+    const { policy } = this.#claimant
+    try {
+      return await this.#renewOnce()
+    } catch (error) {
+      tellFailure(this.#claimant, this.#context.health, error)
+      if (policy.bypasses) return true
+      throw unavailable(policy, error)
+    }
+  }
+
+  async keepStep(step: StoredStep): Promise<boolean> {
+    const steps = this.#steps ?? this.#keeper([])
+    this.#steps = steps
+    steps.add(step)
+    const token = this.#token
+    try {
+      const isKept =
+        (await this.#askToKeep(step)) || token !== this.#token || (await this.#call(() => this.#reclaim(token)))
+      if (!isKept && this.#isHeld()) this.#lose()
+      return isKept
+    } catch (error) {
+      tellFailure(this.#claimant, this.#context.health, error)
+      steps.retry(step)
+      return true
+    }
+  }
+
   async release(unused: boolean): Promise<void> {
-    const { storageKey, policy } = this.#claimant
+    const { policy } = this.#claimant
     this.isReleasing = true
     cancelRenewal(this)
     try {
-      const released = toBoolean(await this.#call(() => policy.store.release(storageKey, this.#token, unused)))
+      const released = toBoolean(await this.#call(() => this.#release(unused)))
       if (released) tell(this.#claimant, 'released')
       else this.#claimant.lost()
     } catch (error) {
       tellFailure(this.#claimant, this.#context.health, error)
       // With `onAbandoned: 'reject'` a lapsed lease would make retries fail as abandoned: renewed until it is released.
       if (!policy.reruns) scheduleRenewal(this)
-      void this.#orphan(unused).then((given) => {
-        this.#claimant.end()
-        if (given) tell(this.#claimant, 'released')
-      })
+      void this.#releaseInBackground(unused)
       return
     }
     this.#claimant.end()
@@ -128,6 +170,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
       // By the same token, so that nobody comes between: from now on it is this fingerprint that is compared.
       await this.#call(() => policy.store.acquire(storageKey, this.#claim()))
       this.#leasedAt = askedAt
+      await this.#steps?.restore()
     } catch (error) {
       tellFailure(this.#claimant, this.#context.health, error)
     }
@@ -187,25 +230,68 @@ export class LeasedClaim implements HeldClaim, Renewable {
     }
   }
 
-  async #renew(): Promise<void> {
+  /** A release stands for what was done under it: the steps that the store does not have yet go first. */
+  async #release(unused: boolean): Promise<boolean> {
     const { policy, storageKey } = this.#claimant
+    if (this.#steps !== null && !(await this.#steps.flush())) return false
+    return policy.store.release(storageKey, this.#token, unused)
+  }
+
+  async #releaseInBackground(unused: boolean): Promise<void> {
+    const steps = this.#steps
+    if (steps !== null)
+      await retryUntil(
+        () => steps.flush(),
+        () => this.#claimant.isClosed
+      )
+    const given = await this.#orphan(unused)
+    this.#claimant.end()
+    if (given) tell(this.#claimant, 'released')
+  }
+
+  #keeper(steps: readonly StoredStep[]): StepKeeper {
+    const isPointless = () => this.#claimant.isClosed || this.#isOver()
+    return new StepKeeper(steps, (step) => this.#askToKeep(step), isPointless)
+  }
+
+  async #askToKeep(step: StoredStep): Promise<boolean> {
+    const { policy, storageKey } = this.#claimant
+    const { store } = policy
+    if (store.step === undefined) return false
+    return toBoolean(await this.#call(() => (store as Required<IdempotencyStore>).step(storageKey, this.#token, step)))
+  }
+
+  async #renew(): Promise<void> {
+    const { policy } = this.#claimant
     if (this.#isOver() || (this.isReleasing && policy.reruns)) return
     try {
-      const askedAt = performance.now()
-      const token = this.#token
-      const isRenewed = toBoolean(await this.#call(() => policy.store.renew(storageKey, token, policy.lease)))
-      const renewed = isRenewed || token !== this.#token
-      this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
-      // If its record is on the way to the store, that step notices the loss by itself.
-      if (!renewed && this.#isHeld() && !(await this.#call(() => this.#reclaim(token))) && this.#isHeld()) {
-        this.#claimant.end()
-        this.#claimant.lost()
-      }
+      await this.#renewOnce()
     } catch (error) {
       if (!this.#isOver()) tellFailure(this.#claimant, this.#context.health, error)
     }
     const isEnding = this.unstored !== null || (this.isReleasing && !policy.reruns)
     if (!this.#claimant.isClosed && !this.#isOver() && (this.#isHeld() || isEnding)) scheduleRenewal(this)
+  }
+
+  /** Tells the store once that the owner lives, or finds out that there is another. */
+  async #renewOnce(): Promise<boolean> {
+    const { policy, storageKey } = this.#claimant
+    const askedAt = performance.now()
+    const token = this.#token
+    const isRenewed = toBoolean(await this.#call(() => policy.store.renew(storageKey, token, policy.lease)))
+    const renewed = isRenewed || token !== this.#token
+    this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
+    if (renewed) return true
+    // If its record is on the way to the store, that step notices the loss by itself.
+    if (!this.#isHeld()) return false
+    if (await this.#call(() => this.#reclaim(token))) return true
+    if (this.#isHeld()) this.#lose()
+    return false
+  }
+
+  #lose(): void {
+    this.#claimant.end()
+    this.#claimant.lost()
   }
 
   /**
@@ -229,6 +315,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
     if (!isAcquisition(found)) throw new UnreadableAnswer()
     if (found.state !== 'acquired') return false
     this.#leasedAt = askedAt
+    await this.#steps?.restore()
     if (!this.#isWanted()) void this.#orphan(false)
     return this.#isWanted()
   }

@@ -1,5 +1,5 @@
-import type { FastifyRequest } from 'fastify'
-import type { Acquisition, StoredRecord, StoredReply, TransactionClient } from '../../types/index.js'
+import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
+import type { Acquisition, Step, StoredRecord, StoredReply, StoredStep, TransactionClient } from '../../types/index.js'
 import { isFull, UnreadableAnswer } from '../errors.js'
 import type { Policy } from '../options.js'
 import type { MaybePromise } from '../util/sync-promise.js'
@@ -9,6 +9,7 @@ import { composeFingerprint } from './fingerprint.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import type { Host, Ongoing } from './host.js'
 import { inProgress, refusal, tell, tellFailure, tellLost, unavailable } from './report.js'
+import { type StepOwner, Steps } from './steps.js'
 import { storageKey } from './storage-key.js'
 import { StoreContext } from './store-context.js'
 import type { Waiter } from './waiting.js'
@@ -33,6 +34,12 @@ type Phase = 'asking' | 'undecided' | 'reserved' | 'held' | 'running' | 'ending'
 /** What is to be done with the request; `later`: ask again when all is known of it. Refusals are thrown. */
 export type Verdict = 'run' | 'replay' | 'later' | 'gone'
 
+/** Where an operation comes from: a request, or none. */
+export interface Origin {
+  readonly request: FastifyRequest | null
+  readonly log: FastifyBaseLogger
+}
+
 /** Who sends a request, as far as it is known when its key is. */
 export interface Caller {
   /** The first part of the fingerprint: what the request is for, and who asks. */
@@ -45,8 +52,9 @@ export interface Caller {
 const MOST_RESERVATIONS = 1_000
 
 /** The life of one keyed request: from the claim of its key to the end of the claim. It makes no replies. */
-export class Operation implements Claimant, Waiter, Ongoing {
-  readonly request: FastifyRequest
+export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
+  readonly request: FastifyRequest | null
+  readonly log: FastifyBaseLogger
   readonly policy: Policy
   readonly key: string
   readonly storageKey: string
@@ -65,6 +73,8 @@ export class Operation implements Claimant, Waiter, Ongoing {
   #payload = ''
   #found: Acquisition | null = null
   #claim: HeldClaim | null = null
+  /** Where there are some, of this attempt or of earlier ones. */
+  #steps: Steps | null = null
   /** The client has left before its handler has started. */
   #isGone = false
   /** Somebody else was seen to have the key. */
@@ -72,7 +82,7 @@ export class Operation implements Claimant, Waiter, Ongoing {
   #controller: AbortController | null = null
 
   constructor(
-    request: FastifyRequest,
+    { request, log }: Origin,
     policy: Policy,
     host: Host,
     key: string,
@@ -80,6 +90,7 @@ export class Operation implements Claimant, Waiter, Ongoing {
     { head, credentials }: Caller
   ) {
     this.request = request
+    this.log = log
     this.policy = policy
     this.key = key
     this.storageKey = storageKey(scope, key)
@@ -110,6 +121,16 @@ export class Operation implements Claimant, Waiter, Ongoing {
   /** What the handler may use of the transaction. */
   get transaction(): TransactionClient | null {
     return this.#claim?.client ?? null
+  }
+
+  get held(): HeldClaim | null {
+    return this.#claim
+  }
+
+  /** What the handler does once, whatever the attempt. */
+  get step(): Step {
+    this.#steps ??= new Steps(this)
+    return this.#steps.step
   }
 
   get isHeld(): boolean {
@@ -177,13 +198,22 @@ export class Operation implements Claimant, Waiter, Ongoing {
   complete(record: StoredRecord, failed = false): MaybePromise<void> {
     if (!this.isHeld) return
     if (this.discarded) return this.release()
+    this.#steps?.end()
     this.phase = 'ending'
     return this.#claim?.complete(record, failed)
   }
 
-  /** Gives the key back: nothing is stored, and a retry runs. */
+  /**
+   * Gives the key back: nothing is stored, and a retry runs. What steps are doing is waited for in the background: a retry
+   * must not run beside them, and is to find what they have done.
+   */
   async release(): Promise<void> {
     if (!this.isHeld) return
+    const unfinished = this.#steps?.drain()
+    if (unfinished) {
+      void unfinished.then(() => this.release())
+      return
+    }
     const unused = this.phase === 'held'
     this.phase = 'ending'
     await this.#claim?.release(unused)
@@ -287,7 +317,7 @@ export class Operation implements Claimant, Waiter, Ongoing {
     const decision = decide(found, this.fingerprint, knowsAll, this.policy)
     switch (decision.do) {
       case 'hold':
-        return this.#hold(decision.attempt)
+        return this.#hold(decision.attempt, decision.steps)
       case 'reserve':
         return this.#reserved()
       case 'postpone':
@@ -303,9 +333,10 @@ export class Operation implements Claimant, Waiter, Ongoing {
     }
   }
 
-  #hold(attempt: number): MaybePromise<Verdict> {
+  #hold(attempt: number, steps: readonly StoredStep[]): MaybePromise<Verdict> {
     this.#leaveReserved()
-    const claim = this.#claiming.take()
+    const claim = this.#claiming.take(steps)
+    if (steps.length > 0) this.#steps = new Steps(this, steps)
     this.#claim = claim
     this.attempt = attempt
     this.phase = 'held'

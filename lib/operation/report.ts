@@ -1,5 +1,13 @@
-import type { IdempotencyEventName, StoredRecord } from '../../types/index.js'
-import { Abandoned, InProgress, keyReused, NotReplayable, StoreUnavailable, withRetryAfter } from '../errors.js'
+import type { Difference, IdempotencyEventName, StoredRecord } from '../../types/index.js'
+import {
+  Abandoned,
+  ClaimLost,
+  InProgress,
+  keyReused,
+  NotReplayable,
+  StoreUnavailable,
+  withRetryAfter
+} from '../errors.js'
 import { publish, type Subject } from '../events.js'
 import type { Policy } from '../options.js'
 import type { Decision } from './decide.js'
@@ -9,8 +17,8 @@ import type { StoreHealth } from './store-health.js'
 
 /** An event, which the log has too, for who looks for details. */
 export function tell(subject: Subject, event: IdempotencyEventName, error?: unknown): void {
-  publish(event, subject, error)
-  subject.request.log.debug(bindings(subject), `idempotency ${event}`)
+  publish(event, subject, error === undefined ? undefined : { error })
+  subject.log.debug(bindings(subject), `idempotency ${event}`)
 }
 
 export function tellStored(subject: Subject, record: StoredRecord): void {
@@ -19,30 +27,36 @@ export function tellStored(subject: Subject, record: StoredRecord): void {
 
 /** A step has failed, or was not tried because the store is known to be down: each is an event, an outage one error. */
 export function tellFailure(subject: Subject, health: StoreHealth, error: unknown): void {
-  publish('store-error', subject, error)
-  health.report(error, subject.request.log, bindings(subject))
+  publish('store-error', subject, { error })
+  health.report(error, subject.log, bindings(subject))
+}
+
+export function tellStep(subject: Subject, event: 'step-stored' | 'step-resumed', step: string): void {
+  publish(event, subject, { step })
+  subject.log.debug({ ...bindings(subject), step }, `idempotency ${event}`)
+}
+
+/** The reply is stored, and nobody will ever ask for the results of these. */
+export function tellUnfinishedSteps(subject: Subject, steps: readonly string[]): void {
+  subject.log.warn({ ...bindings(subject), steps }, 'idempotency steps still run when the reply is stored')
 }
 
 /** The end of a transaction was refused: nothing of it is there. */
 export function tellUndone(subject: Subject, error: unknown): void {
   publish('released', subject)
-  subject.request.log.warn({ ...bindings(subject), err: error }, 'idempotency transaction rolled back at its end')
+  subject.log.warn({ ...bindings(subject), err: error }, 'idempotency transaction rolled back at its end')
 }
 
 export function tellLost(subject: Subject, loss: string): void {
   publish('lease-lost', subject)
-  subject.request.log.warn(bindings(subject), `idempotency claim lost ${loss}`)
+  subject.log.warn(bindings(subject), `idempotency claim lost ${loss}`)
 }
 
 /** The error that refuses a duplicate. */
 export function refusal(subject: Subject, refused: Extract<Decision, { do: 'refuse' }>): Error {
   switch (refused.with) {
-    case 'KEY_REUSED': {
-      const { differs } = refused
-      publish('mismatch', subject, undefined, differs)
-      subject.request.log.debug({ ...bindings(subject), differs }, 'idempotency mismatch')
-      return keyReused(differs)
-    }
+    case 'KEY_REUSED':
+      return reused(subject, refused.differs)
     case 'NOT_REPLAYABLE':
       return conflict(subject, new NotReplayable())
     case 'IN_PROGRESS':
@@ -50,6 +64,18 @@ export function refusal(subject: Subject, refused: Extract<Decision, { do: 'refu
     case 'ABANDONED':
       return conflict(subject, new Abandoned())
   }
+}
+
+/** The key belongs to another request. */
+export function reused(subject: Subject, differs: Difference): Error {
+  publish('mismatch', subject, { differs })
+  subject.log.debug({ ...bindings(subject), differs }, 'idempotency mismatch')
+  return keyReused(differs)
+}
+
+/** Another has the key now, so that the handler must go no further. */
+export function claimLost(): Error {
+  return withRetryAfter(new ClaimLost(), 1)
 }
 
 export function inProgress(subject: Subject): Error {

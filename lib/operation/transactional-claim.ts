@@ -19,6 +19,8 @@ export class TransactionalClaim implements HeldClaim, Renewable {
   readonly loss = 'with the connection of its transaction'
   renewal: Renewable['renewal'] = null
   isReleasing = false
+  /** They would be rolled back with the rest. */
+  readonly keepsSteps = false
   readonly #claimant: Claimant
   readonly #context: StoreContext
   readonly #transaction: ClaimTransaction
@@ -116,6 +118,14 @@ export class TransactionalClaim implements HeldClaim, Renewable {
 
   /** What is not committed cannot be deleted. */
   forget(): void {}
+
+  isOurs(): boolean {
+    return !this.isLost
+  }
+
+  async keepStep(): Promise<boolean> {
+    return !this.isLost
+  }
 
   asFound(): Acquisition {
     return { state: 'running', fingerprint: this.#claimant.fingerprint, leaseMs: this.lease }

@@ -548,7 +548,7 @@ t.test('every event is on its diagnostics channel, with the hashed key', async (
   await until(() => seen.length === 1)
   const [first] = seen
   t.match(first?.[1], { key: storageKey(null, 'hold'), route: '/do/:what', attempt: 1 })
-  t.equal(first?.[1].request.url, '/do/hold')
+  t.equal(first?.[1].request?.url, '/do/hold')
   await send('hold')
   t.same(events(), ['acquired', 'conflict'])
   await memory.delete(storageKey(null, 'hold'))

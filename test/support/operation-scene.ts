@@ -192,7 +192,7 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
       }
       const request = { log: { debug: level('debug'), warn: level('warn'), error: level('error') } }
       const operation = new Operation(
-        request as unknown as FastifyRequest,
+        { request: request as unknown as FastifyRequest, log: request.log as never },
         { ...given, ...cast.policy },
         cast.registration ?? registration,
         cast.key ?? 'k',

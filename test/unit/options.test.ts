@@ -133,6 +133,7 @@ const overrides: [keyof IdempotencyRouteOptions, unknown, unknown, keyof Policy,
   ['ttl', 10, null, 'ttl', null],
   ['shouldStore', () => false, yes, 'shouldStore', yes],
   ['maxReplySize', 10, 20, 'maxReplySize', 20],
+  ['maxStepsSize', 10, 20, 'maxStepsSize', 20],
   ['excludeHeaders', ['X-Ours'], ['X-Theirs'], 'excludeHeaders', new Set(['x-theirs'])],
   ['replayHeader', 'X-Ours', false, 'replayHeader', null],
   ['onStoreError', 'bypass', 'reject', 'bypasses', false],
@@ -267,6 +268,7 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
   ttl: ['a positive integer of milliseconds, or null for ever', NUMBERS],
   shouldStore: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => true, '(function)']]],
   maxReplySize: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
+  maxStepsSize: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
   excludeHeaders: [
     'an array of header names',
     [

@@ -1,0 +1,224 @@
+import type { Step, StepContext, StoredStep, Transactions } from '../../types/index.js'
+import { StepFailed } from '../errors.js'
+import type { Subject } from '../events.js'
+import { difference } from './fingerprint.js'
+import type { HeldClaim } from './held-claim.js'
+import { claimLost, reused, tellStep, tellUnfinishedSteps } from './report.js'
+import { decodeResult, encodeResult, IN_TRANSACTION, lostResult, Unkeepable } from './step-result.js'
+import { deriveKey } from './storage-key.js'
+
+/* The steps of an operation: each is done once, whatever the attempt, and what was kept of it is its result. */
+
+/** What the steps need of their operation. */
+export interface StepOwner extends Subject {
+  readonly policy: {
+    readonly route: string
+    readonly transaction: boolean
+    readonly lease: number
+    readonly ttl: number | null
+    readonly maxStepsSize: number
+  }
+  readonly credentials: string | null
+  readonly fingerprint: string
+  readonly signal: AbortSignal
+  readonly phase: string
+  /** The claim under which they run; `null` where the store has failed, and the handler runs unprotected. */
+  readonly held: HeldClaim | null
+}
+
+type Run<T> = (step: StepContext) => T | Promise<T>
+type RunInTransaction<T, Tx> = (tx: Tx, step: StepContext) => T | Promise<T>
+
+const LONGEST_NAME = 255
+
+/** The steps of one attempt, and what earlier ones have left. */
+export class Steps {
+  readonly #owner: StepOwner
+  /** The results of those that are finished, by name. */
+  readonly #kept: Map<string, string>
+  /** The names that this attempt has used. */
+  readonly #used = new Set<string>()
+  readonly #running = new Map<string, Promise<unknown>>()
+  /** Bytes of the names and results that are kept. */
+  #size = 0
+  #isClosed = false
+
+  /** @param kept What the store had when the key was claimed. */
+  constructor(owner: StepOwner, kept: readonly StoredStep[] = []) {
+    this.#owner = owner
+    this.#kept = new Map(kept)
+    for (const step of kept) this.#size += sizeOf(step)
+  }
+
+  /** The operation ends with a final reply: what still runs does so for nobody. */
+  end(): void {
+    this.#isClosed = true
+    if (this.#running.size > 0) tellUnfinishedSteps(this.#owner, [...this.#running.keys()])
+  }
+
+  /**
+   * The handler has failed, and none begins any more. Those that run are at work on the operation: a retry must not run
+   * beside them, and is to find what they have done.
+   * @returns `null` where nothing is to be waited for.
+   */
+  drain(): Promise<unknown> | null {
+    this.#isClosed = true
+    return this.#running.size === 0 ? null : Promise.allSettled(this.#running.values())
+  }
+
+  readonly step = ((
+    name: string,
+    ...rest: [Run<unknown>] | [Transactions<unknown>, RunInTransaction<unknown, unknown>]
+  ) => this.#step(name, rest)) as Step
+
+  async #step(
+    name: string,
+    rest: [Run<unknown>] | [Transactions<unknown>, RunInTransaction<unknown, unknown>]
+  ): Promise<unknown> {
+    const [transactions, run] = rest.length > 1 ? (rest as [Transactions<unknown>, never]) : [null, rest[0]]
+    this.#check(name, transactions, run)
+    this.#used.add(name)
+    const result =
+      transactions === null
+        ? this.#run(name, run as Run<unknown>)
+        : this.#runInTransaction(name, transactions, run as never)
+    this.#running.set(name, result)
+    try {
+      return decodeResult(name, await result)
+    } catch (error) {
+      // Nothing of it is kept: it may be tried again.
+      if (!this.#kept.has(name)) this.#used.delete(name)
+      throw error
+    } finally {
+      this.#running.delete(name)
+    }
+  }
+
+  /** @throws FST_IDEMPOTENCY_STEP before anything is done */
+  #check(name: string, transactions: Transactions<unknown> | null, run: unknown): void {
+    if (typeof name !== 'string' || name === '' || Buffer.byteLength(name) > LONGEST_NAME) {
+      throw new StepFailed(`a step takes a name of 1 to ${LONGEST_NAME} bytes`)
+    }
+    if (transactions !== null && typeof transactions?.once !== 'function') {
+      throw new StepFailed(
+        `the step "${name}" takes transactions, as those of sqlTransactions(), in front of its function`
+      )
+    }
+    if (typeof run !== 'function') throw new StepFailed(`the step "${name}" takes a function`)
+    const { held: claim, phase, signal, policy } = this.#owner
+    if (signal.aborted) throw claimLost()
+    if (this.#isClosed || !(phase === 'running' || phase === 'unprotected')) {
+      throw new StepFailed(`the step "${name}" comes when the request is over: was an await forgotten?`)
+    }
+    if (this.#used.has(name)) {
+      throw new StepFailed(`the name "${name}" is used for two steps: what is done several times needs a name for each`)
+    }
+    if (transactions !== null || claim === null) return
+    if (policy.transaction) {
+      throw new StepFailed(
+        `the step "${name}" would be forgotten when the route's transaction is rolled back: a step here takes transactions of its own`
+      )
+    }
+    if (!claim.keepsSteps) {
+      throw new StepFailed(`the step "${name}" needs a store that can keep steps: this one has no method "step"`)
+    }
+  }
+
+  async #run(name: string, run: Run<unknown>): Promise<string> {
+    const { held: claim } = this.#owner
+    const kept = this.#kept.get(name)
+    if (kept === IN_TRANSACTION) {
+      throw new StepFailed(`the step "${name}" took transactions in an earlier attempt: give it another name`)
+    }
+    if (kept !== undefined) return this.#resume(name, kept)
+    if (claim !== null && !(await claim.isOurs())) throw claimLost()
+    const result = this.#encodeDone(name, await run(this.#context(name)))
+    if (this.#owner.signal.aborted) throw claimLost()
+    if (claim === null || this.#owner.phase !== 'running') return result
+    await this.#keep(claim, name, result)
+    tellStep(this.#owner, 'step-stored', name)
+    return result
+  }
+
+  async #runInTransaction(
+    name: string,
+    transactions: Transactions<unknown>,
+    run: RunInTransaction<unknown, unknown>
+  ): Promise<string> {
+    const { fingerprint, storageKey: operation, policy } = this.#owner
+    const kept = this.#kept.get(name)
+    if (kept !== undefined && kept !== IN_TRANSACTION) return this.#resume(name, kept)
+    const expiresAt = policy.ttl === null ? null : Date.now() + policy.lease + policy.ttl
+    const committed = await transactions.once({ operation, name, fingerprint, expiresAt }, async (tx) => {
+      const result = this.#encodeUndoing(name, await run(tx, this.#context(name)))
+      await this.#keepBeforeCommit(name)
+      return result
+    })
+    const differs = difference(committed.fingerprint, fingerprint)
+    if (differs !== null) throw reused(this.#owner, differs)
+    if (committed.resumed) return this.#resume(name, committed.result)
+    tellStep(this.#owner, 'step-stored', name)
+    return committed.result
+  }
+
+  /**
+   * The fence of a step that is about to be committed: another attempt may be at it. The claim knows of it from now on, so
+   * that a release does not forget the attempt; whether it was committed, the database says.
+   */
+  async #keepBeforeCommit(name: string): Promise<void> {
+    const { held: claim } = this.#owner
+    if (claim === null || this.#owner.phase !== 'running') return
+    if (claim.keepsSteps && this.#kept.get(name) !== IN_TRANSACTION) await this.#keep(claim, name, IN_TRANSACTION)
+    else if (!(await claim.isOurs())) throw claimLost()
+  }
+
+  async #keep(claim: HeldClaim, name: string, result: string): Promise<void> {
+    if (!(await claim.keepStep([name, result]))) throw claimLost()
+    this.#kept.set(name, result)
+    this.#size += sizeOf([name, result])
+  }
+
+  #resume(name: string, result: string): string {
+    tellStep(this.#owner, 'step-resumed', name)
+    return result
+  }
+
+  /** What was done cannot be undone: where its result cannot be kept, the reason is. */
+  #encodeDone(name: string, value: unknown): string {
+    try {
+      return this.#encode(name, value)
+    } catch (error) {
+      if (error instanceof Unkeepable) return lostResult(error.message)
+      throw error
+    }
+  }
+
+  /** In a transaction, a result that cannot be kept undoes what was done. */
+  #encodeUndoing(name: string, value: unknown): string {
+    try {
+      return this.#encode(name, value)
+    } catch (error) {
+      if (error instanceof Unkeepable) throw new StepFailed(`the step "${name}" is undone: ${error.message}`)
+      throw error
+    }
+  }
+
+  #encode(name: string, value: unknown): string {
+    const { maxStepsSize } = this.#owner.policy
+    const result = encodeResult(value)
+    const size = this.#size + sizeOf([name, result])
+    if (size <= maxStepsSize) return result
+    throw new Unkeepable(
+      `the results of all steps take ${size} bytes, of ${maxStepsSize} allowed: return ids, not objects`
+    )
+  }
+
+  #context(name: string): StepContext {
+    const { credentials, storageKey, signal } = this.#owner
+    return { key: deriveKey(storageKey, name, credentials), signal }
+  }
+}
+
+function sizeOf([name, result]: StoredStep): number {
+  return Buffer.byteLength(name) + Buffer.byteLength(result)
+}
