@@ -26,8 +26,8 @@ export interface StepOwner extends Subject {
   readonly held: HeldClaim | null
 }
 
-type Run<T> = (step: StepContext) => T | Promise<T>
-type RunInTransaction<T, Tx> = (tx: Tx, step: StepContext) => T | Promise<T>
+type Run = (step: StepContext) => unknown
+type RunInTransaction = (tx: unknown, step: StepContext) => unknown
 
 const LONGEST_NAME = 255
 
@@ -66,28 +66,25 @@ export class Steps {
     return this.#running.size === 0 ? null : Promise.allSettled(this.#running.values())
   }
 
-  readonly step = ((
-    name: string,
-    ...rest: [Run<unknown>] | [Transactions<unknown>, RunInTransaction<unknown, unknown>]
-  ) => this.#step(name, rest)) as Step
+  readonly step = ((name: string, ...rest: [RunInTransaction] | [Transactions<unknown>, RunInTransaction]) => {
+    // By their number: transactions that turn out to be undefined are a mistake, not a step without.
+    return rest.length > 1 ? this.#step(name, true, rest[0], rest[1]) : this.#step(name, false, null, rest[0])
+  }) as Step
 
-  async #step(
-    name: string,
-    rest: [Run<unknown>] | [Transactions<unknown>, RunInTransaction<unknown, unknown>]
-  ): Promise<unknown> {
-    const [transactions, run] = rest.length > 1 ? (rest as [Transactions<unknown>, never]) : [null, rest[0]]
-    this.#check(name, transactions, run)
+  async #step(name: string, isTransactional: boolean, transactions: unknown, run: unknown): Promise<unknown> {
+    this.#check(name, run)
+    if (isTransactional) checkTransactions(name, transactions)
+    else this.#checkStore(name)
     this.#used.add(name)
-    const result =
-      transactions === null
-        ? this.#run(name, run as Run<unknown>)
-        : this.#runInTransaction(name, transactions, run as never)
+    const result = isTransactional
+      ? this.#runInTransaction(name, transactions as Transactions<unknown>, run as RunInTransaction)
+      : this.#run(name, run as Run)
     this.#running.set(name, result)
     try {
       return decodeResult(name, await result)
     } catch (error) {
       // Nothing of it is kept: it may be tried again.
-      if (!this.#kept.has(name)) this.#used.delete(name)
+      if (!isResult(this.#kept.get(name))) this.#used.delete(name)
       throw error
     } finally {
       this.#running.delete(name)
@@ -95,17 +92,12 @@ export class Steps {
   }
 
   /** @throws FST_IDEMPOTENCY_STEP before anything is done */
-  #check(name: string, transactions: Transactions<unknown> | null, run: unknown): void {
+  #check(name: string, run: unknown): void {
     if (typeof name !== 'string' || name === '' || Buffer.byteLength(name) > LONGEST_NAME) {
       throw new StepFailed(`a step takes a name of 1 to ${LONGEST_NAME} bytes`)
     }
-    if (transactions !== null && typeof transactions?.once !== 'function') {
-      throw new StepFailed(
-        `the step "${name}" takes transactions, as those of sqlTransactions(), in front of its function`
-      )
-    }
     if (typeof run !== 'function') throw new StepFailed(`the step "${name}" takes a function`)
-    const { held: claim, phase, signal, policy } = this.#owner
+    const { phase, signal } = this.#owner
     if (signal.aborted) throw claimLost()
     if (this.#isClosed || !(phase === 'running' || phase === 'unprotected')) {
       throw new StepFailed(`the step "${name}" comes when the request is over: was an await forgotten?`)
@@ -113,18 +105,23 @@ export class Steps {
     if (this.#used.has(name)) {
       throw new StepFailed(`the name "${name}" is used for two steps: what is done several times needs a name for each`)
     }
-    if (transactions !== null || claim === null) return
+  }
+
+  /** @throws FST_IDEMPOTENCY_STEP where steps cannot be kept with the claim */
+  #checkStore(name: string): void {
+    const { held, policy } = this.#owner
+    if (held === null) return
     if (policy.transaction) {
       throw new StepFailed(
         `the step "${name}" would be forgotten when the route's transaction is rolled back: a step here takes transactions of its own`
       )
     }
-    if (!claim.keepsSteps) {
+    if (!held.keepsSteps) {
       throw new StepFailed(`the step "${name}" needs a store that can keep steps: this one has no method "step"`)
     }
   }
 
-  async #run(name: string, run: Run<unknown>): Promise<string> {
+  async #run(name: string, run: Run): Promise<string> {
     const { held: claim } = this.#owner
     const kept = this.#kept.get(name)
     if (kept === IN_TRANSACTION) {
@@ -140,14 +137,10 @@ export class Steps {
     return result
   }
 
-  async #runInTransaction(
-    name: string,
-    transactions: Transactions<unknown>,
-    run: RunInTransaction<unknown, unknown>
-  ): Promise<string> {
+  async #runInTransaction(name: string, transactions: Transactions<unknown>, run: RunInTransaction): Promise<string> {
     const { fingerprint, storageKey: operation, policy } = this.#owner
     const kept = this.#kept.get(name)
-    if (kept !== undefined && kept !== IN_TRANSACTION) return this.#resume(name, kept)
+    if (isResult(kept)) return this.#resume(name, kept)
     const expiresAt = policy.ttl === null ? null : Date.now() + policy.lease + policy.ttl
     const committed = await transactions.once({ operation, name, fingerprint, expiresAt }, async (tx) => {
       const result = this.#encodeUndoing(name, await run(tx, this.#context(name)))
@@ -217,6 +210,16 @@ export class Steps {
     const { credentials, storageKey, signal } = this.#owner
     return { key: deriveKey(storageKey, name, credentials), signal }
   }
+}
+
+function checkTransactions(name: string, transactions: unknown): void {
+  if (typeof (transactions as Partial<Transactions<unknown>> | null | undefined)?.once === 'function') return
+  throw new StepFailed(`the step "${name}" takes transactions, as those of sqlTransactions(), in front of its function`)
+}
+
+/** Is it the result of a step, and not only known of that there was one in a transaction? */
+function isResult(kept: string | undefined): kept is string {
+  return kept !== undefined && kept !== IN_TRANSACTION
 }
 
 function sizeOf([name, result]: StoredStep): number {
