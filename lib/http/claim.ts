@@ -118,19 +118,19 @@ export class Claims {
   }
 
   #snapshotOf(request: FastifyRequest): RequestSnapshot {
-    const snapshot = request[kSnapshot] ?? new RequestSnapshot(request, this.#policy, undefined)
-    if (request[kSnapshot] === null) {
-      // Nobody saw the key coming: a hook has provided it.
-      request[kSnapshot] = snapshot
-      void snapshot.finish()
+    const known = request[kSnapshot]
+    if (known !== null) {
+      known.expectKey()
+      return known
     }
-    snapshot.expectKey()
+    // Nobody saw the key coming: a hook has provided it.
+    const snapshot = new RequestSnapshot(request, this.#policy, '')
+    request[kSnapshot] = snapshot
+    void snapshot.finish()
     return snapshot
   }
 
   #decide(exchange: Exchange): Answer {
-    const { operation, request } = exchange
-    const { fingerprint } = this.#policy
     const { operation, request } = exchange
     const { fingerprint } = this.#policy
     const snapshot = request[kSnapshot]

@@ -62,7 +62,9 @@ export class RequestSnapshot {
     if (this.head === '') this.readHead()
     if (this.key !== undefined) return
     this.key = ''
-    if (this.#isRead && this.policy.getKey === null) this.#readPayload()
+    if (!this.#isRead || this.policy.getKey !== null) return
+    this.#readPayload()
+    this.#warnUnlessKnown()
   }
 
   /**
