@@ -9,20 +9,20 @@ import type {
   Stored
 } from '../types/index.js'
 import { InvalidOption } from './errors.js'
-import { generateKey, parseKey } from './http/key.js'
-import { storageKey } from './operation/storage-key.js'
+import { generateKey } from './http/key.js'
 import { StoreContext } from './operation/store-context.js'
 import type { Runner } from './run.js'
+import { pastedKey, selectedKey } from './selected-key.js'
 
 /** `app.idempotency`. */
 export class InstanceApi implements InstanceIdempotency {
   readonly store: IdempotencyStore
   readonly #field: string | undefined
-  readonly #keyFormat: KeyFormat
+  readonly #keyFormat: KeyFormat | undefined
   readonly #runner: Runner
 
   constructor(
-    { store, field, keyFormat = 'any' }: { store: IdempotencyStore; field?: string; keyFormat?: KeyFormat },
+    { store, field, keyFormat }: { store: IdempotencyStore; field?: string; keyFormat?: KeyFormat },
     runner: Runner
   ) {
     this.#runner = runner
@@ -44,12 +44,12 @@ export class InstanceApi implements InstanceIdempotency {
 
   async get(key: string, { scope }: OperationSelector = {}): Promise<Acquisition | null> {
     if (this.store.get === undefined) throw new Error('This idempotency store has no get()')
-    return this.store.get(this.#storageKey(key, scope))
+    return this.store.get(selectedKey(key, scope, this.#keyFormat))
   }
 
   async delete(key: string, { scope }: OperationSelector = {}): Promise<boolean> {
     if (this.store.delete === undefined) throw new Error('This idempotency store has no delete()')
-    const stored = this.#storageKey(key, scope)
+    const stored = selectedKey(key, scope, this.#keyFormat)
     StoreContext.of(this.store).live.get(stored)?.forget()
     return this.store.delete(stored)
   }
@@ -57,21 +57,7 @@ export class InstanceApi implements InstanceIdempotency {
   async run<T>(key: string, options: RunOptions, fn: (run: RunContext) => T | Promise<T>): Promise<Stored<T>> {
     if (typeof key !== 'string' || key === '') throw new InvalidOption('run() takes a key of one character or more')
     if (typeof fn !== 'function') throw new InvalidOption('run() takes a key, options and a function')
-    return this.#runner.run(this.#parsed(key), options, fn)
-  }
-
-  /** `key` may be pasted from a header, quotes and all; a `scope` option may have given a number. */
-  #storageKey(key: string, scope: unknown): string {
-    return storageKey(scope === undefined ? null : String(scope), this.#parsed(key))
-  }
-
-  #parsed(key: string): string {
-    const keyFormat = this.#keyFormat === 'uuid' ? 'uuid' : 'any'
-    try {
-      return parseKey(key, { keyFormat, maxKeyLength: Number.POSITIVE_INFINITY })
-    } catch {
-      return key
-    }
+    return this.#runner.run(pastedKey(key, this.#keyFormat), options, fn)
   }
 }
 

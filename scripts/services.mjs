@@ -20,6 +20,7 @@ const root = fileURLToPath(new URL('..', import.meta.url))
 const caches = {
   redis: join(root, '.cache', 'redis'),
   postgres: join(root, '.cache', 'postgres'),
+  mariadb: join(root, '.cache', 'mariadb'),
   chromium: join(root, '.cache', 'chromium')
 }
 
@@ -65,6 +66,30 @@ export function findPostgres() {
   if (bin) return { bin, env: {} }
   const unpacked = versionsIn(join(caches.postgres, 'usr', 'lib', 'postgresql')).find(has)
   return unpacked ? { bin: unpacked, env: unpackedLibraries(caches.postgres) } : null
+}
+
+/**
+ * @typedef {object} Mariadb
+ * @property {string} server Path of mariadbd.
+ * @property {string[]} args What it has to be told on top of ours.
+ * @property {Record<string, string>} env What its environment needs on top of ours.
+ */
+
+/**
+ * Where mariadbd is: `MARIADB_SERVER` when set, else on the PATH or where Debian puts it, else unpacked in .cache.
+ * @returns {Mariadb | null}
+ */
+export function findMariadb() {
+  const named = process.env.MARIADB_SERVER
+  if (named) return { server: named, args: [], env: {} }
+  for (const dir of [...(process.env.PATH ?? '').split(delimiter), '/usr/sbin']) {
+    const server = join(dir || '.', 'mariadbd')
+    if (isExecutable(server)) return { server, args: [], env: {} }
+  }
+  const base = join(caches.mariadb, 'usr')
+  const server = join(base, 'sbin', 'mariadbd')
+  if (!isExecutable(server)) return null
+  return { server, args: [`--basedir=${base}`], env: unpackedLibraries(caches.mariadb) }
 }
 
 /**
@@ -154,7 +179,7 @@ function run(command, args, { cwd, env } = {}) {
  */
 function probe(server, env) {
   const { stdout, report } = run(server, ['--version'], { env })
-  return { version: /(?:\bv=|PostgreSQL\) |Chromium |Chrome )(\S+)/.exec(stdout)?.[1], report }
+  return { version: /(?:\bv=|PostgreSQL\) |mariadbd +Ver |Chromium |Chrome )(\S+)/.exec(stdout)?.[1], report }
 }
 
 // An update that could not fetch its lists is an error, not the warning that `install` then says nothing of.
@@ -252,6 +277,14 @@ const services = [
       const postgres = findPostgres()
       return postgres && { server: join(postgres.bin, 'postgres'), env: postgres.env }
     }
+  },
+  {
+    name: 'MariaDB',
+    packages: ['mariadb-server-core'],
+    cache: caches.mariadb,
+    variable: 'MARIADB_SERVER',
+    hint: 'sudo apt-get install mariadb-server-core; macOS: brew install mariadb), or set MARIADB_SERVER to the path of mariadbd.',
+    find: findMariadb
   },
   {
     name: 'Chromium',
