@@ -20,7 +20,8 @@ const page = join(root, 'docs', 'api.md')
 const ENTRIES = {
   'fastify-idempotency': 'index.d.ts',
   'fastify-idempotency/client': 'lib/client.d.ts',
-  'fastify-idempotency/testkit': 'lib/testkit.d.ts'
+  'fastify-idempotency/testkit': 'lib/testkit.d.ts',
+  'fastify-idempotency/transactions': 'lib/transactions.d.ts'
 }
 const MAIN = 'fastify-idempotency'
 
@@ -38,6 +39,11 @@ const SECTIONS = [
     title: 'On requests and on the instance',
     from: MAIN,
     names: ['RequestIdempotency', 'InstanceIdempotency', 'OperationSelector']
+  },
+  {
+    title: 'Steps',
+    from: MAIN,
+    names: ['Step', 'StepContext', 'Stored', 'Transactions', 'TransactionalStep', 'CommittedStep']
   },
   {
     title: 'Stores',
@@ -76,6 +82,7 @@ const SECTIONS = [
       'TransactionAcquisition',
       'ClaimTransaction',
       'TransactionOutcome',
+      'StoredStep',
       'TransactionClient'
     ]
   },
@@ -98,6 +105,32 @@ const SECTIONS = [
       'IdempotentResponse',
       'OperationInfo',
       'IdempotentFetchError'
+    ]
+  },
+  {
+    title: 'Transactions for steps',
+    from: 'fastify-idempotency/transactions',
+    about: 'How to use them: [Steps in your own transactions](transactions.md).',
+    names: [
+      'sqlTransactions',
+      'SqlTransactionsOptions',
+      'StepsTableOptions',
+      'SqlTransactions',
+      'pgTransactions',
+      'PgPool',
+      'PgClient',
+      'mysqlTransactions',
+      'MysqlPool',
+      'MysqlConnection',
+      'sqliteTransactions',
+      'SqliteDatabase',
+      'libsqlTransactions',
+      'LibsqlClient',
+      'LibsqlTransaction',
+      'mongoTransactions',
+      'MongoConnection',
+      'MongoCollection',
+      'MongoSession'
     ]
   },
   {

@@ -34,9 +34,9 @@ writeFileSync(
   join(dist, 'index.d.mts'),
   "export * from './index.js'\nexport { idempotency as default } from './index.js'\n"
 )
-for (const extension of ['mjs', 'd.mts']) {
-  writeFileSync(join(dist, 'lib', `testkit.${extension}`), "export * from './testkit.js'\n")
-}
+for (const entry of ['testkit', 'transactions'])
+  for (const extension of ['mjs', 'd.mts'])
+    writeFileSync(join(dist, 'lib', `${entry}.${extension}`), `export * from './${entry}.js'\n`)
 
 const esm = mkdtempSync(join(tmpdir(), 'build-'))
 try {

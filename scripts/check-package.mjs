@@ -12,7 +12,7 @@ const root = fileURLToPath(new URL('..', import.meta.url))
 const { name } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
 const npmQuiet = ['--no-audit', '--no-fund', '--loglevel=error']
 
-const entries = ['dist/index', 'dist/lib/client', 'dist/lib/testkit'].flatMap((entry) => [
+const entries = ['dist/index', 'dist/lib/client', 'dist/lib/testkit', 'dist/lib/transactions'].flatMap((entry) => [
   `${entry}.js`,
   `${entry}.mjs`,
   `${entry}.d.ts`,
@@ -63,21 +63,25 @@ const use = `
   await app.close()
 `
 const named = 'EncryptedStore, LocalCache, MemoryStore, PostgresStore, RedisStore, openapiTransform, payloadFingerprint'
+const transactions =
+  'libsqlTransactions, mongoTransactions, mysqlTransactions, pgTransactions, sqliteTransactions, sqlTransactions'
 const functions = `
-for (const it of [${named}]) assert.equal(typeof it, 'function')
+for (const it of [${named}, ${transactions}]) assert.equal(typeof it, 'function')
 `
 /** What TypeScript shall find, besides what the code uses. */
 const types = `
 import type {
   Acquisition, EncryptedStoreOptions, EncryptionKey, IdempotencyEvent, IdempotencyOptions, IdempotencyStore,
-  LocalCacheOptions, MemoryStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord
+  LocalCacheOptions, MemoryStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord, Transactions
 } from '${name}'
 import type { IdempotentFetch, IdempotentFetchOptions } from '${name}/client'
 import type { ConformanceCase, StoreFactory } from '${name}/testkit'
+import type { SqlTransactions, SqlTransactionsOptions } from '${name}/transactions'
 export type All = [
   Acquisition, EncryptedStoreOptions, EncryptionKey, IdempotencyEvent, IdempotencyOptions, IdempotencyStore,
   LocalCacheOptions, MemoryStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord,
-  IdempotentFetch, IdempotentFetchOptions, ConformanceCase, StoreFactory
+  IdempotentFetch, IdempotentFetchOptions, ConformanceCase, StoreFactory,
+  SqlTransactions<unknown>, SqlTransactionsOptions<unknown>, Transactions<unknown>
 ]
 // @ts-expect-error: an option that is \`any\` would be found here.
 export const wrong: IdempotencyOptions = { ttl: 'soon' }
@@ -102,6 +106,7 @@ import fastify from 'fastify'
 import idempotency, { ${named}, idempotency as named } from '${name}'
 import { idempotentFetch } from '${name}/client'
 import { storeConformance } from '${name}/testkit'
+import { ${transactions} } from '${name}/transactions'
 assert.equal(idempotency, named)
 ${functions}${use}${conformance}`,
 
@@ -111,6 +116,7 @@ const fastify = require('fastify')
 const idempotency = require('${name}')
 const { idempotentFetch } = require('${name}/client')
 const { storeConformance } = require('${name}/testkit')
+const { ${transactions} } = require('${name}/transactions')
 const { ${named} } = idempotency
 assert.equal(typeof idempotency, 'function')
 assert.equal(idempotency, idempotency.default)
@@ -122,11 +128,13 @@ import assert from 'node:assert/strict'
 import { createRequire } from 'node:module'
 import * as imported from '${name}'
 import * as importedKit from '${name}/testkit'
+import * as importedTransactions from '${name}/transactions'
 const require = createRequire(import.meta.url)
 const required = require('${name}')
 assert.equal(imported.default, required)
 for (const [name, value] of Object.entries(imported)) assert.equal(value, required[name], name)
 assert.equal(importedKit.storeConformance, require('${name}/testkit').storeConformance)
+assert.equal(importedTransactions.sqlTransactions, require('${name}/transactions').sqlTransactions)
 for (const it of Object.keys(require('${name}/client'))) assert.ok(it in (await import('${name}/client')), it)
 `,
 
@@ -143,6 +151,7 @@ import fastify from 'fastify'
 import idempotency, { ${named}, idempotency as named } from '${name}'
 import { idempotentFetch } from '${name}/client'
 import { storeConformance } from '${name}/testkit'
+import { ${transactions} } from '${name}/transactions'
 assert.equal(idempotency, named)
 ${functions}${use}${conformance}`,
 
@@ -152,6 +161,7 @@ import fastify = require('fastify')
 import idempotency = require('${name}')
 import { idempotentFetch } from '${name}/client'
 import { storeConformance } from '${name}/testkit'
+import { ${transactions} } from '${name}/transactions'
 const { ${named} } = idempotency
 assert.equal(typeof idempotency, 'function')
 ${functions}${main(use + conformance)}`,
@@ -162,6 +172,7 @@ import fastify from 'fastify'
 import idempotency, { ${named}, idempotency as named } from '${name}'
 import { idempotentFetch } from '${name}/client'
 import { storeConformance } from '${name}/testkit'
+import { ${transactions} } from '${name}/transactions'
 assert.equal(idempotency, named)
 ${functions}${main(use + conformance)}`,
 

@@ -82,4 +82,5 @@ function toSource(line) {
     .replace("'fastify-idempotency'", "'../../../index.js'")
     .replace("'fastify-idempotency/testkit'", "'../../../lib/testkit.js'")
     .replace("'fastify-idempotency/client'", "'../../../lib/client.js'")
+    .replace("'fastify-idempotency/transactions'", "'../../../lib/transactions.js'")
 }

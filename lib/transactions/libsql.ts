@@ -8,7 +8,7 @@ export interface LibsqlTransaction {
   close(): unknown
 }
 
-/** What it needs of a client. */
+/** What `libsqlTransactions` needs of a client. */
 export interface LibsqlClient<Transaction> {
   transaction(mode: 'write'): Promise<Transaction>
 }

@@ -8,12 +8,12 @@ export interface MongoSession {
   endSession(): Promise<unknown>
 }
 
-/** What it needs of a client. */
-export interface MongoClient<Session> {
+/** What `mongoTransactions` needs of a client. */
+export interface MongoConnection<Session> {
   startSession(): Session
 }
 
-/** What it needs of a collection. */
+/** What `mongoTransactions` needs of a collection. */
 export interface MongoCollection {
   insertOne(...args: never[]): unknown
   updateOne(...args: never[]): unknown
@@ -30,7 +30,7 @@ type Calls = { [Name in keyof MongoCollection]: Call }
  * `{ expiresAt: 1 }` with `expireAfterSeconds: 0`.
  */
 export function mongoTransactions<Session extends MongoSession>(
-  client: MongoClient<Session>,
+  client: MongoConnection<Session>,
   collection: MongoCollection
 ): Transactions<Session> {
   const steps = collection as unknown as Calls

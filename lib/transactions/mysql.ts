@@ -12,7 +12,7 @@ export interface MysqlConnection {
   destroy(): unknown
 }
 
-/** What it needs of a pool. */
+/** What `mysqlTransactions` needs of a pool. */
 export interface MysqlPool<Connection> {
   getConnection(): Promise<Connection>
 }

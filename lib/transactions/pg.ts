@@ -8,7 +8,7 @@ export interface PgClient {
   removeListener(event: 'error', listener: () => void): unknown
 }
 
-/** What it needs of a pool. (The second way to call `connect` is there for the compiler, which finds the type of the client by it.) */
+/** What `pgTransactions` needs of a pool. (The second way to call `connect` is there for the compiler, which finds the type of the client by it.) */
 export interface PgPool<Client> {
   connect: {
     (): Promise<Client>

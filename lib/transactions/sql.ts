@@ -4,7 +4,7 @@ import { checked, FUNCTION, oneOf } from '../option-rules.js'
 import { selectedKey } from '../selected-key.js'
 import { describe } from '../util/describe.js'
 import { once } from './once.js'
-import { asciiJson, keptOf, type Placeholders, rowsOf, statements, stepColumn, TABLE } from './statements.js'
+import { asciiJson, keptOf, rowsOf, statements, stepColumn, TABLE } from './statements.js'
 
 /** What all of them take. */
 export interface StepsTableOptions {
@@ -31,7 +31,7 @@ export interface SqlTransactionsOptions<Tx> extends StepsTableOptions {
    * How the driver writes parameters: `$1, $2, …` or `?, ?, …`.
    * @default '$1'
    */
-  placeholders?: Placeholders
+  placeholders?: '$1' | '?'
 }
 
 /** The transactions of a SQL database. */

@@ -6,9 +6,7 @@ import type { Kept } from './once.js'
 /** `table` or `schema.table`. It is not quoted: databases differ in how, and in what case they read it. */
 export const TABLE = /^(?:[A-Za-z_]\w{0,62}\.)?[A-Za-z_]\w{0,62}$/
 
-export type Placeholders = '$1' | '?'
-
-export function statements(table: string, placeholders: Placeholders) {
+export function statements(table: string, placeholders: '$1' | '?') {
   const sql = (text: string) => {
     let at = 0
     return placeholders === '?' ? text : text.replaceAll('?', () => `$${++at}`)

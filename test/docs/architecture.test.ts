@@ -64,6 +64,7 @@ t.test('calls go one way: from http to operation, from there to the interface of
   const allowed: Record<string, RegExp> = {
     'lib/operation': /^lib\/(?:operation|util|errors|events|options|stores\/record-codec)/,
     'lib/stores': /^lib\/(?:stores|util|errors|option-rules|warnings)/,
+    'lib/transactions': /^lib\/(?:transactions|selected-key|util|errors|option-rules)/,
     'lib/util': /^lib\/(?:util|errors)/,
     'lib/testkit': /^lib\/testkit/
   }

@@ -60,6 +60,11 @@ class MariadbServer {
     }
   }
 
+  /** For programs that take a URL. */
+  get url(): string {
+    return `mysql://root@localhost/test?socketPath=${encodeURIComponent(this.#socket)}`
+  }
+
   /** A pool on the socket. It is ended by `close`. */
   pool(options: PoolOptions = {}): Pool {
     const pool = createPool({ socketPath: this.#socket, database: 'test', ...options })

@@ -1,7 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import type { Test } from 'tap'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import type { SqlTransactions, TransactionalStep } from '../../lib/transactions.js'
+import type { SqlTransactions } from '../../lib/transactions.js'
+import type { TransactionalStep } from '../../types/index.js'
 import { latch, until } from './latch.js'
 
 /* What is promised of steps in transactions, on a real database. */
