@@ -34,7 +34,7 @@ export interface SqlTransactionsOptions<Tx> extends StepsTableOptions {
   placeholders?: '$1' | '?'
 }
 
-/** The transactions of a SQL database. */
+/** The transactions of a SQL database, in which steps are committed together with what they do. */
 export interface SqlTransactions<Tx> extends Transactions<Tx> {
   /** What creates the table where it is not there, for a migration. */
   readonly ddl: string
@@ -59,7 +59,7 @@ const SWEEP_INTERVAL_MS = 60_000
 const MAX_RESULT_BYTES = 65_535
 
 /**
- * Transactions of any SQL database with unique keys, isolated by READ COMMITTED at least, in which steps are committed together with what they do.
+ * Transactions of PostgreSQL, MySQL, MariaDB or SQLite, through any driver or ORM. They are to be isolated by READ COMMITTED at least.
  * @throws FST_IDEMPOTENCY_INVALID_OPTION
  */
 export function sqlTransactions<Tx>(options: SqlTransactionsOptions<Tx>): SqlTransactions<Tx> {

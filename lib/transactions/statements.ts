@@ -1,7 +1,7 @@
 import { hash } from 'node:crypto'
 import type { Kept } from './once.js'
 
-/* The statements, which any SQL database understands, and what comes back. */
+/* The statements, which PostgreSQL, MySQL, MariaDB and SQLite understand alike, and what comes back. */
 
 /** `table` or `schema.table`. It is not quoted: databases differ in how, and in what case they read it. */
 export const TABLE = /^(?:[A-Za-z_]\w{0,62}\.)?[A-Za-z_]\w{0,62}$/

@@ -153,6 +153,22 @@ t.test('a driver that begins anew after its own commit gets the result of that',
   t.same([runs, driver.rows().length], [1, 1])
 })
 
+t.test('a step that expires before the acknowledgement of its commit is lost is not done again', async (t) => {
+  let losses = 0
+  const { driver, steps } = await open((driver) => ({
+    async begin(work) {
+      const result = await driver.options.begin(work)
+      if (losses-- > 0) throw new Error('lost')
+      return result
+    }
+  }))
+  losses = 1
+  let runs = 0
+  const step = stepOf({ expiresAt: Date.now() - 1 })
+  t.same(await steps.once(step, async () => String(++runs)), { result: '1', fingerprint: 'f', resumed: true })
+  t.same([runs, driver.rows().length], [1, 1])
+})
+
 t.test('where nobody answers any more, the first error is passed on', async (t) => {
   const driver = new Driver()
   let up = true
