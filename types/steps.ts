@@ -81,9 +81,10 @@ export interface TransactionalStep {
 
 /** What was committed of a step, now or by an earlier attempt. */
 export interface CommittedStep {
+  /** The same JSON that `work` gave, though it may be spelled otherwise: in ASCII, for instance. */
   result: string
   fingerprint: string
-  /** It was there already: nothing has been done. */
+  /** It was there already: nothing has been done. Or the acknowledgement of its commit was lost, and it was found. */
   resumed: boolean
 }
 
@@ -92,7 +93,7 @@ export interface Transactions<Tx> {
   /**
    * Opens a transaction, calls `work` in it, and commits what it did and the result that it gives, together. If the step
    * has been committed before, nothing is done, and `work` is not called; of several at a time one does it, and the others
-   * get its result.
+   * get its result. It may call `work` again when it had to roll back, as drivers do after conflicts.
    *
    * Rejects when nothing was committed, or when it is not known whether it was.
    */

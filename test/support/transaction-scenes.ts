@@ -8,7 +8,7 @@ import { latch, until } from './latch.js'
 /* What is promised of steps in transactions, on a real database. */
 
 /** When a connection is lost. */
-export type Loss = 'before the commit' | 'in the commit' | 'after the commit'
+export type Loss = 'before the commit' | 'in the commit' | 'after the commit' | 'before the rollback'
 
 /** A database under test, with a table `orders` that has a unique `ref`. */
 export interface TestDatabase<Tx> {
@@ -311,6 +311,18 @@ export async function scenes<Tx>(t: Test, database: TestDatabase<Tx>): Promise<v
   })
 
   if (kill) {
+    t.test('a connection that could not be told to roll back is not used again', async (t) => {
+      const step = stepOf()
+      const failed = database.steps('steps', 'before the rollback').once(step, async (tx) => {
+        await order(tx, step.operation)
+        throw new Error('no')
+      })
+      await t.rejects(failed, { message: 'no' })
+      // As many as there are connections in the pool: whoever got this one would commit what was left in it.
+      for (let n = 0; n < 25; n++) await steps.once(stepOf(), async () => '1')
+      t.equal(await orders(step.operation), 0)
+    })
+
     t.test('a step that does not end holds up its duplicates, until its connection is gone', async (t) => {
       const step = stepOf()
       const entered = latch<Tx>()

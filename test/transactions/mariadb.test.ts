@@ -80,7 +80,7 @@ t.test('a pool with callbacks is refused', async (t) => {
   })
 })
 
-/** A pool whose first connection is lost around its commit. */
+/** A pool whose first connection is lost around its commit, or does not get its rollback. */
 function losing(
   pool: Pool,
   loss: Loss,
@@ -94,6 +94,7 @@ function losing(
       return new Proxy(connection, {
         get(target, name) {
           const value = Reflect.get(target, name)
+          if (name === 'rollback' && loss === 'before the rollback') return () => Promise.reject(new Error('lost'))
           if (name !== 'commit') return typeof value === 'function' ? value.bind(target) : value
           return async () => {
             if (loss === 'before the commit') await kill(connection)

@@ -92,7 +92,7 @@ t.test('a schema, and a role that may not create tables', async (t) => {
   await t.rejects(pgTransactions(server.pool({ user: 'app' }), { table: 'own.other' }).createTable(), { code: '42501' })
 })
 
-/** A pool whose first client loses its connection around its commit. */
+/** A pool whose first client loses its connection around its commit, or its rollback before that is sent. */
 function losing(pool: Pool, loss: Loss, terminate: (pid: unknown) => Promise<void>): Pool {
   let losses = 1
   const connect = async () => {
@@ -104,6 +104,7 @@ function losing(pool: Pool, loss: Loss, terminate: (pid: unknown) => Promise<voi
         const value = Reflect.get(target, name)
         if (name !== 'query') return typeof value === 'function' ? value.bind(target) : value
         return async (text: string, values?: unknown[]) => {
+          if (text === 'ROLLBACK' && loss === 'before the rollback') throw new Error('lost')
           if (text !== 'COMMIT') return target.query(text, values)
           if (loss === 'before the commit') await terminate(pid)
           const [committed] = await Promise.allSettled([
