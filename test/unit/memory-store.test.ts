@@ -611,3 +611,117 @@ t.test('a store may be full to the last byte', async (t) => {
   await finish(small, 'a', reply('body'))
   t.match(await small.get('a'), { record: { kind: 'reply' } })
 })
+
+const NO_ROOM = (bytes: number) => ({
+  code: 'FST_IDEMPOTENCY_STORE_FULL',
+  message: `MemoryStore is full: the steps of unfinished operations take ${bytes} bytes`
+})
+/** A step that takes a thousand bytes, with all that belongs to it. */
+const THOUSAND = (name: string) => [name, 'r'.repeat(900 - name.length)] as const
+
+t.test('steps count with the replies, and the oldest of those make room for them', async (t) => {
+  const size = sizeOf('a', reply('body'))
+  const store = new MemoryStore({ maxBytes: 2 * size + 1_000 })
+  await store.acquire('k', claim('a'))
+  for (const key of ['a', 'b']) await finish(store, key, reply('body'))
+  t.equal(await store.step('k', 'a', THOUSAND('1')), true)
+  t.strictSame(await states(store, 'a', 'b'), ['completed', 'completed'], 'full to the last byte')
+  t.equal(await store.step('k', 'a', ['2', '']), true)
+  t.strictSame(await states(store, 'k', 'a', 'b'), ['running', 'free', 'completed'])
+  await finish(store, 'c', reply('body'))
+  t.strictSame(await states(store, 'b', 'c'), ['free', 'completed'], 'and replies make room for replies beside them')
+})
+
+t.test('a step for which there is no room is refused, and costs neither a step nor a claim', async (t) => {
+  const store = new MemoryStore({ maxBytes: 2_000 })
+  for (const token of ['a', 'b']) {
+    await store.acquire(token, claim(token))
+    t.equal(await store.step(token, token, THOUSAND('1')), true)
+  }
+  for (const token of ['a', 'b']) {
+    await t.rejects(store.step(token, token, ['2', '']), NO_ROOM(2_000))
+    t.equal(await store.step(token, token, ['1', 'again']), true, 'what is there takes no room')
+    t.match(await store.get(token), { state: 'running', steps: [THOUSAND('1')] })
+    t.equal(await store.renew(token, token, MINUTE), true)
+  }
+  t.match(await store.acquire('c', claim('c')), { state: 'acquired' }, 'nor is a claim refused for steps')
+  await t.rejects(store.step('c', 'c', ['1', '']), NO_ROOM(2_000))
+  t.equal(await store.step('c', 'another', ['1', '']), false)
+  t.equal(await store.release('c', 'c'), true)
+  t.strictSame(await states(store, 'c'), ['free'], 'what was refused is no step')
+})
+
+t.test('the room of steps is free again when their claim is over, however it ends', async (t) => {
+  const time = timeMachine(t)
+  const store = new MemoryStore({ maxBytes: 1_000, maxEntries: 1 })
+  const ends: [name: string, end: () => Promise<unknown>][] = [
+    ['completed', () => store.complete('k', 'a', reply(), 1)],
+    ['deleted', () => store.delete('k')],
+    ['driven out', () => store.acquire('other', claim('b'))],
+    ['swept', async () => time.sweep()],
+    ['forgotten', () => store.get('k')],
+    ['forgotten, and nobody has looked', async () => {}]
+  ]
+  for (const [name, end] of ends) {
+    await store.acquire('k', claim('a', { leaseMs: 1 }))
+    t.equal(await store.step('k', 'a', THOUSAND('1')), true, name)
+    await t.rejects(store.step('k', 'a', ['2', '']), NO_ROOM(1_000))
+    time.pass(name === 'driven out' ? 1 : name === 'completed' || name === 'deleted' ? 0 : MINUTE + 1)
+    await end()
+    const key = name === 'driven out' ? 'other' : 'next'
+    const token = key === 'other' ? 'b' : 'c'
+    await store.acquire(key, claim(token))
+    t.equal(await store.step(key, token, THOUSAND('1')), true, `${name}: there is room`)
+    await store.delete(key)
+    time.pass(1)
+  }
+})
+
+t.test('a takeover keeps the steps, and the room that they take', async (t) => {
+  const time = timeMachine(t)
+  const store = new MemoryStore({ maxBytes: 1_000 })
+  await store.acquire('k', claim('a', { leaseMs: 1 }))
+  await store.step('k', 'a', THOUSAND('1'))
+  time.pass(1)
+  t.strictSame(await store.acquire('k', claim('b')), { state: 'acquired', attempt: 2, steps: [THOUSAND('1')] })
+  await t.rejects(store.step('k', 'b', ['2', '']), NO_ROOM(1_000))
+  t.equal(await store.release('k', 'b'), true)
+  await store.acquire('other', claim('c'))
+  await t.rejects(store.step('other', 'c', ['1', '']), NO_ROOM(1_000), 'what was given back takes it as well')
+  await store.delete('k')
+  t.equal(await store.step('other', 'c', THOUSAND('1')), true)
+})
+
+t.test('a reply for which steps leave no room is a tombstone', async (t) => {
+  const size = sizeOf('a', reply('body'))
+  const store = new MemoryStore({ maxBytes: size + 999 })
+  await store.acquire('k', claim('a'))
+  await store.step('k', 'a', THOUSAND('1'))
+  await finish(store, 'a', reply('body'))
+  t.match(await store.get('a'), { state: 'completed', record: { kind: 'tombstone', reason: 'too-large' } })
+  await store.complete('k', 'a', reply('body'), MINUTE)
+  t.match(await store.get('k'), { record: { kind: 'reply' } }, 'its own steps are gone by then')
+})
+
+t.test('claims with steps are swept when they are forgotten, and sweeping ends with the last of them', async (t) => {
+  const time = timeMachine(t)
+  const store = new MemoryStore()
+  await store.acquire('k', claim('a'))
+  t.equal(time.isSweeping, false, 'a claim alone is not swept')
+  await store.step('k', 'a', ['1', ''])
+  t.equal(time.isSweeping, true)
+  time.pass(2 * MINUTE - 1)
+  time.sweep()
+  t.equal(time.isSweeping, true)
+  time.pass(1)
+  time.sweep()
+  t.equal(time.isSweeping, false)
+})
+
+t.test('an answer without steps says nothing of them', async (t) => {
+  const store = new MemoryStore()
+  t.strictSame(await store.acquire('k', claim('a')), { state: 'acquired', attempt: 1 })
+  t.strictSame(Object.keys((await store.get('k')) ?? {}), ['state', 'fingerprint', 'leaseMs'])
+  t.equal(await store.release('k', 'a'), true)
+  t.strictSame(await states(store, 'k'), ['free'])
+})

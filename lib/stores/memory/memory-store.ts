@@ -1,4 +1,4 @@
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../../types/index.js'
 import { StoreFull } from '../../errors.js'
 import { BYTES, COUNT, checked } from '../../option-rules.js'
 import { resolved } from '../../util/sync-promise.js'
@@ -15,7 +15,8 @@ export interface MemoryStoreOptions {
    */
   maxEntries?: number
   /**
-   * How many bytes the kept replies take at most, roughly.
+   * How many bytes the kept replies and the steps of unfinished operations take at most, roughly. A step costs the oldest
+   * replies their place, but no other step: when there is no room for it, it is refused.
    * @default 67_108_864
    */
   maxBytes?: number
@@ -34,6 +35,8 @@ interface ClaimEntry {
   ended: boolean
   /** What it took over; `null` for a first attempt. */
   found: Found | null
+  /** Names and results, in order. Not there before the first one: most claims have none, and pay nothing for it. */
+  steps?: Map<string, string>
 }
 
 /** What a claim is given back to when its handler never ran. */
@@ -66,13 +69,15 @@ class Released extends Node {
 
 /** More releases than these are not remembered. */
 const MAX_RELEASED = 10_000
+/** What a step takes beside its name and its result, roughly. */
+const STEP_OVERHEAD = 100
 const SWEEP_EVERY_MS = 1_000
 const SWEEP_AT_ONCE = 2_000
 
 /**
  * Claims and replies in the memory of this process: for one process, for development, for tests. A restart
- * forgets everything. It is bounded: when it is full, the oldest replies make room for new ones, and further claims are
- * refused; a running claim is never forgotten, and a claim never costs a reply.
+ * forgets everything. It is bounded: when it is full, the oldest replies make room for new ones, and further claims and
+ * steps are refused; a running claim is never forgotten, and a claim never costs a reply.
  */
 export class MemoryStore implements IdempotencyStore {
   readonly #maxEntries: number
@@ -81,6 +86,8 @@ export class MemoryStore implements IdempotencyStore {
   readonly #done = new LinkedMap<CompletedEntry>()
   readonly #released = new LinkedMap<Released>()
   readonly #listeners = new Map<string, Set<() => void>>()
+  /** What the steps of all claims take. */
+  #stepBytes = 0
   /** No lease ends before. Leases are looked through only when one of them may have ended. */
   #leasesHold = Number.POSITIVE_INFINITY
   #sweeper: NodeJS.Timeout | null = null
@@ -119,6 +126,14 @@ export class MemoryStore implements IdempotencyStore {
     }
   }
 
+  step(key: string, token: string, step: StoredStep): Promise<boolean> {
+    try {
+      return resolved(this.#step(key, token, step))
+    } catch (error) {
+      return Promise.reject(error)
+    }
+  }
+
   async release(key: string, token: string, unused = false): Promise<boolean> {
     const now = performance.now()
     const held = this.#claimOf(key, now)
@@ -127,9 +142,9 @@ export class MemoryStore implements IdempotencyStore {
       return released?.token === token && released.expires > now
     }
     if (held.givenBack) return true
-    if (held.found === null) this.#forget(key, token, now)
+    if (held.found === null && held.steps === undefined) this.#forget(key, token, now)
     else {
-      giveBack(held, held.found, unused)
+      giveBack(held, unused)
       this.#lease(held, now)
     }
     this.#wake(key)
@@ -165,7 +180,7 @@ export class MemoryStore implements IdempotencyStore {
   async delete(key: string): Promise<boolean> {
     const now = performance.now()
     const existed = this.#claimOf(key, now) !== undefined || this.#doneOf(key, now) !== undefined
-    this.#claims.delete(key)
+    this.#drop(key)
     const done = this.#done.get(key)
     if (done !== undefined) this.#done.remove(done)
     this.#wake(key)
@@ -192,7 +207,7 @@ export class MemoryStore implements IdempotencyStore {
       this.#lease(held, now + claim.leaseMs)
       held.retainMs = claim.retainMs
       held.fingerprint = claim.fingerprint
-      return { state: 'acquired', attempt: held.attempt }
+      return acquired(held)
     }
     if (held.leaseEnd > now || !claim.takeover) return state(held, now)
     return this.#claim(key, newClaim(claim, held), now + claim.leaseMs)
@@ -201,7 +216,7 @@ export class MemoryStore implements IdempotencyStore {
   #claim(key: string, claimed: ClaimEntry, leaseEnd: number): Acquisition {
     this.#lease(claimed, leaseEnd)
     this.#claims.set(key, claimed)
-    return { state: 'acquired', attempt: claimed.attempt }
+    return acquired(claimed)
   }
 
   #lease(held: ClaimEntry, end: number): void {
@@ -212,19 +227,50 @@ export class MemoryStore implements IdempotencyStore {
   #complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): boolean {
     const now = performance.now()
     if (this.#ownedBy(token, key, now) === undefined) return this.#doneOf(key, now)?.token === token
-    this.#claims.delete(key)
+    this.#drop(key)
     const { fingerprint, createdAt } = record
-    const isTooLarge = sizeOf(key, record) > this.#maxBytes
+    const isTooLarge = sizeOf(key, record) > this.#maxBytes - this.#stepBytes
     const kept: StoredRecord = isTooLarge ? { kind: 'tombstone', reason: 'too-large', fingerprint, createdAt } : record
     this.#put(new CompletedEntry(key, token, kept, ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs))
     this.#wake(key)
     return true
   }
 
+  /** @throws StoreFull */
+  #step(key: string, token: string, [name, result]: StoredStep): boolean {
+    const now = performance.now()
+    const held = this.#ownedBy(token, key, now)
+    if (held === undefined) return false
+    if (held.steps?.has(name)) return true
+    const size = stepSize(name, result)
+    if (this.#stepBytes + size > this.#maxBytes) this.#dropForgotten(now)
+    if (this.#stepBytes + size > this.#maxBytes) {
+      throw new StoreFull(`MemoryStore is full: the steps of unfinished operations take ${this.#stepBytes} bytes`)
+    }
+    held.steps ??= new Map()
+    held.steps.set(name, result)
+    this.#stepBytes += size
+    this.#evict(0, 0)
+    this.#startSweeping()
+    return true
+  }
+
+  /** Forgets a claim, with its steps. */
+  #drop(key: string): void {
+    for (const [name, result] of this.#claims.get(key)?.steps ?? NO_STEPS) this.#stepBytes -= stepSize(name, result)
+    this.#claims.delete(key)
+  }
+
+  #dropForgotten(now: number): void {
+    for (const [key, held] of this.#claims) {
+      if (held.leaseEnd + held.retainMs <= now) this.#drop(key)
+    }
+  }
+
   #claimOf(key: string, now: number): ClaimEntry | undefined {
     const held = this.#claims.get(key)
     if (held === undefined || held.leaseEnd + held.retainMs > now) return held
-    this.#claims.delete(key)
+    this.#drop(key)
     return undefined
   }
 
@@ -241,7 +287,7 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   #forget(key: string, token: string, now: number): void {
-    this.#claims.delete(key)
+    this.#drop(key)
     this.#released.set(new Released(key, token, now + RELEASE_MEMORY_MS))
     const { oldest } = this.#released
     if (this.#released.length > MAX_RELEASED && oldest !== null) this.#released.remove(oldest)
@@ -254,10 +300,16 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   #put(done: CompletedEntry): void {
-    const isFull = () => this.#done.length >= this.#maxEntries || this.#done.bytes + done.size > this.#maxBytes
-    for (let { oldest } = this.#done; oldest !== null && isFull(); oldest = this.#done.oldest) this.#done.remove(oldest)
+    this.#evict(1, done.size)
     this.#done.set(done)
     this.#startSweeping()
+  }
+
+  /** The oldest replies make room for so many others, of so many bytes. */
+  #evict(entries: number, bytes: number): void {
+    const most = this.#maxBytes - this.#stepBytes - bytes
+    const isFull = () => this.#done.length + entries > this.#maxEntries || this.#done.bytes > most
+    for (let { oldest } = this.#done; oldest !== null && isFull(); oldest = this.#done.oldest) this.#done.remove(oldest)
   }
 
   #startSweeping(): void {
@@ -274,7 +326,7 @@ export class MemoryStore implements IdempotencyStore {
       for (const [key, { leaseEnd }] of this.#claims) {
         this.#leasesHold = Math.min(this.#leasesHold, leaseEnd)
         if (leaseEnd > now) continue
-        this.#claims.delete(key)
+        this.#drop(key)
         return
       }
     }
@@ -286,13 +338,11 @@ export class MemoryStore implements IdempotencyStore {
     this.#done.scan(SWEEP_AT_ONCE, (done) => {
       if (done.expires <= now) this.#done.remove(done)
     })
-    for (const [key, held] of this.#claims) {
-      if (held.leaseEnd + held.retainMs <= now) this.#claims.delete(key)
-    }
+    this.#dropForgotten(now)
     for (let { oldest } = this.#released; oldest !== null && oldest.expires <= now; oldest = this.#released.oldest) {
       this.#released.remove(oldest)
     }
-    if (this.#done.length === 0 && this.#released.length === 0) void this.close()
+    if (this.#done.length === 0 && this.#released.length === 0 && this.#stepBytes === 0) void this.close()
   }
 
   #wake(key: string): void {
@@ -303,8 +353,14 @@ export class MemoryStore implements IdempotencyStore {
   }
 }
 
+const NO_STEPS: ReadonlyMap<string, string> = new Map()
+
+function stepSize(name: string, result: string): number {
+  return name.length + result.length + STEP_OVERHEAD
+}
+
 function newClaim({ token, fingerprint, retainMs }: Claim, abandoned?: ClaimEntry): ClaimEntry {
-  return {
+  const claimed: ClaimEntry = {
     token,
     fingerprint,
     attempt: abandoned === undefined ? 1 : abandoned.attempt + 1,
@@ -314,18 +370,27 @@ function newClaim({ token, fingerprint, retainMs }: Claim, abandoned?: ClaimEntr
     ended: false,
     found: abandoned === undefined ? null : { fingerprint: abandoned.fingerprint, ended: abandoned.ended }
   }
+  if (abandoned?.steps !== undefined) claimed.steps = abandoned.steps
+  return claimed
 }
 
-function giveBack(held: ClaimEntry, found: Found, unused: boolean): void {
+function giveBack(held: ClaimEntry, unused: boolean): void {
+  const { found } = held
   held.givenBack = true
   held.ended = true
-  if (!unused) return
+  if (!unused || found === null) return
   held.attempt--
   held.fingerprint = found.fingerprint
   held.ended = found.ended
 }
 
-function state({ fingerprint, attempt, leaseEnd, ended }: ClaimEntry, now: number): Acquisition {
-  if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now) }
-  return { state: 'abandoned', fingerprint, attempt, ...(ended && { ended }) }
+function acquired({ attempt, steps }: ClaimEntry): Acquisition {
+  if (steps === undefined) return { state: 'acquired', attempt }
+  return { state: 'acquired', attempt, steps: [...steps] }
+}
+
+function state({ fingerprint, attempt, leaseEnd, ended, steps: held }: ClaimEntry, now: number): Acquisition {
+  const steps = held && { steps: [...held] }
+  if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now), ...steps }
+  return { state: 'abandoned', fingerprint, attempt, ...(ended && { ended }), ...steps }
 }
