@@ -70,6 +70,7 @@ async function warm(store: RedisStore): Promise<void> {
   const key = newKey()
   const token = await lapsed(store, key)
   await store.renew(key, token, LONG)
+  await store.step(key, token, ['a', 'b'])
   await store.changed(key, AbortSignal.abort())
   await store.release(key, token)
   await store.delete(key)
@@ -131,12 +132,13 @@ for (const [name, prepare, expected] of [
   })
 }
 
-t.test('completing, renewing and releasing is one EVALSHA each', async (t) => {
+t.test('completing, renewing, keeping a step and releasing is one EVALSHA each', async (t) => {
   const { store } = await open(t)
   await warm(store)
   for (const step of [
     (key: string, token: string) => store.complete(key, token, reply(), LONG),
     (key: string, token: string) => store.renew(key, token, LONG),
+    (key: string, token: string) => store.step(key, token, ['a', 'b']),
     (key: string, token: string) => store.release(key, token)
   ]) {
     const key = newKey()
@@ -548,6 +550,89 @@ t.test('there is one key per operation, always with the prefix, and none without
   for (const [name, key] of Object.entries(keys)) {
     const ttl = await client.pttl(`mine:${key}`)
     t.ok(name === 'ever' ? ttl === -1 : ttl > 0, `${name}: ${ttl} ms`)
+  }
+})
+
+/** What is stored of a claim, with nothing in it that differs from one to the other. */
+async function stored(client: Redis, name: string, ...tokens: string[]): Promise<string> {
+  let value = ((await client.getBuffer(name)) as Buffer).toString('latin1')
+  for (const [n, token] of tokens.entries()) value = value.replace(`$${token}`, `(${n})`)
+  return value
+}
+
+t.test('a claim is stored as it always was until it has a step', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  const key = newKey()
+  const name = keyPrefix + key
+  const [mine, heir] = [claim({ leaseMs: 1 }), claim({ fingerprint: 'of the heir', takeover: true })]
+  await store.acquire(key, mine)
+  t.equal(await stored(client, name, mine.token), 'P1(0)01:60000::fingerprint')
+  await until(async () => (await store.get(key))?.state === 'abandoned')
+  await store.acquire(key, heir)
+  t.equal(await stored(client, name, heir.token), 'P1(0)02:60000:A11:fingerprintof the heir')
+  await store.acquire(key, { ...heir, fingerprint: 'again' })
+  t.equal(await stored(client, name, heir.token), 'P1(0)02:60000:A11:fingerprintagain')
+  await store.release(key, heir.token)
+  t.equal(await stored(client, name, heir.token), 'E1(0)02:60000::again')
+})
+
+t.test('steps stand behind the fingerprint, whose length is told from the first one on', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  const key = newKey()
+  const name = keyPrefix + key
+  const [mine, heir] = [claim(), claim({ fingerprint: 'of the heir', takeover: true })]
+  await store.acquire(key, mine)
+  await client.pexpire(name, 100_000)
+  const first = '\0\0\0\x06\0\0\0\x02charge{}'
+  const second = '\0\0\0\x02\0\0\0\0\xc3\xa9'
+  await store.step(key, mine.token, ['charge', '{}'])
+  t.equal(await stored(client, name, mine.token), `P1(0)01:60000:,11:fingerprint${first}`)
+  await store.step(key, mine.token, ['é', ''])
+  await store.step(key, mine.token, ['charge', 'another'])
+  t.equal(await stored(client, name, mine.token), `P1(0)01:60000:,11:fingerprint${first}${second}`)
+  const left = await client.pttl(name)
+  t.ok(left > 60_000 && left <= 100_000, `it expires as before, in ${left} ms`)
+  const stop = new AbortController()
+  const listened = store.changed(key, stop.signal)
+  await marked(client, name)
+  t.equal(await stored(client, name, mine.token), `P1(0)11:60000:,11:fingerprint${first}${second}`, 'somebody waits')
+  stop.abort()
+  await listened
+  await store.acquire(key, { ...mine, fingerprint: 'again' })
+  t.equal(await stored(client, name, mine.token), `P1(0)11:60000:,5:again${first}${second}`)
+  await store.release(key, mine.token)
+  t.equal(await stored(client, name, mine.token), `E1(0)01:60000:,5:again${first}${second}`)
+  await store.acquire(key, heir)
+  t.equal(await stored(client, name, heir.token), `P1(0)02:60000:E5,11:againof the heir${first}${second}`)
+  await store.step(key, heir.token, ['3', '4'])
+  const all = `${first}${second}\0\0\0\x01\0\0\0\x0134`
+  t.equal(await stored(client, name, heir.token), `P1(0)02:60000:E5,11:againof the heir${all}`)
+  await store.release(key, heir.token, true)
+  t.equal(await stored(client, name, heir.token), `E1(0)01:60000:,5:again${all}`)
+  t.strictSame(await client.keys(`${keyPrefix}*`), [name], 'all in one key')
+})
+
+t.test('steps that are not whole are an error, whoever asks, and are left as they are', async (t) => {
+  const { store, client, keyPrefix } = await open(t)
+  const key = newKey()
+  const mine = claim({ leaseMs: 2 * LONG })
+  await store.acquire(key, mine)
+  await store.step(key, mine.token, ['charge', 'paid'])
+  const whole = (await client.getBuffer(keyPrefix + key)) as Buffer
+  const start = whole.length - 'charge'.length - 'paid'.length - 8
+  for (let length = start; length < whole.length; length++) {
+    const cut = Buffer.from(whole.subarray(0, length))
+    // The owner asks as well, while its lease runs, and whoever takes over when it has lapsed.
+    for (const left of [2 * LONG, LONG]) {
+      await client.set(keyPrefix + key, cut, 'PX', left)
+      const error = { isFree: false, message: /could not be decoded/ }
+      await t.rejects(store.acquire(key, claim({ takeover: true })), error)
+      await t.rejects(store.acquire(key, mine), error)
+      await t.rejects(store.get(key), error)
+      await t.rejects(store.step(key, mine.token, ['charge', 'again']), Error)
+      t.strictSame(await client.getBuffer(keyPrefix + key), cut, `${length} bytes are left as they are`)
+    }
+    t.equal(await store.complete(key, mine.token, reply(), LONG), true, 'the owner can complete it')
   }
 })
 

@@ -2,7 +2,7 @@ import t from 'tap'
 import { RedisStore, type RedisStoreOptions } from '../../index.js'
 import { encodeRecord } from '../../lib/stores/record-codec.js'
 import type { RedisClient } from '../../lib/stores/redis/client.js'
-import { ACQUIRE, COMPLETE, DELETE, RELEASE, RENEW, WATCH } from '../../lib/stores/redis/scripts.js'
+import { ACQUIRE, COMPLETE, DELETE, RELEASE, RENEW, STEP, WATCH } from '../../lib/stores/redis/scripts.js'
 import type { StoredRecord } from '../../types/index.js'
 import { claim, reply, same, tombstone } from '../support/store-fixtures.js'
 
@@ -10,10 +10,19 @@ import { claim, reply, same, tombstone } from '../support/store-fixtures.js'
 
 type Result = [error: Error | null, result: unknown]
 
-const SCRIPTS = { acquire: ACQUIRE, renew: RENEW, complete: COMPLETE, release: RELEASE, watch: WATCH, delete: DELETE }
+const SCRIPTS = {
+  acquire: ACQUIRE,
+  renew: RENEW,
+  step: STEP,
+  complete: COMPLETE,
+  release: RELEASE,
+  watch: WATCH,
+  delete: DELETE
+}
 const nameOf = (sha: string) => Object.entries(SCRIPTS).find(([, script]) => script.sha === sha)?.[0]
 
 const UNDECODABLE = /could not be decoded/
+const UNREADABLE = { isFree: false, message: UNDECODABLE }
 /** An error as ioredis has it: with the command, and what was in it. */
 const failure = (message: string) => Object.assign(new Error(message), { command: { args: ['secret'] } })
 const aborted = () => failure('Command aborted due to connection close')
@@ -73,6 +82,13 @@ const claimed = (token: string, { attempt = '1', retainMs = 1_000, fingerprint =
   Buffer.from(`${owned('P', token)}0${attempt}:${retainMs}::${fingerprint}`)
 /** What a claim has left behind, or one that took over: with what it has found. */
 const later = (kind: string, rest: string) => Buffer.from(`${owned(kind, 'other')}02:1000:${rest}`)
+/** A step as it is kept: the lengths of its name and its result, and both. */
+const kept = (name: string, result: string) => {
+  const lengths = Buffer.alloc(8)
+  lengths.writeUInt32BE(Buffer.byteLength(name), 0)
+  lengths.writeUInt32BE(Buffer.byteLength(result), 4)
+  return Buffer.concat([lengths, Buffer.from(name + result)])
+}
 const recorded = (record: StoredRecord, token = 't') => encodeRecord(record, Buffer.from(owned('C', token)))
 const mine = claim({ token: 'mine', fingerprint: 'f', leaseMs: 500, retainMs: 1_000 })
 /** What an acquire makes of SET's answer, with so much left. */
@@ -317,6 +333,7 @@ t.test('tokens of all lengths are framed', async (t) => {
     await t.rejects(store.acquire('k', { ...mine, token }), { message })
     await t.rejects(store.complete('k', token, reply(), 5), { message })
     await t.rejects(store.release('k', token), { message })
+    await t.rejects(store.step('k', token, ['a', 'b']), { message })
     await t.rejects(store.renew('k', token, 5), { message })
   }
 })
@@ -395,9 +412,66 @@ t.test('what is no string is nobody’s claim, and other errors are errors', asy
       scripted: () => {
         throw failure(message)
       }
-    }).store.release('k', 't')
-  t.equal(await failing('WRONGTYPE Operation against a key holding the wrong kind of value'), false)
-  await t.rejects(failing('READONLY'), { message: 'READONLY' })
+    }).store
+  const wrongType = failing('WRONGTYPE Operation against a key holding the wrong kind of value')
+  t.equal(await wrongType.release('k', 't'), false)
+  t.equal(await wrongType.step('k', 't', ['a', 'b']), false)
+  await t.rejects(failing('READONLY').release('k', 't'), { message: 'READONLY' })
+  await t.rejects(failing('READONLY').step('k', 't', ['a', 'b']), { message: 'READONLY' })
+})
+
+t.test('a step is kept by one script, with its name and its result', async (t) => {
+  const { scripts, sent, store } = open()
+  t.equal(await store.step('k', 't', ['charge', '{"id":1}']), true)
+  t.strictSame(scripts, [['step', 1, 'idempotency:k', 'P1\x01t', 'charge', '{"id":1}']])
+  t.strictSame(sent, [])
+  t.equal(await open({ scripted: () => 0 }).store.step('k', 't', ['charge', '']), false)
+})
+
+t.test('steps are read behind the fingerprint, whose length is told then', async (t) => {
+  const steps = [
+    ['', ''],
+    ['é\0', '{"a":"b"}'],
+    ['c', '🔑'.repeat(100)]
+  ] as const
+  const bytes = Buffer.concat(steps.map(([name, result]) => kept(name, result)))
+  const claimOf = (kind: string, rest: string) => Buffer.concat([later(kind, rest), bytes])
+  const found = (value: Buffer, abandoned: number) =>
+    acquiring(undefined, undefined, () => [0, value, 900, abandoned]).store.acquire('k', mine)
+  t.strictSame(await found(claimOf('P', ',3:é1'), 0), { state: 'running', fingerprint: 'é1', leaseMs: 0, steps })
+  t.strictSame(await found(claimOf('P', 'A7,6:foundétheirs'), 1), {
+    state: 'abandoned',
+    fingerprint: 'theirs',
+    attempt: 2,
+    steps
+  })
+  t.strictSame(await found(claimOf('E', ',0:'), 1), {
+    state: 'abandoned',
+    fingerprint: '',
+    attempt: 2,
+    ended: true,
+    steps
+  })
+  const live = await acquiring(claimOf('P', ',6:theirs')).store.acquire('k', mine)
+  t.strictSame(live, { state: 'running', fingerprint: 'theirs', leaseMs: 200, steps }, 'without a script')
+  const ours = await acquiring(claimed('mine'), 1_200, () => ['2', bytes]).store.acquire('k', mine)
+  t.strictSame(ours, { state: 'acquired', attempt: 2, steps })
+})
+
+t.test('steps that are not whole are an error', async (t) => {
+  const whole = Buffer.concat([kept('a', 'first'), kept('b', 'second')])
+  const boundary = kept('a', 'first').length
+  for (let length = 1; length < whole.length; length++) {
+    if (length === boundary) continue
+    const cut = whole.subarray(0, length)
+    const value = Buffer.concat([later('P', ',6:theirs'), cut])
+    await t.rejects(acquiring(value).store.acquire('k', mine), UNREADABLE, `a conflict, ${length} bytes`)
+    const taken = acquiring(undefined, undefined, () => [2, cut]).store.acquire('k', mine)
+    await t.rejects(taken, UNREADABLE, `a takeover, ${length} bytes`)
+  }
+  for (const rest of [',6:theirs', ',7:theirs', ',999:theirs', ',:theirs', ',6']) {
+    await t.rejects(acquiring(later('P', rest)).store.acquire('k', mine), UNREADABLE, rest)
+  }
 })
 
 t.test('what is there is read by GET and PTTL', async (t) => {

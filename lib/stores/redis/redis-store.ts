@@ -1,5 +1,5 @@
 import { isAscii } from 'node:buffer'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../../types/index.js'
 import { InvalidOption, UnreadableAnswer } from '../../errors.js'
 import { checked, DURATION, TEXT } from '../../option-rules.js'
 import { decodeRecord, encodeRecord } from '../record-codec.js'
@@ -10,7 +10,7 @@ import { claimFailure, discreet, isAborted, isWrongType } from './errors.js'
 import { warnOfEviction } from './eviction.js'
 import { Renewals } from './renewals.js'
 import { type Argument, runScript } from './run-script.js'
-import { ACQUIRE, COMPLETE, DELETE, RELEASE, type Script, WATCH } from './scripts.js'
+import { ACQUIRE, COMPLETE, DELETE, RELEASE, type Script, STEP, WATCH } from './scripts.js'
 import { RedisSubscriptions } from './subscriptions.js'
 
 /** Options of a `RedisStore`. */
@@ -50,6 +50,8 @@ const RECORD = 0x43 // C
 const RELEASED = 0x52 // R
 const ENDED = 0x45 // E
 const ABANDONED = 0x41 // A
+/** The bytes of a step before its name. */
+const STEP_HEAD = 8
 
 /**
  * Claims and replies in Redis (6.2 and newer, Valkey), by an ioredis client: single, Sentinel or Cluster. One
@@ -135,16 +137,13 @@ export class RedisStore implements IdempotencyStore {
     }
   }
 
+  async step(key: string, token: string, [name, result]: StoredStep): Promise<boolean> {
+    return this.#testClaim(STEP, key, ownerOf(CLAIM, token), name, result)
+  }
+
   async release(key: string, token: string, unused = false): Promise<boolean> {
-    const owner = ownerOf(CLAIM, token)
     const memory = String(RELEASE_MEMORY_MS)
-    try {
-      return await this.#test(RELEASE, key, owner, unused ? '1' : '0', memory, this.#prefix + key)
-    } catch (error) {
-      // A list, say, is nobody's claim. Asking again would not make it one.
-      if (isWrongType(error)) return false
-      throw error
-    }
+    return this.#testClaim(RELEASE, key, ownerOf(CLAIM, token), unused ? '1' : '0', memory, this.#prefix + key)
   }
 
   changed(key: string, signal: AbortSignal): Promise<void> {
@@ -207,7 +206,7 @@ export class RedisStore implements IdempotencyStore {
     const reply = await this.#run(ACQUIRE, key, owner, retainMs, fingerprint, expiry, takeover ? '1' : '0')
     // Numbers may come as strings: ioredis has an option for that.
     const [attempt, value, left, abandoned] = reply as [unknown, Buffer, unknown, unknown]
-    if (Number(attempt) > 0) return { state: 'acquired', attempt: Number(attempt) }
+    if (Number(attempt) > 0) return { state: 'acquired', attempt: Number(attempt), ...stepsIn(value) }
     return decode(value, Number(left), Number(abandoned) === 1)
   }
 
@@ -255,6 +254,17 @@ export class RedisStore implements IdempotencyStore {
     return this.#run(script, key, ...args).then(isOne)
   }
 
+  /** The same of a claim. */
+  async #testClaim(script: Script, key: string, ...args: Argument[]): Promise<boolean> {
+    try {
+      return await this.#test(script, key, ...args)
+    } catch (error) {
+      // A list, say, is nobody's claim. Asking again would not make it one.
+      if (isWrongType(error)) return false
+      throw error
+    }
+  }
+
   #run(script: Script, key: string, ...args: Argument[]): Promise<unknown> {
     return runScript(this.#client, script, [this.#prefix + key], args)
   }
@@ -297,14 +307,34 @@ function afterToken(value: Buffer): number {
 }
 
 /** Of a claim, or of what one has left behind. */
-function parseClaim(value: Buffer): { attempt: number; retainMs: number; fingerprint: string } {
+function parseClaim(value: Buffer): { attempt: number; retainMs: number; fingerprint: string; steps?: StoredStep[] } {
   const start = afterToken(value)
-  // What may be text comes behind it, and is not looked at. The longest there is takes three numbers of 16 digits.
-  const match = /^[01](\d+):(\d+):[AE]?(\d*):/.exec(value.toString('latin1', start, start + 64))
+  // What may be text comes behind it, and is not looked at. The longest there is takes four numbers of 16 digits.
+  const match = /^[01](\d+):(\d+):[AE]?(\d*)(?:,(\d+))?:/.exec(value.toString('latin1', start, start + 80))
   if (match === null) throw undecodable()
-  const [head, attempt, retainMs, length] = match as unknown as [string, string, string, string]
-  const fingerprint = value.toString('utf8', start + head.length + Number(length))
-  return { attempt: Number(attempt), retainMs: Number(retainMs), fingerprint }
+  const [head, attempt, retainMs, length, ours] = match as unknown as [string, string, string, string, string?]
+  const own = start + head.length + Number(length)
+  const end = ours === undefined ? value.length : own + Number(ours)
+  const claim = { attempt: Number(attempt), retainMs: Number(retainMs), fingerprint: value.toString('utf8', own, end) }
+  if (ours === undefined) return claim
+  if (end >= value.length) throw undecodable()
+  return { ...claim, ...stepsIn(value.subarray(end)) }
+}
+
+/** What an answer says of steps: nothing where there are none. */
+function stepsIn(bytes: Buffer | null | undefined): { steps?: StoredStep[] } {
+  if (!bytes) return {}
+  const steps: StoredStep[] = []
+  for (let at = 0; at < bytes.length; ) {
+    if (at + STEP_HEAD > bytes.length) throw undecodable()
+    const name = at + STEP_HEAD
+    const result = name + bytes.readUInt32BE(at)
+    const end = result + bytes.readUInt32BE(at + 4)
+    if (end > bytes.length) throw undecodable()
+    steps.push([bytes.toString('utf8', name, result), bytes.toString('utf8', result, end)])
+    at = end
+  }
+  return { steps }
 }
 
 function isClaim(value: Buffer): boolean {
@@ -322,9 +352,9 @@ function decode(value: Buffer, left: number, abandoned: boolean): Acquisition {
     return { state: 'completed', record, ttlMs: left === -1 ? null : Math.max(0, left) }
   }
   if (!isClaim(value)) throw undecodable()
-  const { attempt, retainMs, fingerprint } = parseClaim(value)
-  if (abandoned) return { state: 'abandoned', fingerprint, attempt, ...(value[0] === ENDED && { ended: true }) }
-  return { state: 'running', fingerprint, leaseMs: Math.max(0, left - retainMs) }
+  const { attempt, retainMs, fingerprint, ...steps } = parseClaim(value)
+  if (!abandoned) return { state: 'running', fingerprint, leaseMs: Math.max(0, left - retainMs), ...steps }
+  return { state: 'abandoned', fingerprint, attempt, ...(value[0] === ENDED && { ended: true }), ...steps }
 }
 
 function undecodable(): Error {

@@ -13,6 +13,10 @@ import { createHash } from 'node:crypto'
  * is what a claim took over, empty for a first attempt: 'E' when that was an 'E', else 'A', and the length of its fingerprint,
  * which stands before the claim's own. Behind a record's token: the record. Kind to token is called the owner.
  *
+ * Steps stand behind the claim's own fingerprint, one after the other: the lengths of name and result in four bytes each, the
+ * higher ones first, the name, and the result. To tell where they start, `found` ends with a comma and the length of that
+ * fingerprint then. A claim without steps has neither.
+ *
  * A claim's key expires after retainMs + leaseMs. So its lease has lapsed when PTTL is retainMs or less, and
  * no clock but that of Redis has a say. A claim that is not to be remembered is alive as long as it is there: in its last
  * millisecond PTTL is 0. What was given back expires after retainMs.
@@ -28,14 +32,38 @@ const script = (source: string): Script => ({ source, sha: createHash('sha1').up
 
 /**
  * Parses what is claimed, or was, in `v`: where its flag byte is, its attempt, its retainMs, what it has found, the
- * fingerprint of that, and its own.
+ * fingerprint of that, its own, and its steps.
  */
 const PARSE_CLAIM = `
 local function parse(v)
   local flag = 4 + string.byte(v, 3)
-  local attempt, retain, found, length, text = string.match(v, '^(%d+):(%d+):([AE]?)(%d*):()', flag + 1)
+  local attempt, retain, found, length, ours, text = string.match(v, '^(%d+):(%d+):([AE]?)(%d*),?(%d*):()', flag + 1)
   local own = text + (tonumber(length) or 0)
-  return flag, tonumber(attempt), tonumber(retain), found, string.sub(v, text, own - 1), string.sub(v, own)
+  local steps = ours == '' and #v + 1 or own + tonumber(ours)
+  if ours ~= '' and steps > #v then error('damaged steps') end
+  return flag, tonumber(attempt), tonumber(retain), found, string.sub(v, text, own - 1), string.sub(v, own, steps - 1),
+    string.sub(v, steps)
+end`
+
+/** Is there a step of this name? Steps that are not whole are an error. */
+const HAS_STEP = `
+local function has(steps, name)
+  local at, found = 1, false
+  while at <= #steps do
+    local length, result, text = struct.unpack('>I4I4', steps, at)
+    found = found or string.sub(steps, text, text + length - 1) == name
+    at = text + length + result
+  end
+  if at ~= #steps + 1 then error('damaged steps') end
+  return found
+end`
+
+/** The reverse of `parse`: what stands behind the flag byte. */
+const FORMAT_CLAIM = `
+local function format(attempt, retain, found, former, fingerprint, steps)
+  local lengths = found == '' and '' or found .. #former
+  if steps ~= '' then lengths = lengths .. ',' .. #fingerprint end
+  return string.format('%d:%.0f:', attempt, retain) .. lengths .. ':' .. former .. fingerprint .. steps
 end`
 
 /**
@@ -49,32 +77,56 @@ end`
  *   ARGV[4]  retainMs + leaseMs
  *   ARGV[5]  '1' when an abandoned claim may be taken over
  *
- * Returns {attempt} when the key is the owner's now; else {0, value, PTTL, 1 when abandoned}.
+ * Returns {attempt}, or {attempt, steps} where there are some, when the key is the owner's now; else {0, value, PTTL, 1 when
+ * abandoned}. What is damaged is not taken: who reads the value will see it.
  */
-export const ACQUIRE = script(`${PARSE_CLAIM}
+export const ACQUIRE = script(`${PARSE_CLAIM}${HAS_STEP}${FORMAT_CLAIM}
 local v = redis.call('GET', KEYS[1])
 local kind = v and string.sub(v, 1, 1)
-local flag, attempt, found = '0', 1, ':'
+local flag, attempt, found, former, steps = '0', 1, '', '', ''
 if kind == 'P' or kind == 'E' or kind == 'A' then
-  local at, held, retain, before, former, fingerprint = parse(v)
-  flag = string.sub(v, at, at)
   local left = redis.call('PTTL', KEYS[1])
+  local whole, at, held, retain, before, its, fingerprint, kept = pcall(parse, v)
+  if not (whole and pcall(has, kept)) then return {0, v, left, 0} end
+  flag = string.sub(v, at, at)
   local alive = left > retain or retain == 0
   if string.sub(v, 1, #ARGV[1]) == ARGV[1] then
-    attempt = held
-    if before ~= '' then found = before .. #former .. ':' .. former end
+    attempt, found, former, steps = held, before, its, kept
   elseif alive or ARGV[5] ~= '1' then
     return {0, v, left, alive and 0 or 1}
   else
-    attempt = held + 1
-    found = (kind == 'E' and 'E' or 'A') .. #fingerprint .. ':' .. fingerprint
+    attempt, found, former, steps = held + 1, kind == 'E' and 'E' or 'A', fingerprint, kept
   end
 elseif kind and kind ~= 'R' then
   return {0, v, redis.call('PTTL', KEYS[1]), 0}
 end
-local claim = ARGV[1] .. flag .. string.format('%d', attempt) .. ':' .. ARGV[2] .. ':' .. found .. ARGV[3]
+local claim = ARGV[1] .. flag .. format(attempt, ARGV[2], found, former, ARGV[3], steps)
 redis.call('SET', KEYS[1], claim, 'PX', ARGV[4])
-return {attempt}`)
+return steps == '' and {attempt} or {attempt, steps}`)
+
+/**
+ * Keeps a step with its claim, for as long as that is kept.
+ *
+ *   KEYS[1]  the key
+ *   ARGV[1]  the owner
+ *   ARGV[2]  the name
+ *   ARGV[3]  the result
+ *
+ * Returns 1 when the claim is the owner's, and has a step of this name now, this one or one of before.
+ */
+export const STEP = script(`${PARSE_CLAIM}${HAS_STEP}${FORMAT_CLAIM}
+if redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) ~= ARGV[1] then return 0 end
+local v = redis.call('GET', KEYS[1])
+local flag, attempt, retain, found, former, fingerprint, steps = parse(v)
+if has(steps, ARGV[2]) then return 1 end
+local step = struct.pack('>I4I4', #ARGV[2], #ARGV[3]) .. ARGV[2] .. ARGV[3]
+if steps == '' then
+  local claim = string.sub(v, 1, flag) .. format(attempt, retain, found, former, fingerprint, step)
+  redis.call('SET', KEYS[1], claim, 'KEEPTTL')
+else
+  redis.call('APPEND', KEYS[1], step)
+end
+return 1`)
 
 /**
  * Renews any number of claims.
@@ -99,6 +151,7 @@ for n, key in ipairs(KEYS) do
   if not ok then
     local text = type(result) == 'table' and result.err or tostring(result)
     local concerns_key = string.find(text, 'WRONGTYPE') or string.find(text, 'attempt to') or string.find(text, 'bad argument')
+      or string.find(text, 'damaged')
     if not concerns_key then error(result, 0) end
     result = text
   end
@@ -134,7 +187,8 @@ if string.sub(v, n + 1) == '1' then redis.pcall('PUBLISH', ARGV[4], '') end
 return 1`)
 
 /**
- * Gives a claim back: leaves the mark of its release where it was a first attempt, else what is abandoned now.
+ * Gives a claim back: leaves the mark of its release where it was a first attempt without steps, or is not to be remembered;
+ * else what is abandoned now.
  *
  *   KEYS[1]  the key
  *   ARGV[1]  the owner
@@ -144,7 +198,7 @@ return 1`)
  *
  * Returns 1 when the claim was the owner's, or when this has been done before.
  */
-export const RELEASE = script(`${PARSE_CLAIM}
+export const RELEASE = script(`${PARSE_CLAIM}${FORMAT_CLAIM}
 local n = #ARGV[1]
 local owner = redis.call('GETRANGE', KEYS[1], 0, n - 1)
 local token = string.sub(ARGV[1], 2)
@@ -152,15 +206,14 @@ if owner ~= ARGV[1] then
   return (owner == 'R' .. token or owner == 'E' .. token or owner == 'A' .. token) and 1 or 0
 end
 local v = redis.call('GET', KEYS[1])
-local flag, attempt, retain, found, former, fingerprint = parse(v)
-if found == '' then
+local flag, attempt, retain, found, former, fingerprint, steps = parse(v)
+if (found == '' and steps == '') or retain == 0 then
   redis.call('SET', KEYS[1], 'R' .. token, 'PX', ARGV[3])
 else
   local kind = 'E'
-  if ARGV[2] == '1' then kind, attempt, fingerprint = found, attempt - 1, former end
-  local memory = string.format('%.0f', retain)
-  local rest = '0' .. string.format('%d', attempt) .. ':' .. memory .. '::' .. fingerprint
-  redis.call('SET', KEYS[1], kind .. token .. rest, 'PX', memory)
+  if ARGV[2] == '1' and found ~= '' then kind, attempt, fingerprint = found, attempt - 1, former end
+  local rest = '0' .. format(attempt, retain, '', '', fingerprint, steps)
+  redis.call('SET', KEYS[1], kind .. token .. rest, 'PX', string.format('%.0f', retain))
 end
 if string.sub(v, flag, flag) == '1' then redis.pcall('PUBLISH', ARGV[4], '') end
 return 1`)
