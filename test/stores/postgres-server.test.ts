@@ -416,6 +416,7 @@ t.test("tables do not know of each other's keys", async (t) => {
 const CALLS: [name: string, call: (store: PostgresStore, key: string) => Promise<unknown>][] = [
   ['acquire', (store, key) => store.acquire(key, claim())],
   ['renew', (store, key) => store.renew(key, 'token', LONG)],
+  ['step', (store, key) => store.step(key, 'token', ['a', 'b'])],
   ['complete', (store, key) => store.complete(key, 'token', reply(), LONG)],
   ['release', (store, key) => store.release(key, 'token')],
   ['get', (store, key) => store.get(key)],
@@ -470,6 +471,7 @@ for (const [name, prepare] of Object.entries(STATES)) {
 
 for (const [name, step] of [
   ['renewing', (store, key, token) => store.renew(key, token, LONG)],
+  ['keeping a step of', (store, key, token) => store.step(key, token, ['a', 'b'])],
   ['completing', (store, key, token) => store.complete(key, token, reply(), LONG)],
   ['leaving a tombstone on', (store, key, token) => store.complete(key, token, tombstone('too-large'), null)],
   ['releasing', (store, key, token) => store.release(key, token)],
@@ -553,6 +555,7 @@ for (const [name, prepare] of Object.entries(STATES)) {
       t.strictSame(await stored(), before, what)
     }
     t.equal(await store.renew(key, 'another', LONG), false)
+    t.equal(await store.step(key, 'another', ['a', 'b']), false)
     t.equal(await store.complete(key, 'another', reply(), LONG), false)
     t.equal(await store.release(key, 'another'), false)
     t.strictSame(await stored(), before, 'nor does whoever does not own it')
@@ -1285,6 +1288,33 @@ for (const [what, changes] of [
   })
 }
 
+for (const [what, steps] of [
+  ['no text of ours', 'x'],
+  ['no JSON', 'x\n'],
+  ['an object', '{}\n'],
+  ['a name alone', '["a"]\n'],
+  ['three of something', '["a","b","c"]\n'],
+  ['a result that is no text', '["a",{}]\n'],
+  ['one that is not whole', '["a","b"]\n["c","d'],
+  ['an empty line', '["a","b"]\n\n']
+] as const) {
+  t.test(`a claim whose steps are ${what} is an error, never a wrong step`, async (t) => {
+    const { store, table, rows } = await open(t)
+    for (const bring of [take, lapsed]) {
+      const key = newKey()
+      const token = await bring(store, key)
+      await rows(`UPDATE "${table}" SET steps = $2 WHERE key = $1`, [key, steps])
+      const error = { isFree: false, message: UNDECODABLE }
+      await t.rejects(store.get(key), error)
+      await t.rejects(store.acquire(key, claim()), error)
+      await t.rejects(store.begin(key, wish()), error)
+      await t.rejects(store.acquire(key, claim({ token })), error, 'also of its own token')
+      t.equal(await store.complete(key, token, reply(), LONG), true, 'the owner can complete it')
+      same(t, await store.acquire(key, claim()), reply())
+    }
+  })
+}
+
 for (const state of ['paused', 'RUNNING', 'acquired', 'locked', 'unknown', '']) {
   for (const [what, bring] of Object.entries({ running: take, abandoned: lapsed, completed: finish })) {
     t.test(`a ${what} row whose state became "${state}" is an error, whoever asks, and is left as it is`, async (t) => {
@@ -1618,6 +1648,71 @@ t.test('a transaction that was rolled back leaves no trace', async (t) => {
     t.match(found, { state: 'acquired', attempt: 1 })
     await held(found).rollback()
   }
+})
+
+t.test(
+  'an operation without steps has none in its row, and one with them has a line for each until it is completed',
+  async (t) => {
+    const { store, second, row } = await open(t)
+    const key = newKey()
+    const token = await take(store, key)
+    t.equal((await row(key))?.steps, null)
+    await store.step(key, token, ['a"\0', 'first\n'])
+    await second.step(key, token, ['b', '\ud800'])
+    await second.step(key, token, ['b', 'again'])
+    t.equal((await row(key))?.steps, '["a\\"\\u0000","first\\n"]\n["b","\\ud800"]\n')
+    const steps = [
+      ['a"\0', 'first\n'],
+      ['b', '\ud800']
+    ]
+    t.match(await store.acquire(key, claim()), { state: 'running', steps })
+    await store.complete(key, token, reply(), LONG)
+    t.equal((await row(key))?.steps, null)
+  }
+)
+
+t.test('a step that was committed while a takeover waited for the row is in its answer', async (t) => {
+  const { store, second, table, operator } = await open(t)
+  const key = newKey()
+  const token = await lapsed(store, key)
+  const client = await operator.connect()
+  t.teardown(() => client.release(true))
+  await client.query('BEGIN')
+  await client.query(`UPDATE "${table}" SET steps = '["charge","paid"]' || E'\\n' WHERE key = $1`, [key])
+  const takeover = second.acquire(key, claim({ takeover: true }))
+  const isWaiting = async () =>
+    (
+      await operator.query("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1", [
+        `%${table}%`
+      ])
+    ).rowCount
+  await until(isWaiting, { message: 'the takeover to wait for the row' })
+  await client.query('COMMIT')
+  t.strictSame(await takeover, { state: 'acquired', attempt: 2, steps: [['charge', 'paid']] })
+  t.equal(await store.step(key, token, ['late', '']), false)
+})
+
+t.test('a transaction that takes over leaves the steps until it is committed', async (t) => {
+  const { store, second, row } = await open(t)
+  const key = newKey()
+  const token = await take(store, key)
+  await store.step(key, token, ['a', 'b'])
+  await store.release(key, token)
+  const steps = [['a', 'b']]
+  t.strictSame(await second.begin(key, wish()), {
+    state: 'abandoned',
+    fingerprint: 'fingerprint',
+    attempt: 1,
+    ended: true,
+    steps
+  })
+  const undone = await second.begin(key, wish({ takeover: true }))
+  t.match(undone, { state: 'acquired', attempt: 2 })
+  await held(undone).rollback()
+  t.match(await store.get(key), { state: 'abandoned', attempt: 1, ended: true, steps })
+  await (await hold(second, key, { takeover: true })).complete(reply(), LONG)
+  t.equal((await row(key))?.steps, null)
+  same(t, await store.acquire(key, claim()), reply())
 })
 
 t.test('what is written in a transaction and its record appear together', async (t) => {

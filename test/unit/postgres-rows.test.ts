@@ -6,9 +6,11 @@ import {
   type FoundRow,
   messageOf,
   recordValues,
+  stepValues,
   toKey,
   toText
 } from '../../lib/stores/postgres/rows.js'
+import type { StoredStep } from '../../types/index.js'
 import { reply, tombstone } from '../support/store-fixtures.js'
 
 const UNDECODABLE = { message: 'A stored idempotency record could not be decoded' }
@@ -25,6 +27,7 @@ const row = (members: Partial<FoundRow>): FoundRow => ({
   body: Buffer.from([0, 0xff]).toString('base64'),
   body_is_text: 'f',
   tombstone: null,
+  steps: null,
   ...members
 })
 
@@ -119,6 +122,26 @@ t.test('what a claim has found', async (t) => {
     attempt: 2
   })
   t.throws(() => acquisitionOf(row({ found: 'unknown' }), 7), UNDECODABLE)
+})
+
+t.test('steps come back to the letter, in whatever state their claim is, and a record has none', async (t) => {
+  const steps: StoredStep[] = [
+    ['', ''],
+    ['"\\\n\0', '["a","b"]\n'],
+    ['\ud800', 'é🔑']
+  ]
+  const lines = steps.map((step) => stepValues(step)[1]).join('')
+  for (const [start, line] of steps.map(stepValues)) {
+    t.ok(line.startsWith(start) && line.endsWith('\n'))
+    t.equal(`\n${lines}`.split(`\n${start}`).length, 2, 'no other step begins like it')
+  }
+  for (const found of ['acquired', 'running', 'abandoned', 'ended'] as const) {
+    t.strictSame((acquisitionOf(row({ found, steps: lines }), 7) as { steps?: unknown }).steps, steps)
+    t.notOk('steps' in acquisitionOf(row({ found }), 7))
+  }
+  for (const damaged of ['x', 'x\n', '\n', '[]\n', '["a"]\n', '["a",1]\n', '["a","b"]', `${lines}\n`]) {
+    t.throws(() => acquisitionOf(row({ found: 'running', steps: damaged }), 7), UNDECODABLE, damaged)
+  }
 })
 
 t.test('a stored reply comes back as it was', async (t) => {

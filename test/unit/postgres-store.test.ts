@@ -115,9 +115,9 @@ t.test('a pool whose connections break does not end the process, and gets one li
 t.test('each step is one statement with its values, read as text', async (t) => {
   const { pool, store } = open()
   const long = 'l'.repeat(600)
-  const { acquire, renew, complete, release, watch, get, remove, createTable } = sql
+  const { acquire, renew, complete, step, release, watch, get, remove, createTable } = sql
   const yes = [{}]
-  pool.answers.push([ACQUIRED], yes, yes, yes, [], [{ existed: 't' }], [])
+  pool.answers.push([ACQUIRED], yes, yes, yes, yes, [], [{ existed: 't' }], [])
   t.strictSame(
     await store.acquire(long, claim({ token: 't\0', fingerprint: 'f\\', leaseMs: 5, retainMs: 6, takeover: true })),
     {
@@ -127,6 +127,7 @@ t.test('each step is one statement with its values, read as text', async (t) => 
   )
   t.equal(await store.renew('k', 't', 5), true)
   t.equal(await store.complete('k', 't', reply({ headers: [], body: Buffer.from('b'), fingerprint: 'f' }), null), true)
+  t.equal(await store.step('k', 't\0', ['"a"', '\0\n']), true)
   t.equal(await store.release('k', 't'), true)
   t.equal(await store.get('k'), null)
   t.equal(await store.delete('k'), true)
@@ -139,6 +140,7 @@ t.test('each step is one statement with its values, read as text', async (t) => 
       values: ['k', 't', 'f', 1_700_000_000_000, 201, '[]', Buffer.from('b'), true, null, null],
       types: AS_TEXT
     },
+    { text: step, values: ['k', 't\\0', '["\\"a\\"",', '["\\"a\\"","\\u0000\\n"]\n'], types: AS_TEXT },
     { text: release, values: ['k', 't', 60_000, false], types: AS_TEXT },
     { text: get, values: ['k'], types: AS_TEXT },
     { text: remove, values: ['k'], types: AS_TEXT },

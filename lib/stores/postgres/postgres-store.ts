@@ -4,6 +4,7 @@ import type {
   Claim,
   IdempotencyStore,
   StoredRecord,
+  StoredStep,
   TransactionAcquisition,
   TransactionClaim,
   TransactionClient
@@ -16,7 +17,7 @@ import { Sweeper } from '../sweeper.js'
 import { claimFailure, explain, isContention } from './errors.js'
 import { PostgresNotifications } from './notifications.js'
 import type { PostgresPool } from './pool.js'
-import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './rows.js'
+import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, stepValues, toKey, toText } from './rows.js'
 import { PostgresSql, SWEEP_ROWS } from './statements.js'
 import { PostgresTransaction } from './transaction.js'
 
@@ -133,6 +134,10 @@ export class PostgresStore implements IdempotencyStore {
 
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
     return this.#test(this.#sql.complete, [toKey(key), toText(token), ...recordValues(record), ttlMs])
+  }
+
+  async step(key: string, token: string, step: StoredStep): Promise<boolean> {
+    return this.#test(this.#sql.step, [toKey(key), toText(token), ...stepValues(step)])
   }
 
   release(key: string, token: string, unused = false): Promise<boolean> {

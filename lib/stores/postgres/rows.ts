@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto'
-import type { Acquisition, StoredHeader, StoredRecord } from '../../../types/index.js'
+import type { Acquisition, StoredHeader, StoredRecord, StoredStep } from '../../../types/index.js'
 import { UnreadableAnswer } from '../../errors.js'
 import { areHeaders, isReason, isStatus } from '../record-codec.js'
 
@@ -23,6 +23,7 @@ export interface FoundRow {
   body: string | null
   body_is_text: string | null
   tombstone: string | null
+  steps: string | null
 }
 
 /** Text as PostgreSQL takes it: it has no NUL, and no lone surrogates. */
@@ -63,22 +64,27 @@ export function recordValues(record: StoredRecord): unknown[] {
   return [...common, record.statusCode, JSON.stringify(headers), Buffer.from(record.body), record.text, null]
 }
 
+/** A step: how it begins, up to its result, which no other step does, and all of it. JSON has no newlines of its own, and no NUL. */
+export function stepValues([name, result]: StoredStep): [start: string, step: string] {
+  return [`[${JSON.stringify(name)},`, `${JSON.stringify([name, result])}\n`]
+}
+
 /** @throws when the row is not one of ours. */
 export function acquisitionOf(row: FoundRow, leaseMs: number): Acquisition {
   const fingerprint = fromText(row.fingerprint ?? '')
   const attempt = Number(row.attempt)
   switch (row.found) {
     case 'acquired':
-      return { state: 'acquired', attempt }
+      return { state: 'acquired', attempt, ...stepsOf(row) }
     case 'locked':
       // Nobody sees into a transaction: what it looks like is not known, nor how long it will take.
       return { state: 'running', fingerprint: '', leaseMs }
     case 'running':
-      return { state: 'running', fingerprint, leaseMs: Math.max(0, Math.ceil(Number(row.left_ms))) }
+      return { state: 'running', fingerprint, leaseMs: Math.max(0, Math.ceil(Number(row.left_ms))), ...stepsOf(row) }
     case 'abandoned':
-      return { state: 'abandoned', fingerprint, attempt }
+      return { state: 'abandoned', fingerprint, attempt, ...stepsOf(row) }
     case 'ended':
-      return { state: 'abandoned', fingerprint, attempt, ended: true }
+      return { state: 'abandoned', fingerprint, attempt, ended: true, ...stepsOf(row) }
     case 'completed': {
       const ttlMs = row.left_ms === null ? null : Math.max(0, Math.ceil(Number(row.left_ms)))
       return { state: 'completed', record: recordOf(row, fingerprint), ttlMs }
@@ -86,6 +92,19 @@ export function acquisitionOf(row: FoundRow, leaseMs: number): Acquisition {
     default:
       throw undecodable()
   }
+}
+
+/** What an answer says of steps: nothing where there are none. */
+function stepsOf({ steps: lines }: FoundRow): { steps?: StoredStep[] } {
+  if (!lines) return {}
+  if (!lines.endsWith('\n')) throw undecodable()
+  return { steps: lines.slice(0, -1).split('\n').map(stepOf) }
+}
+
+function stepOf(json: string): StoredStep {
+  const step = parsed(json)
+  if (!Array.isArray(step) || step.length !== 2 || !step.every((text) => typeof text === 'string')) throw undecodable()
+  return step as unknown as StoredStep
 }
 
 function recordOf(row: FoundRow, fingerprint: string): StoredRecord {
@@ -109,14 +128,17 @@ function recordOf(row: FoundRow, fingerprint: string): StoredRecord {
 }
 
 function headersOf(json: string | null): StoredHeader[] {
-  let headers: unknown
+  const headers = parsed(json ?? '')
+  if (!areHeaders(headers)) throw undecodable()
+  return headers.map(([name, value]) => [fromText(name), Array.isArray(value) ? value.map(fromText) : fromText(value)])
+}
+
+function parsed(json: string): unknown {
   try {
-    headers = JSON.parse(json ?? '')
+    return JSON.parse(json)
   } catch {
     throw undecodable()
   }
-  if (!areHeaders(headers)) throw undecodable()
-  return headers.map(([name, value]) => [fromText(name), Array.isArray(value) ? value.map(fromText) : fromText(value)])
 }
 
 function undecodable(): Error {

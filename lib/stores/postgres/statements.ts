@@ -11,6 +11,10 @@
  *   completed  a record: either status_code, headers, body and body_is_text, or tombstone; kept until expires_at
  *   released   nobody's; remembers until expires_at who released it
  *
+ * The steps of what is running, ended or abandoned are in `steps`, each as the JSON array of its name and its result and a
+ * newline, which stands nowhere else in it; NULL where there are none. A column of the row, no table of its own: whoever takes
+ * over has waited for the row, and gets the steps as they are then, where a second table would be seen as it was before.
+ *
  * A row whose expires_at has passed is as good as none; one in any other state is not ours, and is left as it is. A claim inside an open transaction is a row that nobody
  * else sees; an exclusive advisory lock on the key, held by the transaction, says that it is there, and lets others
  * see so without waiting. Whoever claims without a transaction takes the same lock shared, for one statement.
@@ -44,10 +48,11 @@ const FOUND = `
   attempt, fingerprint,
   CASE WHEN state = 'running' THEN ${left('lease_end')} WHEN expires_at < 'infinity' THEN ${left('expires_at')} END
     AS left_ms,
-  created_at, status_code, headers::text AS headers, encode(body, 'base64') AS body, body_is_text, tombstone`
+  created_at, status_code, headers::text AS headers, encode(body, 'base64') AS body, body_is_text, tombstone, steps`
 
-/** The same columns where there is no row to read. */
-const NOTHING_MORE = 'NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL'
+/** The columns behind `attempt` where there is no row to read, and no steps. */
+const NO_RECORD = 'NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL'
+const NOTHING_MORE = `${NO_RECORD}, NULL`
 
 /** What a claim brings, as parameters or as literals. */
 export interface ClaimValues {
@@ -85,6 +90,8 @@ export class PostgresSql {
   readonly complete: string
   /** The same for a claim of the very transaction that it runs in, which cannot have expired. */
   readonly completeInTransaction: string
+  /** $1 key, $2 token, $3 how the step begins, up to its result, $4 the step. A row: yes. */
+  readonly step: string
   /** $1 key, $2 token, $3 how long to remember a release, $4 whether its handler never ran. A row: yes. */
   readonly release: string
   /** $1 key. */
@@ -133,7 +140,8 @@ export class PostgresSql {
   headers      jsonb,
   body         bytea,
   body_is_text boolean,
-  tombstone    text
+  tombstone    text,
+  steps        text COLLATE "C"
 );
 CREATE INDEX IF NOT EXISTS "${name}_expires_at" ON ${table} (expires_at);`
 
@@ -156,23 +164,31 @@ WHERE ${mine} AND state = 'running'
 RETURNING true`
 
     const record = `state = 'completed', fingerprint = $3::text, created_at = $4::numeric, status_code = $5::int, headers = $6::jsonb, body = $7::bytea,
-    body_is_text = $8::boolean, tombstone = $9::text,
+    body_is_text = $8::boolean, tombstone = $9::text, steps = NULL,
     expires_at = coalesce(${after('$10::float8')}, 'infinity')`
     this.complete = this.#finish("state = 'completed'", mine, record)
     // A row's xmin is the transaction that has written it, in 32 bits.
     const written = "key = $1::text AND token = $2::text AND xmin::text = (txid_current() & x'ffffffff'::bigint)::text"
     this.completeInTransaction = this.#finish("state = 'completed'", written, record)
 
+    // Looked for and added in one statement: another one may add the same at this moment, and waits for the row.
+    this.step = `
+UPDATE ${table} SET
+  steps = CASE WHEN strpos(E'\\n' || steps, E'\\n' || $3::text) > 0 THEN steps ELSE coalesce(steps, '') || $4::text END
+WHERE ${mine} AND state = 'running'
+RETURNING true`
+
     // A first attempt has found nothing. Any lease_end will do that is over on every clock.
     const unused = '$4::boolean AND found_state IS NOT NULL'
+    const isNothing = 'found_state IS NULL AND steps IS NULL'
     this.release = this.#finish(
       "state IN ('released', 'ended', 'abandoned')",
       mine,
-      `state = CASE WHEN found_state IS NULL THEN 'released' WHEN $4::boolean THEN found_state ELSE 'ended' END,
+      `state = CASE WHEN ${isNothing} THEN 'released' WHEN ${unused} THEN found_state ELSE 'ended' END,
     attempt = CASE WHEN ${unused} THEN attempt - 1 ELSE attempt END,
     fingerprint = CASE WHEN ${unused} THEN found_fingerprint ELSE fingerprint END,
     lease_end = '-infinity', found_state = NULL, found_fingerprint = NULL,
-    expires_at = ${after('CASE WHEN found_state IS NULL THEN $3::float8 ELSE retain_ms END')}`
+    expires_at = ${after(`CASE WHEN ${isNothing} THEN $3::float8 ELSE retain_ms END`)}`
     )
 
     this.get = `
@@ -269,17 +285,18 @@ WITH held AS MATERIALIZED (
     attempt = CASE WHEN ${isNew} THEN 1 WHEN ${isOurs} THEN old.attempt ELSE old.attempt + 1 END,
     found_state = ${found('found_state', "CASE old.state WHEN 'ended' THEN 'ended' ELSE 'abandoned' END")},
     found_fingerprint = ${found('found_fingerprint', 'old.fingerprint')},
+    steps = CASE WHEN ${isNew} THEN NULL ELSE old.steps END,
     state = 'running', waiting = old.waiting AND old.state = 'running',
     lease_end = EXCLUDED.lease_end, retain_ms = EXCLUDED.retain_ms, expires_at = EXCLUDED.expires_at,
     created_at = NULL, status_code = NULL, headers = NULL, body = NULL, body_is_text = NULL, tombstone = NULL
   WHERE old.state = 'released' OR old.expires_at <= clock_timestamp() OR (
     old.${claimed} AND (${isOurs} OR (${takeover} AND old.lease_end <= clock_timestamp()))
   )
-  RETURNING old.attempt
+  RETURNING old.attempt, old.steps
 )
 SELECT ${FOUND} FROM held WHERE NOT EXISTS (SELECT FROM chance)
 UNION ALL
-SELECT 'acquired', attempt, ${NOTHING_MORE} FROM taken
+SELECT 'acquired', attempt, ${NO_RECORD}, steps FROM taken
 UNION ALL
 SELECT 'locked', NULL, ${NOTHING_MORE} FROM chance WHERE NOT chance.taken`
   }

@@ -78,7 +78,8 @@ export class PostgresTransaction implements ClaimTransaction {
       const found = acquisitionOf(await this.#claim(claim), claim.leaseMs)
       if (found.state === 'acquired') {
         this.#wake = claim.wake
-        return { ...found, transaction: this }
+        // Without steps: there are none in a transaction, which undoes them with all else.
+        return { state: 'acquired', attempt: found.attempt, transaction: this }
       }
       void this.rollback()
       return found
