@@ -8,6 +8,7 @@ import {
   PostgresStore,
   RedisStore,
   type StoredRecord,
+  type StoredStep,
   type TransactionAcquisition,
   type TransactionClaim
 } from '../../index.js'
@@ -81,12 +82,12 @@ conforms(t, 'an EncryptedStore in front of a PostgresStore keeps every promise o
 })
 
 t.test('an EncryptedStore has what the store behind it has, and nothing else', async (t) => {
-  const names = ['changed', 'get', 'delete', 'begin', 'close'] as const
+  const names = ['step', 'changed', 'get', 'delete', 'begin', 'close'] as const
   const has = (store: IdempotencyStore) => names.filter((name) => store[name] !== undefined)
   const whole = new MemoryStore()
   const least = { acquire: whole.acquire, renew: whole.renew, complete: whole.complete, release: whole.release }
   t.same(has(new EncryptedStore(least, { keys })), [])
-  t.same(has(new EncryptedStore(whole, { keys })), ['changed', 'get', 'delete', 'close'])
+  t.same(has(new EncryptedStore(whole, { keys })), ['step', 'changed', 'get', 'delete', 'close'])
   t.same(has(new EncryptedStore(new PostgresStore({ pool }), { keys })), [...names])
 })
 
@@ -173,7 +174,57 @@ t.test('nothing of a reply, and no fingerprint, is in the table of PostgreSQL in
   }
 })
 
+t.test('the results of steps do not reach the store behind, and their names do', async (t) => {
+  const inner = new MemoryStore()
+  const store = new EncryptedStore(inner, { keys })
+  const [key, mine] = [newKey(), claim()]
+  await store.acquire(key, mine)
+  t.equal(await store.step?.(key, mine.token, ['charge', '{"card":"4242"}']), true)
+  t.equal(await store.step?.(key, mine.token, ['again', '{"card":"4242"}']), true)
+  const { steps = [] } = (await inner.get(key)) as { steps?: StoredStep[] }
+  t.strictSame(
+    steps.map(([name]) => name),
+    ['charge', 'again']
+  )
+  for (const [, sealed] of steps) t.match(sealed, /^[\w-]{80,}$/)
+  t.equal(new Set(steps.map(([, sealed]) => sealed)).size, 2, 'none is like another')
+  await inner.release(key, mine.token)
+  t.strictSame(await store.acquire(key, claim({ takeover: true })), {
+    state: 'acquired',
+    attempt: 2,
+    steps: [
+      ['charge', '{"card":"4242"}'],
+      ['again', '{"card":"4242"}']
+    ]
+  })
+})
+
 /* Integrity */
+
+t.test('the result of a step that is moved to another key, or to another step, is refused', async (t) => {
+  const inner = new MemoryStore()
+  const store = new EncryptedStore(inner, { keys })
+  const theirs = newKey()
+  const token = await take(store, theirs)
+  await store.step?.(theirs, token, ['charge', '"theirs"'])
+  const { steps = [] } = (await inner.get(theirs)) as { steps?: StoredStep[] }
+  const [[, sealed]] = steps as [StoredStep]
+  for (const [key, step] of [
+    [newKey(), ['charge', sealed]],
+    [newKey(), ['charge', '"in the clear"']],
+    [theirs, ['refund', sealed]]
+  ] as const) {
+    const owner = key === theirs ? token : await take(store, key)
+    t.equal(await inner.step(key, owner, step), true)
+    for (const ask of [
+      () => store.get?.(key),
+      () => store.acquire(key, claim()),
+      () => store.acquire(key, claim({ token: owner }))
+    ]) {
+      await t.rejects(async () => ask(), { isFree: false, message: /belongs to another key|not encrypted/ })
+    }
+  }
+})
 
 t.test('a record that is moved to another key is refused', async (t) => {
   const inner = new MemoryStore()

@@ -53,6 +53,12 @@ t.test('a reply that was stored by the first version can be read', async (t) => 
   })
 })
 
+t.test('a step that was stored by the first version can be read', async (t) => {
+  const sealed = 'AXg1rC-bcPVfuqsUTulqHVz-eURV6gUIYZcGwjXvM2HHQkuFsmp61hHT96RHhjcUNK-cQFAKPJWnzsoZBFryjdGGs3Y'
+  const found = { state: 'acquired', attempt: 2, steps: [['charge', sealed]] } as const
+  t.strictSame(await opened(found), { ...found, steps: [['charge', '{"id":"zwölf"}']] })
+})
+
 t.test('a claim in a transaction of another process shows nothing that could be decrypted', async (t) => {
   const found: Acquisition = { state: 'running', fingerprint: '', leaseMs: 5 }
   t.strictSame(await opened(found), found)

@@ -247,6 +247,21 @@ t.test('who looks at a key sees what the store says', async (t) => {
   t.equal(await cache.get?.(key), null)
 })
 
+t.test('steps go on to the store, and come from there', async (t) => {
+  const store = new Counted()
+  const cache = new LocalCache(store)
+  const key = newKey()
+  const mine = claim()
+  await cache.acquire(key, mine)
+  t.equal(await cache.step?.(key, mine.token, ['a', 'b']), true)
+  t.equal(await cache.step?.(key, 'another', ['c', 'd']), false)
+  t.strictSame(await cache.acquire(key, mine), { state: 'acquired', attempt: 1, steps: [['a', 'b']] })
+  t.match(await cache.acquire(key, claim()), { state: 'running', steps: [['a', 'b']] })
+  await store.delete(key)
+  t.strictSame(await cache.acquire(key, mine), { state: 'acquired', attempt: 1 }, 'none are kept here')
+  t.equal(store.asked.length, 4)
+})
+
 t.test('a renewal, the end of a claim, who waits for it, and the end of the store go on to the store', async (t) => {
   const store = new MemoryStore()
   let closed = 0
@@ -303,7 +318,7 @@ t.test(
 t.test('what a store lacks, a LocalCache in front of it lacks as well', async (t) => {
   const { acquire, renew, complete, release } = new MemoryStore()
   const cache = new LocalCache({ acquire, renew, complete, release })
-  t.strictSame([cache.changed, cache.get, cache.delete, cache.begin, cache.close], Array(5).fill(undefined))
+  t.strictSame([cache.step, cache.changed, cache.get, cache.delete, cache.begin, cache.close], Array(6).fill(undefined))
 })
 
 t.test('bad options are named', async (t) => {

@@ -6,6 +6,7 @@ import type {
   ClaimTransaction,
   IdempotencyStore,
   StoredRecord,
+  StoredStep,
   TransactionAcquisition,
   TransactionClaim,
   TransactionClient,
@@ -37,14 +38,16 @@ const OUTSIDE = { kind: 'reply', createdAt: 0, statusCode: 200, headers: [], tex
 
 /**
  * Encrypts what another store keeps: records, be they replies with their status, headers and bodies or tombstones with their
- * reasons, the times of both, and the fingerprints of requests, which are hashes of payloads that one might guess. Each is bound to its key: moved to another one, or changed in any
- * bit, it cannot be decrypted, which is an error of the store, and never a reply.
+ * reasons, the times of both, the results of steps, and the fingerprints of requests, which are hashes of payloads that one
+ * might guess. Each is bound to its key, and a result to the name of its step: moved to another one, or changed in any bit, it
+ * cannot be decrypted, which is an error of the store, and never a reply.
  *
- * In the clear stay: storage keys (hashes), tokens, leases and ttls, sizes, and whether there is a claim or a record. What is
- * too large for the other store is a tombstone there.
+ * In the clear stay: storage keys (hashes), tokens, the names of steps, leases and ttls, sizes, and whether there is a claim or
+ * a record. What is too large for the other store is a tombstone there.
  */
 export class EncryptedStore implements IdempotencyStore {
   // What a store need not have, this one has where the other has it.
+  readonly step?: NonNullable<IdempotencyStore['step']>
   readonly changed?: NonNullable<IdempotencyStore['changed']>
   readonly get?: NonNullable<IdempotencyStore['get']>
   readonly delete?: NonNullable<IdempotencyStore['delete']>
@@ -62,7 +65,8 @@ export class EncryptedStore implements IdempotencyStore {
     this.#store = store
     isInFrontOf(this, store)
     this.#records = new Records(new Keyring(secretsOf(keys)))
-    const { changed, get, delete: forget, begin, close } = store
+    const { step, changed, get, delete: forget, begin, close } = store
+    if (step) this.step = async (key, token, done) => step.call(store, key, token, this.#records.sealedStep(key, done))
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)
     if (get) this.get = async (key) => this.#records.open(key, await get.call(store, key))
     if (forget) this.delete = (key) => forget.call(store, key)
@@ -147,6 +151,10 @@ class Records {
     return { ...claim, fingerprint: this.#sealFingerprint(key, claim.fingerprint) }
   }
 
+  sealedStep(key: string, [name, result]: StoredStep): StoredStep {
+    return [name, this.#keyring.seal(Buffer.from(result), aboutStep(key, name)).toString('base64url')]
+  }
+
   seal(key: string, record: StoredRecord): StoredRecord {
     // The record has both as well; these are for stores that make a tombstone of what is too large for them.
     const base = JSON.stringify([record.fingerprint, record.createdAt])
@@ -159,17 +167,32 @@ class Records {
   open(key: string, found: Acquisition | null): Acquisition | null
   open(key: string, found: Acquisition | null): Acquisition | null {
     switch (found?.state) {
+      case 'acquired':
+        return { ...found, ...this.#openSteps(key, found.steps) }
       case 'running':
         // A claim that a transaction holds can be seen by nobody: what it looks like is not known.
         if (found.fingerprint === '') return found
-        return { ...found, fingerprint: this.#openFingerprint(key, found.fingerprint) }
+        return { ...found, ...this.#openClaim(key, found) }
       case 'abandoned':
-        return { ...found, fingerprint: this.#openFingerprint(key, found.fingerprint) }
+        return { ...found, ...this.#openClaim(key, found) }
       case 'completed':
         return { ...found, record: this.#open(key, found.record) }
       default:
         return found
     }
+  }
+
+  #openClaim(key: string, { fingerprint, steps }: { fingerprint: string; steps?: readonly StoredStep[] }) {
+    return { fingerprint: this.#openFingerprint(key, fingerprint), ...this.#openSteps(key, steps) }
+  }
+
+  #openSteps(key: string, steps?: readonly StoredStep[]): { steps?: StoredStep[] } {
+    if (steps === undefined) return {}
+    const open = ([name, sealed]: StoredStep): StoredStep => [
+      name,
+      this.#keyring.open(Buffer.from(sealed, 'base64url'), aboutStep(key, name)).toString()
+    ]
+    return { steps: steps.map(open) }
   }
 
   #open(key: string, record: StoredRecord): StoredRecord {
@@ -203,6 +226,10 @@ class Records {
 
 function aboutFingerprint(key: string): string {
   return JSON.stringify(['fingerprint', key])
+}
+
+function aboutStep(key: string, name: string): string {
+  return JSON.stringify(['step', key, name])
 }
 
 function aboutBase(key: string): string {

@@ -64,6 +64,7 @@ type Completed = Extract<Acquisition, { state: 'completed' }>
  */
 export class LocalCache implements IdempotencyStore {
   // What a store need not have, this one has where the other has it.
+  readonly step?: NonNullable<IdempotencyStore['step']>
   readonly changed?: NonNullable<IdempotencyStore['changed']>
   readonly get?: NonNullable<IdempotencyStore['get']>
   readonly delete?: NonNullable<IdempotencyStore['delete']>
@@ -90,7 +91,8 @@ export class LocalCache implements IdempotencyStore {
     this.#maxEntries = maxEntries ?? 10_000
     this.#maxBytes = maxBytes ?? 33_554_432
     this.#maxAge = maxAge ?? 10_000
-    const { changed, get, delete: forget, begin, close } = store
+    const { step, changed, get, delete: forget, begin, close } = store
+    if (step) this.step = (key, token, done) => step.call(store, key, token, done)
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)
     // Who looks, an operator for instance, wants to see what is there.
     if (get) this.get = (key) => get.call(store, key)
