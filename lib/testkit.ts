@@ -8,6 +8,7 @@ import { ownership } from './testkit/ownership.js'
 import { races } from './testkit/races.js'
 import { records } from './testkit/records.js'
 import { releases } from './testkit/releases.js'
+import { steps } from './testkit/steps.js'
 import { text } from './testkit/text.js'
 import type { ConformanceCase, ConformanceOptions, ConformanceTopic, StoreFactory } from './testkit/types.js'
 import { wakeUps } from './testkit/wake-ups.js'
@@ -24,6 +25,7 @@ const topics: Record<ConformanceTopic, readonly Case[]> = {
   claims,
   ownership,
   releases,
+  steps,
   races,
   lifetimes,
   records,

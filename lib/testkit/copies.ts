@@ -1,10 +1,12 @@
-import type { Acquisition, IdempotencyStore, StoredRecord } from '../../types/index.js'
+import type { Acquisition, IdempotencyStore, StoredRecord, StoredStep } from '../../types/index.js'
 import {
   abandoned,
   answers,
   claim,
   equal,
+  FRESH,
   finish,
+  hasSteps,
   LONG,
   lapsed,
   newKey,
@@ -125,6 +127,39 @@ export const copies = [
       answers(found, { state: 'running', fingerprint: 'mine' })
       Object.assign(held, { attempt: 7 })
       Object.assign(found, { state: 'abandoned', fingerprint: 'spoilt', leaseMs: 0, attempt: 7 })
+    }
+  }),
+
+  caseWith('step', 'what is done to a step after it was stored does not change it', async ({ store, second }) => {
+    const key = newKey()
+    const mine = claim()
+    answers(await store.acquire(key, mine), FRESH)
+    for (const client of [store, second]) {
+      const step: [string, string] = [client === store ? 'first' : 'second', 'done']
+      const kept = client.step(key, mine.token, step)
+      step.fill('spoilt')
+      equal(await kept, true, 'step')
+    }
+    const steps: StoredStep[] = [['first', 'done']]
+    if (second !== store) steps.push(['second', 'done'])
+    for (const client of [store, second]) hasSteps(await client.acquire(key, mine), steps)
+  }),
+
+  caseWith('step', 'what is done to the steps of an answer does not change them', async ({ store, second }) => {
+    const key = newKey()
+    const mine = claim()
+    answers(await store.acquire(key, mine), FRESH)
+    for (const name of ['first', 'second']) equal(await store.step(key, mine.token, [name, 'done']), true, 'step')
+    for (const client of [store, second, store, second]) {
+      for (const asked of [mine, claim()]) {
+        const found = (await client.acquire(key, asked)) as { steps?: [string, string][] }
+        hasSteps(found as Acquisition, [
+          ['first', 'done'],
+          ['second', 'done']
+        ])
+        found.steps?.[0]?.fill('spoilt')
+        found.steps?.push(['spoilt', 'spoilt'])
+      }
     }
   })
 ]

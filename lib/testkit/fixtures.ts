@@ -2,7 +2,15 @@ import { AssertionError } from 'node:assert'
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { isDeepStrictEqual } from 'node:util'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply, Tombstone } from '../../types/index.js'
+import type {
+  Acquisition,
+  Claim,
+  IdempotencyStore,
+  StoredRecord,
+  StoredReply,
+  StoredStep,
+  Tombstone
+} from '../../types/index.js'
 import { Rejection, shown, within } from './harness.js'
 
 /** Longer than any case: what has this lease does not lapse. */
@@ -118,6 +126,13 @@ export function replays(found: Acquisition | null, record: StoredRecord, what = 
   }
 }
 
+/** What a key gives has these steps, or none. */
+export function hasSteps(found: Acquisition | null, expected: readonly StoredStep[], what = 'the key'): void {
+  const { steps } = found as { steps?: readonly StoredStep[] }
+  if (expected.length === 0) ok(steps === undefined, `${what} has ${shown(steps)}, where there are no steps`)
+  else if (!isDeepStrictEqual(steps, expected)) throw differing(`the steps of ${what}`, steps, expected)
+}
+
 /** What is left of a time, given when it began at the earliest. */
 export function left(ms: unknown, whole: number, since: number): void {
   const passed = performance.now() - since
@@ -177,10 +192,10 @@ export function later<T>(promise: Promise<T>): Promise<T> {
 }
 
 /** The answers to many calls at the same time, by both clients in turn. */
-export function parallel<T>(
+export function parallel<S extends IdempotencyStore, T>(
   count: number,
-  [store, second]: readonly [IdempotencyStore, IdempotencyStore],
-  call: (store: IdempotencyStore, n: number) => Promise<T>
+  [store, second]: readonly [S, S],
+  call: (store: S, n: number) => Promise<T>
 ): Promise<T[]> {
   return Promise.all(Array.from({ length: count }, (_, n) => call(n % 2 === 0 ? store : second, n)))
 }

@@ -28,21 +28,23 @@ export function conformanceCase(name: string, keep: Case['keep']): Case {
   return { name, keep }
 }
 
-type OptionalMethod = 'changed' | 'get' | 'delete' | 'close'
+type OptionalMethod = 'step' | 'changed' | 'get' | 'delete' | 'close'
 
-/** The same on clients that have one of the methods that a store need not have. */
+/** The same on clients that have some of the methods that a store need not have. */
 export type HarnessWith<M extends OptionalMethod> = Harness & {
   readonly [client in 'store' | 'second']: IdempotencyStore & Required<Pick<IdempotencyStore, M>>
 }
 
-/** A promise that is made with a method which a store need not have. */
+/** A promise that is made with methods which a store need not have. */
 export function caseWith<M extends OptionalMethod>(
-  method: M,
+  methods: M | readonly M[],
   name: string,
   keep: (harness: HarnessWith<M>) => Promise<void>
 ): Case {
   return conformanceCase(name, async (harness) => {
-    if (harness.store[method] !== undefined) await keep(harness as HarnessWith<M>)
+    if ([methods].flat().every((method) => harness.store[method as M] !== undefined)) {
+      await keep(harness as HarnessWith<M>)
+    }
   })
 }
 
@@ -127,7 +129,8 @@ function watched(store: IdempotencyStore, unanswered: string[], over: AbortSigna
     complete: (...args) => ask('complete', () => store.complete(...args), notBoolean),
     release: (...args) => ask('release', () => store.release(...args), notBoolean)
   }
-  const { changed, get, delete: forget, close } = store
+  const { step, changed, get, delete: forget, close } = store
+  if (step) watched.step = (...args) => ask('step', () => step.call(store, ...args), notBoolean)
   if (changed) watched.changed = (key, signal) => ask('changed', () => changed.call(store, key, signal), anything)
   if (get) watched.get = (key) => ask('get', () => get.call(store, key), faultOfLook)
   if (forget) watched.delete = (key) => ask('delete', () => forget.call(store, key), notBoolean)
@@ -150,11 +153,20 @@ const isText = (value: unknown) => typeof value === 'string'
 const isCount = (value: unknown) => Number.isSafeInteger(value) && (value as number) > 0
 const isDuration = (value: unknown) => Number.isFinite(value) && (value as number) >= 0
 const isRecord = (value: unknown) => typeof value === 'object' && value !== null
+// Left out where there are none, so that answers without steps are what they were.
+const areSteps = (value: unknown) =>
+  value === undefined || (Array.isArray(value) && value.length > 0 && value.every(isStep))
+const isStep = (value: unknown) => Array.isArray(value) && value.length === 2 && value.every(isText)
 
 const shapes: Record<Acquisition['state'], Record<string, (value: unknown) => boolean>> = {
-  acquired: { attempt: isCount },
-  running: { fingerprint: isText, leaseMs: isDuration },
-  abandoned: { fingerprint: isText, attempt: isCount, ended: (value) => value === undefined || value === true },
+  acquired: { attempt: isCount, steps: areSteps },
+  running: { fingerprint: isText, leaseMs: isDuration, steps: areSteps },
+  abandoned: {
+    fingerprint: isText,
+    attempt: isCount,
+    ended: (value) => value === undefined || value === true,
+    steps: areSteps
+  },
   completed: { record: isRecord, ttlMs: (value) => value === null || isDuration(value) }
 }
 

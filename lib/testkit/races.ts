@@ -1,15 +1,30 @@
-import type { IdempotencyStore } from '../../types/index.js'
-import { answers, claim, equal, FRESH, LONG, lapsed, newKey, ok, parallel, replays, reply, take } from './fixtures.js'
-import { conformanceCase, type Harness } from './harness.js'
+import { isDeepStrictEqual } from 'node:util'
+import type { Acquisition, IdempotencyStore, StoredStep } from '../../types/index.js'
+import {
+  answers,
+  claim,
+  equal,
+  FRESH,
+  hasSteps,
+  LONG,
+  lapsed,
+  newKey,
+  ok,
+  parallel,
+  replays,
+  reply,
+  take
+} from './fixtures.js'
+import { caseWith, conformanceCase, type Harness, shown } from './harness.js'
 
 // Two steps on one key at the same moment. One of them comes first, and what they answer has to agree on which.
 
 type AtOnce = <A, B>(first: () => Promise<A>, second: () => Promise<B>) => Promise<[A, B]>
 
 /** Some rounds, by one client or by two, with the one step or the other sent first. */
-async function rounds(
-  { store, second }: Harness,
-  race: (one: IdempotencyStore, other: IdempotencyStore, atOnce: AtOnce) => Promise<void>
+async function rounds<H extends Harness>(
+  { store, second }: H,
+  race: (one: H['store'], other: H['store'], atOnce: AtOnce) => Promise<void>
 ): Promise<void> {
   const asTold: AtOnce = (first, second) => Promise.all([first(), second()])
   const theOtherWay: AtOnce = async (first, second) => {
@@ -125,5 +140,49 @@ export const races = [
       equal(released, true, 'release by the owner')
       answers(await other.acquire(key, claim()), FRESH)
     })
+  ),
+
+  caseWith('step', 'of a step and a takeover at the same moment the heir has the step, or it is refused', (harness) =>
+    rounds(harness, async (one, other, atOnce) => {
+      const key = newKey()
+      const token = await lapsed(one, key)
+      const [kept, found] = await atOnce(
+        () => one.step(key, token, ['step', 'done']),
+        () => other.acquire(key, claim({ takeover: true }))
+      )
+      answers(found, { state: 'acquired', attempt: 2 })
+      hasSteps(found, kept ? [['step', 'done']] : [], `the takeover, after step was ${kept},`)
+    })
+  ),
+
+  caseWith('step', 'steps at the same moment all stay', (harness) =>
+    rounds(harness, async (one, other) => {
+      const key = newKey()
+      const token = await take(one, key)
+      const many = Array.from({ length: 6 }, (_, n): StoredStep => [`step ${n}`, `result ${n}`])
+      const kept = await parallel(many.length, [one, other], (client, n) => {
+        return client.step(key, token, many[n] as StoredStep)
+      })
+      ok(!kept.includes(false), `step was ${kept}`)
+      const stay = stepsOf(await other.acquire(key, claim({ token })))
+      const sorted = [...stay].sort(([a], [b]) => (a < b ? -1 : 1))
+      ok(isDeepStrictEqual(sorted, many), `${shown(stay)} stay of ${shown(many)}`)
+    })
+  ),
+
+  caseWith('step', 'of steps of one name at the same moment one stays', (harness) =>
+    rounds(harness, async (one, other) => {
+      const key = newKey()
+      const token = await take(one, key)
+      const kept = await parallel(4, [one, other], (client, n) => client.step(key, token, ['step', `${n}`]))
+      ok(!kept.includes(false), `step was ${kept}`)
+      const stay = stepsOf(await other.acquire(key, claim({ token })))
+      ok(stay.length === 1, `${shown(stay)} stay`)
+      hasSteps(await one.acquire(key, claim({ token })), stay)
+    })
   )
 ]
+
+function stepsOf(found: Acquisition): readonly StoredStep[] {
+  return (found as { steps?: readonly StoredStep[] }).steps ?? []
+}

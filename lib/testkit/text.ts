@@ -17,7 +17,7 @@ import { conformanceCase, type Harness } from './harness.js'
 
 // Keys, tokens and fingerprints are text. A store knows nothing of what it says, and loses nothing of it.
 
-const unusual = [
+export const unusual = [
   ' ',
   ':',
   '::',
@@ -47,7 +47,24 @@ const unusual = [
 ]
 
 /** What a store takes for the same that trims, folds or normalises. */
-const alike = ['b', 'B', ' b', 'b ', 'b\n', 'b\u0000', 'é', 'e\u0301', 'É', 'ß', 'ss', 'ﬁ', 'fi', '1', '01', '1.0']
+export const alike = [
+  'b',
+  'B',
+  ' b',
+  'b ',
+  'b\n',
+  'b\u0000',
+  'é',
+  'e\u0301',
+  'É',
+  'ß',
+  'ss',
+  'ﬁ',
+  'fi',
+  '1',
+  '01',
+  '1.0'
+]
 
 const long = ['j', 'k', 'kk'].map((end) => 'k'.repeat(20_000) + end)
 

@@ -40,6 +40,7 @@ export type ConformanceTopic =
   | 'claims'
   | 'ownership'
   | 'releases'
+  | 'steps'
   | 'races'
   | 'lifetimes'
   | 'records'

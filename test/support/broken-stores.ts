@@ -1,12 +1,12 @@
 import { EventEmitter } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { StoreUnderTest } from '../../lib/testkit.js'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply, StoredStep } from '../../types/index.js'
 import { type Found, ModelData, ModelStore, type Row } from './model-store.js'
 
 // Stores that are wrong in one thing each, as people have got it wrong.
 
-type Step = 'renew' | 'complete' | 'release'
+type Step = 'renew' | 'step' | 'complete' | 'release'
 type How = 'completed' | 'released' | 'deleted'
 
 type Model = new (data: ModelData) => ModelStore
@@ -29,6 +29,16 @@ function answering(change: (answer: Acquisition) => object): Model {
     override async get(key: string) {
       const found = await super.get(key)
       return found && (change(found) as Acquisition)
+    }
+  }
+}
+
+/** The model, with the steps of its answers changed. */
+function stepping(change: (steps: StoredStep[]) => StoredStep[]): Model {
+  return class extends ModelStore {
+    protected override stepsOf(row: Row) {
+      const { steps } = super.stepsOf(row)
+      return steps === undefined ? {} : { steps: change(steps) }
     }
   }
 }
@@ -130,7 +140,7 @@ function prolonging(then: (row: Row, now: number, leaseMs: number) => void): Mod
 /** The model, with something else remembered of what was given back. */
 function givingBack(then: (row: Row, now: number, before: Row) => void): Model {
   return class extends ModelStore {
-    protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
+    protected override giveBack(row: Row, found: Found | null, unused: boolean, now: number) {
       const before = { ...row }
       super.giveBack(row, found, unused, now)
       then(row, now, before)
@@ -259,13 +269,13 @@ const models: Record<string, Model> = {
     }
   },
   'forgets an interrupted attempt with the release of a later one': class extends ModelStore {
-    protected override giveBack(row: Row, _found: Found, _unused: boolean, now: number) {
+    protected override giveBack(row: Row, _found: Found | null, _unused: boolean, now: number) {
       Object.assign(row, { state: 'released', expires: now + 60_000 })
     }
   },
   'remembers the release of a first attempt': class extends ModelStore {
     protected override take(key: string, claim: Claim, attempt: number, now: number, found?: Found) {
-      return super.take(key, claim, attempt, now, found ?? { state: 'abandoned', fingerprint: '' })
+      return super.take(key, claim, attempt, now, found ?? { state: 'abandoned', fingerprint: '', steps: [] })
     }
   },
   'gives a claim back with its lease': givingBack((row, _now, { leaseEnd }) => {
@@ -308,8 +318,8 @@ const models: Record<string, Model> = {
     }
   },
   'keeps the fingerprint of a claim that was given back unused': class extends ModelStore {
-    protected override giveBack(row: Row, found: Found, unused: boolean, now: number) {
-      super.giveBack(row, { ...found, fingerprint: row.fingerprint }, unused, now)
+    protected override giveBack(row: Row, found: Found | null, unused: boolean, now: number) {
+      super.giveBack(row, found && { ...found, fingerprint: row.fingerprint }, unused, now)
     }
   },
   'leaves what was given back to its former owner': class extends ModelStore {
@@ -732,6 +742,248 @@ const models: Record<string, Model> = {
   'rejects what it is asked': class extends ModelStore {
     override async release(): Promise<boolean> {
       throw new Error('Not connected')
+    }
+  },
+  'asks nobody for a token to step': class extends ModelStore {
+    protected override owns(step: Step, row: Row, token: string, now: number) {
+      return step === 'step' || super.owns(step, row, token, now)
+    }
+  },
+  'keeps the steps of former owners': (() => {
+    // What takes over goes on with the list of before.
+    const formers = new WeakMap<StoredStep[], string[]>()
+    return class extends ModelStore {
+      protected override owns(step: Step, row: Row, token: string, now: number) {
+        const isFormer = step === 'step' && formers.get(row.steps)?.includes(token)
+        return isFormer || super.owns(step, row, token, now)
+      }
+      protected override found(row: Row) {
+        formers.set(row.steps, [...(formers.get(row.steps) ?? []), row.token])
+        return super.found(row)
+      }
+    }
+  })(),
+  'keeps no steps of a lapsed claim': class extends ModelStore {
+    protected override owns(step: Step, row: Row, token: string, now: number) {
+      return super.owns(step, row, token, now) && (step !== 'step' || row.leaseEnd > now)
+    }
+  },
+  'takes a step that it has refused for one that it keeps': class extends ModelStore {
+    override async step(key: string, token: string, step: StoredStep) {
+      const row = this.known(key, this.now())
+      if (row?.state === 'running' && row.token !== token) row.found ??= this.found(row)
+      return super.step(key, token, step)
+    }
+  },
+  'looks first and keeps a step later': class extends ModelStore {
+    override async step(key: string, token: string, [name, result]: StoredStep) {
+      const now = this.now()
+      const row = this.known(key, now)
+      await sleep(1)
+      if (row?.state !== 'running' || row.token !== token) return false
+      // As it was when it was looked at.
+      if (!this.has(row, name)) this.keep(row, [name, result], now)
+      return true
+    }
+  },
+  'reads steps first and writes them later': class extends ModelStore {
+    override async step(key: string, token: string, [name, result]: StoredStep) {
+      const before = [...(this.known(key, this.now())?.steps ?? [])]
+      await sleep(1)
+      const row = this.known(key, this.now())
+      if (row?.state === 'running' && row.token === token && !this.has(row, name)) row.steps = before
+      return super.step(key, token, [name, result])
+    }
+  },
+  'looks for a name first and keeps the step later': class extends ModelStore {
+    #isNew = false
+    override async step(key: string, token: string, [name, result]: StoredStep) {
+      const row = this.known(key, this.now())
+      const isNew = row !== undefined && !this.has(row, name)
+      await sleep(1)
+      this.#isNew = isNew
+      const kept = super.step(key, token, [name, result])
+      this.#isNew = false
+      return kept
+    }
+    protected override has(row: Row, name: string) {
+      return !this.#isNew && super.has(row, name)
+    }
+  },
+  'overwrites a result with a later one': class extends ModelStore {
+    protected override has({ steps }: Row, name: string) {
+      const at = steps.findIndex(([known]) => known === name)
+      if (at >= 0) steps.splice(at, 1)
+      return false
+    }
+  },
+  'says no to a step that there is already': class extends ModelStore {
+    protected override again(step: Step) {
+      return step !== 'step'
+    }
+  },
+  'knows a step again within its attempt only': (() => {
+    const attempts = new WeakMap<StoredStep, number>()
+    return class extends ModelStore {
+      protected override has({ steps, attempt }: Row, name: string) {
+        return steps.some((step) => step[0] === name && attempts.get(step) === attempt)
+      }
+      protected override keep(row: Row, step: StoredStep, now: number) {
+        super.keep(row, step, now)
+        attempts.set(row.steps.at(-1) as StoredStep, row.attempt)
+      }
+    }
+  })(),
+  'sorts steps by their names': stepping((steps) => steps.sort(([a], [b]) => (a < b ? -1 : 1))),
+  'folds the case of the names of steps': class extends ModelStore {
+    protected override has({ steps }: Row, name: string) {
+      return steps.some(([known]) => known.toLowerCase() === name.toLowerCase())
+    }
+  },
+  'ends results of steps at a NUL': stepping((steps) =>
+    steps.map(([name, result]) => [name, result.split('\0')[0] as string])
+  ),
+  'takes an empty result of a step for none': stepping((steps) => steps.filter(([, result]) => result !== '')),
+  'cuts results of steps at 65,535 characters': stepping((steps) =>
+    steps.map(([name, result]) => [name, result.slice(0, 65_535)])
+  ),
+  'tells that there are no steps': class extends ModelStore {
+    protected override stepsOf({ steps }: Row) {
+      return { steps: steps.map(([name, result]): StoredStep => [name, result]) }
+    }
+  },
+  'keeps the fingerprint of a claim with steps that is repeated': class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      const row = this.known(key, this.now())
+      const same = row?.state === 'running' && row.token === claim.token && row.steps.length > 0
+      return super.acquire(key, same ? { ...claim, fingerprint: row.fingerprint } : claim)
+    }
+  },
+  'gives steps to none but those who take over': class extends ModelStore {
+    override async acquire(key: string, claim: Claim) {
+      const row = this.known(key, this.now())
+      const { steps, ...found } = (await super.acquire(key, claim)) as Acquisition & { steps?: StoredStep[] }
+      return found.state !== 'acquired' || row?.token !== claim.token ? { ...found, ...(steps && { steps }) } : found
+    }
+  },
+  'shows steps to their owner only': class extends ModelStore {
+    protected override held(row: Row, now: number) {
+      return super.held({ ...row, steps: [] }, now)
+    }
+  },
+  'does not show steps to those who look': class extends ModelStore {
+    override async get(key: string) {
+      const found = (await super.get(key)) as (Acquisition & { steps?: StoredStep[] }) | null
+      delete found?.steps
+      return found
+    }
+  },
+  'prolongs a lease by a step': class extends ModelStore {
+    protected override keep(row: Row, step: StoredStep, now: number) {
+      super.keep(row, step, now)
+      if (row.leaseEnd > now) row.leaseEnd += 100
+    }
+  },
+  'remembers a claim with steps for ever': class extends ModelStore {
+    protected override keep(row: Row, step: StoredStep, now: number) {
+      super.keep(row, step, now)
+      row.expires = Number.POSITIVE_INFINITY
+    }
+  },
+  'keeps the steps of what it has forgotten': class extends ModelStore {
+    protected override take(key: string, claim: Claim, attempt: number, now: number, found?: Found) {
+      const { steps } = this.data.rows.get(this.rowKey(key)) ?? { steps: [] }
+      super.take(key, claim, attempt, now, found)
+      const row = this.data.rows.get(this.rowKey(key)) as Row
+      row.steps = steps
+      return this.acquired(row)
+    }
+  },
+  'forgets a first attempt with steps when it is released': class extends ModelStore {
+    protected override giveBack(row: Row, found: Found | null, unused: boolean, now: number) {
+      super.giveBack(row, found, unused, now)
+      if (found === null) Object.assign(row, { state: 'released', expires: now + 60_000 })
+    }
+  },
+  'forgets the steps of what is released': class extends ModelStore {
+    protected override giveBack(row: Row, found: Found | null, unused: boolean, now: number) {
+      super.giveBack(row, found, unused, now)
+      row.steps = []
+    }
+  },
+  'takes back a first attempt with steps': class extends ModelStore {
+    protected override giveBack(row: Row, found: Found | null, unused: boolean, now: number) {
+      super.giveBack(row, found, unused, now)
+      if (unused && found === null) row.attempt--
+    }
+  },
+  'remembers a first attempt with steps that was released for ever': class extends ModelStore {
+    protected override giveBack(row: Row, found: Found | null, unused: boolean, now: number) {
+      super.giveBack(row, found, unused, now)
+      if (found === null) row.expires = Number.POSITIVE_INFINITY
+    }
+  },
+  'forgets who has released a claim with steps': class extends ModelStore {
+    override async release(key: string, token: string, unused?: boolean) {
+      const row = this.known(key, this.now())
+      return (row?.state !== 'ended' || row.steps.length === 0) && super.release(key, token, unused)
+    }
+  },
+  'forgets the steps of what is released unused': class extends ModelStore {
+    protected override giveBack(row: Row, found: Found | null, unused: boolean, now: number) {
+      super.giveBack(row, found, unused, now)
+      if (unused && found !== null) row.steps = []
+    }
+  },
+  'gives the steps of what is completed': (() => {
+    const finished = new WeakMap<Row, StoredStep[]>()
+    return class extends ModelStore {
+      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+        const row = this.known(key, this.now())
+        if (row !== undefined && row.steps.length > 0) finished.set(row, row.steps)
+        return super.complete(key, token, record, ttlMs)
+      }
+      protected override completed(row: Row, now: number) {
+        const steps = finished.get(row)
+        return { ...super.completed(row, now), ...(steps && { steps }) } as Acquisition
+      }
+    }
+  })(),
+  'says yes to a step of what is over': class extends ModelStore {
+    override async step(key: string, token: string, step: StoredStep) {
+      const row = this.known(key, this.now())
+      return (row !== undefined && row.state !== 'running' && row.token === token) || super.step(key, token, step)
+    }
+  },
+  'gives the steps of what was deleted': (() => {
+    const deleted = new Map<string, StoredStep[]>()
+    return class extends ModelStore {
+      override async delete(key: string) {
+        deleted.set(key, this.known(key, this.now())?.steps ?? [])
+        return super.delete(key)
+      }
+      protected override take(key: string, claim: Claim, attempt: number, now: number, found?: Found) {
+        const steps = deleted.get(key)
+        deleted.delete(key)
+        const taken = super.take(key, claim, attempt, now, found)
+        return { ...taken, ...(steps && steps.length > 0 && { steps }) } as Acquisition
+      }
+    }
+  })(),
+  'wakes nobody when a claim is given back that has steps': class extends ModelStore {
+    protected override ended(key: string, how: How) {
+      const row = this.data.rows.get(this.rowKey(key))
+      if (how !== 'released' || row?.steps.length === 0) super.ended(key, how)
+    }
+  },
+  'keeps the step that it was given': class extends ModelStore {
+    protected override keep(row: Row, step: StoredStep) {
+      row.steps.push(step)
+    }
+  },
+  'gives the steps that it keeps': class extends ModelStore {
+    protected override stepsOf({ steps }: Row) {
+      return steps.length === 0 ? {} : { steps }
     }
   }
 }

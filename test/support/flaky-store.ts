@@ -1,5 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../types/index.js'
 import type { Random } from './random.js'
 
 /** The call did not reach the store, or did and the answer got lost: the caller cannot tell which. */
@@ -41,8 +41,12 @@ export class FlakyStore implements IdempotencyStore {
     return this.#travel(() => this.#store.complete(key, token, record, ttlMs))
   }
 
-  release(key: string, token: string): Promise<boolean> {
-    return this.#travel(() => this.#store.release(key, token))
+  step(key: string, token: string, step: StoredStep): Promise<boolean> {
+    return this.#travel(async () => (await this.#store.step?.(key, token, step)) ?? false)
+  }
+
+  release(key: string, token: string, unused?: boolean): Promise<boolean> {
+    return this.#travel(() => this.#store.release(key, token, unused))
   }
 
   async #travel<T>(call: () => Promise<T>): Promise<T> {
@@ -74,12 +78,13 @@ export async function insist<T>(call: () => Promise<T>): Promise<{ answer: T; re
 }
 
 /** A store whose caller repeats what got lost, with the same token: to the outside as good as the store itself. */
-export function persistent(store: IdempotencyStore): IdempotencyStore {
+export function persistent(store: FlakyStore): IdempotencyStore {
   const again = async <T>(call: () => Promise<T>) => (await insist(call)).answer
   return {
     acquire: (key, claim) => again(() => store.acquire(key, claim)),
     renew: (key, token, leaseMs) => again(() => store.renew(key, token, leaseMs)),
     complete: (key, token, record, ttlMs) => again(() => store.complete(key, token, record, ttlMs)),
-    release: (key, token) => again(() => store.release(key, token))
+    step: (key, token, step) => again(() => store.step(key, token, step)),
+    release: (key, token, unused) => again(() => store.release(key, token, unused))
   }
 }

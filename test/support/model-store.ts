@@ -1,5 +1,5 @@
 import { EventEmitter } from 'node:events'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply } from '../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply, StoredStep } from '../../types/index.js'
 
 /** What is known of a key. All times are monotonic milliseconds. */
 export interface Row {
@@ -13,6 +13,8 @@ export interface Row {
   expires: number
   /** What it took over; `null` for a first attempt. */
   found: Found | null
+  /** Of all attempts. */
+  steps: StoredStep[]
   /** The record as text. */
   record: string
 }
@@ -20,6 +22,7 @@ export interface Row {
 export interface Found {
   state: 'ended' | 'abandoned'
   fingerprint: string
+  steps: StoredStep[]
 }
 
 /** What several clients share. */
@@ -45,7 +48,7 @@ export class ModelStore implements IdempotencyStore {
       row.retainMs = claim.retainMs
       row.fingerprint = claim.fingerprint
       this.prolong(row, claim.leaseMs, now)
-      return { state: 'acquired', attempt: row.attempt }
+      return this.acquired(row)
     }
     if (row.leaseEnd > now || !this.mayTakeOver(claim)) return this.held(row, now)
     return this.take(key, claim, this.nextAttempt(row), now, this.found(row))
@@ -65,8 +68,17 @@ export class ModelStore implements IdempotencyStore {
     if (row === undefined || !this.owns('complete', row, token, now)) return false
     if (row.state !== 'running') return row.state === 'completed' && this.again('complete')
     const expires = this.expires(row, ttlMs, now)
-    Object.assign(row, { state: 'completed', record: this.encode(record), expires })
+    Object.assign(row, { state: 'completed', record: this.encode(record), expires, steps: [] })
     this.ended(key, 'completed')
+    return true
+  }
+
+  async step(key: string, token: string, step: StoredStep): Promise<boolean> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (row?.state !== 'running' || !this.owns('step', row, token, now)) return false
+    if (this.has(row, step[0])) return this.again('step')
+    this.keep(row, step, now)
     return true
   }
 
@@ -75,7 +87,7 @@ export class ModelStore implements IdempotencyStore {
     const row = this.known(key, now)
     if (row === undefined || row.state === 'completed' || !this.owns('release', row, token, now)) return false
     if (row.state !== 'running') return this.again('release')
-    if (row.found === null) Object.assign(row, { state: 'released', expires: now + 60_000 })
+    if (row.found === null && row.steps.length === 0) Object.assign(row, { state: 'released', expires: now + 60_000 })
     else this.giveBack(row, row.found, unused, now)
     this.ended(key, 'released')
     return true
@@ -131,10 +143,11 @@ export class ModelStore implements IdempotencyStore {
     found: Found | null = null
   ): Acquisition {
     const times = { leaseEnd: 0, retainMs, expires: 0 }
-    const row: Row = { state: 'running', token, fingerprint, attempt, ...times, found, record: '' }
+    const steps = found?.steps ?? []
+    const row: Row = { state: 'running', token, fingerprint, attempt, ...times, found, steps, record: '' }
     this.prolong(row, leaseMs, now)
     this.data.rows.set(this.rowKey(key), row)
-    return { state: 'acquired', attempt }
+    return this.acquired(row)
   }
 
   protected prolong(row: Row, leaseMs: number, now: number): void {
@@ -142,14 +155,31 @@ export class ModelStore implements IdempotencyStore {
     row.expires = row.leaseEnd + row.retainMs
   }
 
-  /** What becomes of a claim that stands on an interrupted attempt. */
-  protected giveBack(row: Row, found: Found, unused: boolean, now: number): void {
+  /** What becomes of a claim that stands on an interrupted attempt, or has steps. */
+  protected giveBack(row: Row, found: Found | null, unused: boolean, now: number): void {
     Object.assign(row, { state: 'ended', leaseEnd: now, expires: now + row.retainMs, found: null })
-    if (unused) Object.assign(row, found, { attempt: row.attempt - 1 })
+    if (unused && found !== null) Object.assign(row, found, { attempt: row.attempt - 1 })
   }
 
-  protected found({ state, fingerprint }: Row): Found {
-    return { state: state === 'ended' ? 'ended' : 'abandoned', fingerprint }
+  protected found({ state, fingerprint, steps }: Row): Found {
+    return { state: state === 'ended' ? 'ended' : 'abandoned', fingerprint, steps }
+  }
+
+  protected has(row: Row, name: string): boolean {
+    return row.steps.some(([known]) => known === name)
+  }
+
+  protected keep(row: Row, [name, result]: StoredStep, _now: number): void {
+    row.steps.push([name, result])
+  }
+
+  /** What an answer says of steps. */
+  protected stepsOf({ steps }: Row): { steps?: StoredStep[] } {
+    return steps.length === 0 ? {} : { steps: steps.map(([name, result]) => [name, result]) }
+  }
+
+  protected acquired(row: Row): Acquisition {
+    return { state: 'acquired', attempt: row.attempt, ...this.stepsOf(row) }
   }
 
   protected mayTakeOver(claim: Claim): boolean {
@@ -160,12 +190,12 @@ export class ModelStore implements IdempotencyStore {
     return row.attempt + 1
   }
 
-  protected owns(_step: 'renew' | 'complete' | 'release', row: Row, token: string, _now: number): boolean {
+  protected owns(_step: 'renew' | 'step' | 'complete' | 'release', row: Row, token: string, _now: number): boolean {
     return row.token === token
   }
 
   /** The answer to a step that this token has done before. */
-  protected again(_step: 'complete' | 'release'): boolean {
+  protected again(_step: 'step' | 'complete' | 'release'): boolean {
     return true
   }
 
@@ -173,9 +203,10 @@ export class ModelStore implements IdempotencyStore {
     return ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs
   }
 
-  protected held({ state, fingerprint, attempt, leaseEnd }: Row, now: number): Acquisition {
-    if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: leaseEnd - now }
-    return { state: 'abandoned', fingerprint, attempt, ...(state === 'ended' && { ended: true }) }
+  protected held(row: Row, now: number): Acquisition {
+    const { state, fingerprint, attempt, leaseEnd } = row
+    if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: leaseEnd - now, ...this.stepsOf(row) }
+    return { state: 'abandoned', fingerprint, attempt, ...(state === 'ended' && { ended: true }), ...this.stepsOf(row) }
   }
 
   protected completed({ record, expires }: Row, now: number): Acquisition {

@@ -17,7 +17,7 @@ export function conforms(t: Test, name: string, factory: StoreFactory, topics?: 
 }
 
 /** What holds as well for a caller who repeats what may have got lost. */
-export const REPEATABLE: ConformanceTopic[] = ['claims', 'ownership']
+export const REPEATABLE: ConformanceTopic[] = ['claims', 'ownership', 'steps']
 
 /** The key is completed, with this record. */
 export function same(t: Test, found: Acquisition | null, record: StoredRecord): void {

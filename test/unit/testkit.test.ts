@@ -131,13 +131,18 @@ const caught: Record<string, string[]> = {
     'release of a lapsed claim that nobody took is true',
     'an attempt that took over and has lapsed can be released as well',
     'a lapsed claim that was renewed is safe from takeovers again',
-    'a record lives for its ttl from the completion on, not from the claim'
+    'a record lives for its ttl from the completion on, not from the claim',
+    'step of a lapsed claim that nobody took is true',
+    'a conflict shows the steps, and so does what is abandoned',
+    'get shows the steps'
   ],
   'forgets who has completed': [
     'completing again with the same token is true again, and the first record stays',
-    'of several completions with the same token at the same moment one record stays'
+    'of several completions with the same token at the same moment one record stays',
+    'a claim with steps can be claimed again, renewed and completed by its owner'
   ],
   'forgets who has released': [
+    'releasing a claim with steps again with the same token is true again, and changes nothing',
     'releasing again with the same token is true again while the key is free',
     'releasing an attempt again with the same token is true again, and changes nothing',
     'a first attempt that is released unused leaves the key free',
@@ -205,6 +210,7 @@ const caught: Record<string, string[]> = {
     MORE
   ],
   'remembers what was given back for ever': [
+    'a claim that was released with steps is remembered for retainMs from the release on, then forgotten with them',
     'an attempt that was released is remembered for retainMs from the release on, then forgotten'
   ],
   'remembers what was given back for as long as a release': [
@@ -231,7 +237,8 @@ const caught: Record<string, string[]> = {
     'a claim that took over and is released unused leaves the key abandoned as it was found',
     'what had ended has ended again when whoever took it over releases it unused',
     'a claim that is repeated still knows what it took over',
-    'get shows an attempt that was released, and leaves it so'
+    'get shows an attempt that was released, and leaves it so',
+    'a claim that took over and is released unused leaves the steps with what it found'
   ],
   'takes back every attempt that is released': [
     'a claim that took over and is released is abandoned at once, with its attempt, and says that it has ended',
@@ -239,32 +246,41 @@ const caught: Record<string, string[]> = {
   ],
   'says that what was taken over and given back unused has ended': [
     'a claim that took over and is released unused leaves the key abandoned as it was found',
-    'a claim that is repeated still knows what it took over'
+    'a claim that is repeated still knows what it took over',
+    'a claim that took over and is released unused leaves the steps with what it found'
   ],
   'forgets that what was taken over and given back unused had ended': [
     'what had ended has ended again when whoever took it over releases it unused',
-    'get shows an attempt that was released, and leaves it so'
+    'get shows an attempt that was released, and leaves it so',
+    'a claim that took over and is released unused leaves the steps with what it found'
   ],
   'keeps the fingerprint of a claim that was given back unused': [
     'a claim that took over and is released unused leaves the key abandoned as it was found',
     'what had ended has ended again when whoever took it over releases it unused',
     'a claim that is repeated still knows what it took over',
-    'get shows an attempt that was released, and leaves it so'
+    'get shows an attempt that was released, and leaves it so',
+    'a claim that took over and is released unused leaves the steps with what it found'
   ],
   'leaves what was given back to its former owner': [
     'whoever has released an attempt has no say in it any more',
-    'a claim that took over and is released unused leaves the key abandoned as it was found'
+    'a claim that took over and is released unused leaves the key abandoned as it was found',
+    'releasing a claim with steps again with the same token is true again, and changes nothing'
   ],
-  'knows who has given a claim back for its owner': ['whoever has released an attempt has no say in it any more'],
+  'knows who has given a claim back for its owner': [
+    'whoever has released an attempt has no say in it any more',
+    'releasing a claim with steps again with the same token is true again, and changes nothing'
+  ],
   'gives back again what was given back': [
-    'releasing an attempt again with the same token is true again, and changes nothing'
+    'releasing an attempt again with the same token is true again, and changes nothing',
+    'releasing a claim with steps again with the same token is true again, and changes nothing'
   ],
   'forgets what it took over when a claim is repeated': ['a claim that is repeated still knows what it took over'],
   'remembers a repeated claim for no longer than before': [
     'whoever acquires again is remembered for the retainMs of then'
   ],
   'keeps the fingerprint of a claim that is repeated': [
-    'whoever acquires again is compared by the fingerprint of then'
+    'whoever acquires again is compared by the fingerprint of then',
+    'a claim with steps can be claimed again, renewed and completed by its owner'
   ],
   'remembers what there is no need to remember': [
     'a claim that nothing is lost with is free when its lease has lapsed',
@@ -396,7 +412,8 @@ const caught: Record<string, string[]> = {
     'each of several who listen hears when the key is deleted'
   ],
   'wakes nobody when a claim is given back that took over': [
-    'whoever listens to a claim that took over hears when it is released'
+    'whoever listens to a claim that took over hears when it is released',
+    'whoever listens hears when a claim with steps is released'
   ],
   'wakes before it writes': ['whoever listens and looks in turn comes to see that the claim has ended', MORE],
   'wakes with every claim and renewal': ['whoever listens hears nothing while nothing happens to the key'],
@@ -497,7 +514,8 @@ const caught: Record<string, string[]> = {
   'claims what it looks at': ['get gives null for a key that nobody claimed, and does not claim it', MORE],
   'takes over what it looks at': [
     'get shows an abandoned claim and its attempt, and leaves it so',
-    'get shows an attempt that was released, and leaves it so'
+    'get shows an attempt that was released, and leaves it so',
+    'get shows the steps'
   ],
   'prolongs what it looks at': ['get does not prolong the life of a record', MORE],
   'shows what was released': ['get gives null for a key that was released, expired or forgotten'],
@@ -508,6 +526,101 @@ const caught: Record<string, string[]> = {
   'deletes everything': ['delete leaves other keys as they are', MORE],
   'cannot be closed twice': ['close can be called again and again', MORE],
   'closes what others use': ['close lets go of one client only, and of no data'],
+
+  'asks nobody for a token to step': [
+    'step by another token is false, and keeps nothing',
+    'step after a takeover is false, and the heir keeps its own beside those of before',
+    'a step that was refused does not keep a released key from being free',
+    MORE
+  ],
+  'keeps the steps of former owners': [
+    'step after a takeover is false, and the heir keeps its own beside those of before',
+    'of a step and a takeover at the same moment the heir has the step, or it is refused'
+  ],
+  'keeps no steps of a lapsed claim': ['step of a lapsed claim that nobody took is true'],
+  'takes a step that it has refused for one that it keeps': [
+    'a step that was refused does not keep a released key from being free'
+  ],
+  'looks first and keeps a step later': [
+    'of a step and a takeover at the same moment the heir has the step, or it is refused'
+  ],
+  'reads steps first and writes them later': ['steps at the same moment all stay'],
+  'looks for a name first and keeps the step later': ['of steps of one name at the same moment one stays'],
+  'overwrites a result with a later one': [
+    'a step of a name that there is already is true, and the first result stays',
+    'a step of a name that an earlier attempt has finished is true, and its result stays'
+  ],
+  'says no to a step that there is already': [
+    'a step of a name that there is already is true, and the first result stays',
+    'a step of a name that an earlier attempt has finished is true, and its result stays',
+    'of steps of one name at the same moment one stays',
+    MORE
+  ],
+  'knows a step again within its attempt only': [
+    'a step of a name that an earlier attempt has finished is true, and its result stays'
+  ],
+  'sorts steps by their names': ['steps come back in the order in which they were stored', MORE],
+  'folds the case of the names of steps': ['names of steps are told apart to the letter'],
+  'ends results of steps at a NUL': ['results of steps come back whatever is in them'],
+  'takes an empty result of a step for none': ['results of steps come back whatever is in them'],
+  'cuts results of steps at 65,535 characters': ['results of steps of 64 KiB come back'],
+  'tells that there are no steps': ['a free key is acquired, with attempt 1', MORE],
+  'keeps the fingerprint of a claim with steps that is repeated': [
+    'a claim with steps can be claimed again, renewed and completed by its owner'
+  ],
+  'gives steps to none but those who take over': [
+    'whoever acquires again gets the steps',
+    'steps at the same moment all stay',
+    'of steps of one name at the same moment one stays',
+    'what is done to the steps of an answer does not change them',
+    'what is done to a step after it was stored does not change it'
+  ],
+  'shows steps to their owner only': [
+    'a conflict shows the steps, and so does what is abandoned',
+    'get shows the steps',
+    'what is done to the steps of an answer does not change them'
+  ],
+  'does not show steps to those who look': ['get shows the steps'],
+  'prolongs a lease by a step': ['a step does not change the lease'],
+  'remembers a claim with steps for ever': [
+    'a lapsed claim with steps is remembered for retainMs, then forgotten with them'
+  ],
+  'keeps the steps of what it has forgotten': [
+    'a lapsed claim with steps is remembered for retainMs, then forgotten with them',
+    'a claim that was released with steps is remembered for retainMs from the release on, then forgotten with them'
+  ],
+  'forgets a first attempt with steps when it is released': [
+    'a claim with steps that is released is abandoned at once, says that it has ended, and can be taken over',
+    'releasing a claim with steps again with the same token is true again, and changes nothing',
+    'a claim that was released with steps is remembered for retainMs from the release on, then forgotten with them',
+    MORE
+  ],
+  'forgets the steps of what is released': [
+    'a claim with steps that is released is abandoned at once, says that it has ended, and can be taken over',
+    'a claim that took over and is released unused leaves the steps with what it found',
+    'step after the completion or the release is false',
+    MORE
+  ],
+  'takes back a first attempt with steps': [
+    'a claim with steps that is released is abandoned at once, says that it has ended, and can be taken over'
+  ],
+  'remembers a first attempt with steps that was released for ever': [
+    'a claim that was released with steps is remembered for retainMs from the release on, then forgotten with them'
+  ],
+  'forgets who has released a claim with steps': [
+    'releasing a claim with steps again with the same token is true again, and changes nothing'
+  ],
+  'forgets the steps of what is released unused': [
+    'a claim that took over and is released unused leaves the steps with what it found'
+  ],
+  'gives the steps of what is completed': ['what is completed has no steps any more'],
+  'says yes to a step of what is over': ['step after the completion or the release is false'],
+  'gives the steps of what was deleted': ['delete forgets the steps'],
+  'wakes nobody when a claim is given back that has steps': [
+    'whoever listens hears when a claim with steps is released'
+  ],
+  'keeps the step that it was given': ['what is done to a step after it was stored does not change it'],
+  'gives the steps that it keeps': ['what is done to the steps of an answer does not change them'],
 
   'shares nothing between clients': ['of 100 parallel claims by two clients exactly one is acquired', MORE],
   'does not answer': ['a free key is acquired, with attempt 1', MORE],
