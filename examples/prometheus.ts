@@ -8,7 +8,7 @@ import { type IdempotencyEvent, type IdempotencyEventName, type IdempotencyStore
 const ENDS: ReadonlySet<IdempotencyEventName> = new Set(['stored', 'released', 'tombstoned', 'lease-lost'])
 
 /** The calls of a store that take as long as the store does. */
-const CALLS = ['acquire', 'renew', 'complete', 'release', 'get', 'delete', 'begin'] as const
+const CALLS = ['acquire', 'renew', 'step', 'complete', 'release', 'get', 'delete', 'begin'] as const
 
 /**
  * Metrics of what the plugin does in this process. To be called before the routes are declared:

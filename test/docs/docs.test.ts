@@ -174,6 +174,14 @@ t.test('moving: claims that the old store still has count', async (t) => {
   t.same([await to.get('running'), await to.get('dead')], [null, null])
   const taken: Acquisition = await store.acquire('dead', { ...claim, token: 'b', takeover: true })
   t.same(taken, { state: 'acquired', attempt: 2 })
+  await from.acquire('begun', claim)
+  await from.step('begun', 'a', ['charge', 'paid'])
+  await from.release('begun', 'a')
+  for (let n = 0; n < 2; n++) {
+    const begun = await store.acquire('begun', { ...claim, token: 'b', takeover: true })
+    t.same(begun, { state: 'acquired', attempt: 2, steps: [['charge', 'paid']] })
+  }
+  t.match(await to.get('begun'), { steps: [['charge', 'paid']] })
 })
 
 t.test('support: what became of a request, in words', async (t) => {

@@ -30,6 +30,7 @@ const wrong = (change: (store: Store) => Partial<IdempotencyStore>, ...events: E
       acquire: (key, claim) => right.acquire(key, claim),
       renew: (key, token, leaseMs) => right.renew(key, token, leaseMs),
       complete: (key, token, record, ttlMs) => right.complete(key, token, record, ttlMs),
+      step: (key, token, step) => right.step(key, token, step),
       release: (key, token) => right.release(key, token),
       changed: (key, signal) => right.changed(key, signal),
       get: (key) => right.get(key),

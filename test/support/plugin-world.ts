@@ -1,7 +1,7 @@
 import { Readable } from 'node:stream'
 import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
 import idempotency, { MemoryStore } from '../../index.js'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../types/index.js'
 import { inNameOf, settled, type TimerOwner, VirtualTime } from './virtual-time.js'
 
 // Processes with the plugin, all in this one, on one store and in virtual time, with everything that befalls them.
@@ -351,6 +351,10 @@ class Client implements IdempotencyStore {
     return this.#call('complete', key, () => this.#store.complete(key, token, record, ttlMs))
   }
 
+  step(key: string, token: string, step: StoredStep): Promise<boolean> {
+    return this.#call('step', key, () => this.#store.step(key, token, step))
+  }
+
   release(key: string, token: string, unused?: boolean): Promise<boolean> {
     return this.#call('release', key, () => this.#store.release(key, token, unused))
   }
@@ -369,7 +373,12 @@ class Client implements IdempotencyStore {
     await this.#process.awake()
   }
 
-  async #call<T>(name: Call | 'get' | 'delete', key: string, call: () => Promise<T>, takeover = false): Promise<T> {
+  async #call<T>(
+    name: Call | 'step' | 'get' | 'delete',
+    key: string,
+    call: () => Promise<T>,
+    takeover = false
+  ): Promise<T> {
     const process = this.#process
     if (process.closing || process.cut) throw new Error('The store is not there')
     await process.awake()
