@@ -93,9 +93,7 @@ export class Steps {
 
   /** @throws FST_IDEMPOTENCY_STEP before anything is done */
   #check(name: string, run: unknown): void {
-    if (typeof name !== 'string' || name === '' || Buffer.byteLength(name) > LONGEST_NAME) {
-      throw new StepFailed(`a step takes a name of 1 to ${LONGEST_NAME} bytes`)
-    }
+    if (!isName(name)) throw new StepFailed(`a step takes a name of 1 to ${LONGEST_NAME} bytes of well-formed text`)
     if (typeof run !== 'function') throw new StepFailed(`the step "${name}" takes a function`)
     const { phase, signal } = this.#owner
     if (signal.aborted) throw claimLost()
@@ -210,6 +208,13 @@ export class Steps {
     const { credentials, storageKey, signal } = this.#owner
     return { key: deriveKey(storageKey, name, credentials), signal }
   }
+}
+
+/** A lone surrogate is another character in some stores, and so the name another's. */
+function isName(name: unknown): boolean {
+  return (
+    typeof name === 'string' && name !== '' && Buffer.byteLength(name) <= LONGEST_NAME && !/\p{Surrogate}/u.test(name)
+  )
 }
 
 function checkTransactions(name: string, transactions: unknown): void {

@@ -1,5 +1,5 @@
 import type { CommittedStep, OperationSelector, TransactionalStep, Transactions } from '../../types/index.js'
-import { InvalidOption } from '../errors.js'
+import { InvalidOption, StepFailed } from '../errors.js'
 import { checked, FUNCTION, oneOf } from '../option-rules.js'
 import { selectedKey } from '../selected-key.js'
 import { describe } from '../util/describe.js'
@@ -105,7 +105,8 @@ class SqlSteps<Tx> implements SqlTransactions<Tx> {
             await this.#query(tx, this.#sql.insert, [...id, fingerprint, expiresAt])
             const result = asciiJson(await work(tx))
             if (result.length > MAX_RESULT_BYTES) {
-              throw new RangeError(`The result of a step takes ${result.length} bytes; ${MAX_RESULT_BYTES} can be kept`)
+              const bytes = `${result.length} bytes as ASCII, of ${MAX_RESULT_BYTES} allowed`
+              throw new StepFailed(`the step "${step.name}" is undone: its result takes ${bytes}`)
             }
             await this.#query(tx, this.#sql.update, [result, ...id])
             return result

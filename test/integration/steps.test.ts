@@ -14,7 +14,7 @@ import {
   type Transactions
 } from '../../index.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { build, codeOf, inject, REPLAYED } from '../support/app.js'
+import { build, codeOf, elsewhere, inject, REPLAYED } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 
 /* What a handler does in steps is done once: a rerun goes on behind the last finished one. */
@@ -108,7 +108,7 @@ t.test('after the death of its owner a retry goes on behind the last finished st
   // Its process stands still: nothing renews the claim.
   const renew = store.renew
   store.renew = () => new Promise(() => {})
-  const app = await route(t, handler, { lease: 100, onAbandoned: 'rerun' }, { store: share(store) })
+  const app = await route(t, handler, { lease: 100, onAbandoned: 'rerun' }, { store: elsewhere(store) })
   await until(async () => (await app.inject(keyed)).statusCode === 200)
   t.same((await app.inject(keyed)).json(), { charge: 1, attempt: 2 })
   t.equal(runs, 1)
@@ -116,18 +116,6 @@ t.test('after the death of its owner a retry goes on behind the last finished st
   hanging.open()
   await first
 })
-
-/** The same store, of another process: nothing is known here of its claims. */
-function share(store: MemoryStore): IdempotencyStore {
-  return {
-    acquire: store.acquire.bind(store),
-    renew: MemoryStore.prototype.renew.bind(store),
-    complete: store.complete.bind(store),
-    release: store.release.bind(store),
-    step: store.step.bind(store),
-    get: store.get.bind(store)
-  }
-}
 
 t.test("with onAbandoned 'reject' a failure is not an unknown outcome: a retry goes on", async (t) => {
   const scene = failing('b')
@@ -401,6 +389,7 @@ t.test('misuse is refused before anything runs', async (t) => {
     [(step) => step('', run), /name of 1 to 255 bytes/],
     [(step) => step('é'.repeat(128), run), /name of 1 to 255 bytes/],
     [(step) => step(7 as never, run), /name of 1 to 255 bytes/],
+    [(step) => step('a\ud800', run), /name of 1 to 255 bytes of well-formed text/],
     [(step) => step('a', undefined as never), /takes a function/],
     [(step) => step('a', {} as never, run), /takes transactions, as those of sqlTransactions\(\)/],
     [(step) => step('a', null as never, run), /takes transactions/],
@@ -417,7 +406,7 @@ t.test('misuse is refused before anything runs', async (t) => {
 })
 
 t.test('a store without steps is refused by name, and a step comes too late behind the reply', async (t) => {
-  const { step: _, ...store } = share(new MemoryStore())
+  const { step: _, ...store } = elsewhere(new MemoryStore())
   const without = await route(t, ({ step }) => step('a', () => 1), {}, { store })
   t.match((await without.inject(keyed)).json(), { code: 'FST_IDEMPOTENCY_STEP', message: /no method "step"/ })
 
@@ -667,7 +656,7 @@ t.test('a step is not committed under a claim that was lost', async (t) => {
 t.test('steps in transactions need nothing of the store: it may have no steps, be away, or forget', async (t) => {
   const db = new FakeTransactions()
   const memory = new MemoryStore()
-  const { step: _, ...store } = share(memory)
+  const { step: _, ...store } = elsewhere(memory)
   let isAway = false
   const acquire = store.acquire
   store.acquire = (...args) => (isAway ? Promise.reject(new Error('away')) : acquire(...args))

@@ -27,6 +27,7 @@ export function elsewhere(store: MemoryStore): IdempotencyStore {
     renew: (...args) => store.renew(...args),
     complete: (...args) => store.complete(...args),
     release: (...args) => store.release(...args),
+    step: (...args) => store.step(...args),
     changed: (...args) => store.changed(...args),
     get: (...args) => store.get(...args)
   }
