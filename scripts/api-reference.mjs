@@ -38,7 +38,7 @@ const SECTIONS = [
   {
     title: 'On requests and on the instance',
     from: MAIN,
-    names: ['RequestIdempotency', 'InstanceIdempotency', 'OperationSelector']
+    names: ['RequestIdempotency', 'InstanceIdempotency', 'OperationSelector', 'RunOptions', 'RunContext']
   },
   {
     title: 'Steps',
