@@ -20,6 +20,8 @@ const GIVEN = [
   'schema',
   'resolvers',
   'chargeCard',
+  'printLabel',
+  'sendMail',
   'MapStore',
   'redis',
   'server',

@@ -184,6 +184,28 @@ t.test('moving: claims that the old store still has count', async (t) => {
   t.match(await to.get('begun'), { steps: [['charge', 'paid']] })
 })
 
+t.test('run: a message is worked off once, behind the steps that are finished', async (t) => {
+  const app = await build(t)
+  const done: string[] = []
+  const { onMessage } = await snippet<{ onMessage(message: { id: string; order: string }): Promise<void> }>('run', {
+    app,
+    printLabel: async (order, key) => {
+      done.push(`label ${order} ${key}`)
+      return 'l'
+    },
+    sendMail: async (order, label, key) => {
+      done.push(`mail ${order} ${label} ${key}`)
+      if (done.length === 2) throw new Error('no mail')
+    }
+  })
+  const message = { id: 'm1', order: 'o1' }
+  await t.rejects(onMessage(message), { message: 'no mail' })
+  for (const _ of [1, 2]) await onMessage(message)
+  t.match(done, [/^label o1 /, /^mail o1 l /, /^mail o1 l /])
+  t.equal(done.length, 3)
+  t.equal(done[1], done[2])
+})
+
 t.test('support: what became of a request, in words', async (t) => {
   const store = new MemoryStore()
   const app = await build(t, { store, scope: () => 'alice', maxReplySize: 10 })

@@ -7,6 +7,8 @@ export interface Given {
   app: FastifyInstance
   idempotency: typeof idempotency
   send: IdempotentFetch
+  printLabel: (order: string, key: string) => Promise<string>
+  sendMail: (order: string, label: string, key: string) => Promise<void>
   /** What a browser has. */
   sessionStorage: {
     getItem(name: string): string | null

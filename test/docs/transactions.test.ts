@@ -1,9 +1,8 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
-import Fastify from 'fastify'
 import t, { type Test } from 'tap'
 import { type SqlTransactions, sqlTransactions } from '../../lib/transactions.js'
-import type { TransactionalStep, Transactions } from '../../types/index.js'
+import { build } from '../support/app.js'
 import { startMariadb } from '../support/mariadb.js'
 import { startPostgres } from '../support/postgres.js'
 import { makeFolder } from '../support/process.js'
@@ -50,24 +49,13 @@ async function proves<Tx>(t: Test, books: SqlTransactions<Tx>, send: (tx: Tx, te
 t.test('pg: an order is placed once, whatever becomes of the replies', async (t) => {
   const outside = postgres.pool()
   await outside.query('CREATE TABLE orders (id serial, item text)')
-  const app = Fastify()
-  t.teardown(() => app.close())
-  let step: TransactionalStep
-  app.addHook('onRequest', async (request) => {
-    const done = async <Tx>(name: string, transactions: Transactions<Tx>, run: (tx: Tx) => unknown) => {
-      const work = async (tx: Tx) => JSON.stringify(await run(tx))
-      return JSON.parse((await transactions.once({ ...step, name }, work)).result)
-    }
-    Object.assign(request, { idempotency: { step: done } })
-  })
-  const { pool } = await snippet<{ pool: { end(): Promise<void> } }>('pg', { app: app as never })
+  const app = await build(t)
+  const { pool } = await snippet<{ pool: { end(): Promise<void> } }>('pg', { app })
   t.teardown(() => pool.end())
-  const post = async (as: TransactionalStep) => {
-    step = as
-    return (await app.inject({ method: 'POST', url: '/orders', payload: { item: 'tea' } })).json()
-  }
-  const first = stepOf()
-  t.same([await post(first), await post(first), await post(stepOf())], [{ id: '1' }, { id: '1' }, { id: '2' }])
+  const headers = (key: string) => ({ 'idempotency-key': key })
+  const post = async (key: string) =>
+    (await app.inject({ method: 'POST', url: '/orders', headers: headers(key), payload: { item: 'tea' } })).json()
+  t.same([await post('a'), await post('a'), await post('b')], [{ id: '1' }, { id: '1' }, { id: '2' }])
   t.equal((await outside.query('SELECT FROM orders')).rowCount, 2)
   await outside.query('DROP TABLE orders')
   await outside.query(ORDERS)

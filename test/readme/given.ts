@@ -30,5 +30,5 @@ export interface Given {
   MapStore: new () => IdempotencyStore
   redis: RedisClient
   server: string
-  chargeCard: (order: { idempotencyKey: string; signal: AbortSignal }) => Promise<object>
+  chargeCard: (order: { idempotencyKey: string; signal?: AbortSignal }) => Promise<{ id: string }>
 }

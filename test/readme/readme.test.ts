@@ -6,12 +6,14 @@ import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import type { FastifyInstance } from 'fastify'
 import type { OpenAPIV3_1 } from 'openapi-types'
+import type { Pool, PoolClient } from 'pg'
 import t from 'tap'
 import idempotency, { type IdempotencyStore, MemoryStore, PostgresStore } from '../../index.js'
 import type { IdempotentResponse } from '../../lib/client.js'
 import { REGISTRATION_RULES } from '../../lib/options.js'
 import { PostgresSql } from '../../lib/stores/postgres/statements.js'
 import { storeConformance } from '../../lib/testkit.js'
+import type { SqlTransactions } from '../../lib/transactions.js'
 import { build, inject, REPLAYED } from '../support/app.js'
 import { nodeTest } from '../support/node-test.js'
 import { startPostgres } from '../support/postgres.js'
@@ -81,6 +83,47 @@ t.test('transaction, drizzle, kysely: the handler writes once, in the transactio
   }
 })
 
+t.test('steps: what is finished is not done again, and is done exactly once in the database', async (t) => {
+  const server = await startPostgres()
+  t.teardown(() => server.close())
+  const pool = server.pool()
+  await pool.query('CREATE TABLE rides (id serial, destination text); CREATE TABLE jobs (name text, charge text)')
+  process.env.DATABASE_URL = server.url
+  const app = await bare(t, true)
+  const keys: string[] = []
+  const own = (await snippet('steps', {
+    app,
+    chargeCard: async ({ idempotencyKey }) => {
+      keys.push(idempotencyKey)
+      if (keys.length === 1) throw new Error('network')
+      return { id: `ch_${keys.length}` }
+    }
+  })) as { db: SqlTransactions<PoolClient>; pool: Pool }
+  t.teardown(() => own.pool.end())
+  const { db } = own
+  // The third attempt fails behind the charge.
+  const { once } = db
+  let isAway = true
+  db.once = async (step, work) => {
+    if (step.name === 'receipt' && isAway) throw new Error('no database')
+    return once.call(db, step, work as never)
+  }
+  const request = { method: 'POST' as const, url: '/rides', headers: { 'idempotency-key': 'k' }, payload: { to: 'x' } }
+  for (const _ of [1, 2]) t.equal((await app.inject(request)).statusCode, 500)
+  isAway = false
+  const replies = [await app.inject(request), await app.inject(request)]
+  t.same(
+    replies.map((reply) => [reply.json(), reply.headers[REPLAYED]]),
+    [
+      [{ ride: 1, charge: 'ch_2' }, undefined],
+      [{ ride: 1, charge: 'ch_2' }, 'true']
+    ]
+  )
+  t.same(keys, [keys[0], keys[0]])
+  t.same((await pool.query('SELECT charge FROM jobs')).rows, [{ charge: 'ch_2' }])
+  t.equal((await pool.query('SELECT FROM rides')).rowCount, 1)
+})
+
 t.test('ddl: it is the one of createTable', async (t) => {
   const readme = readFileSync(join(here, '../../../README.md'), 'utf8')
   const [, ddl] = /<!-- ddl -->\n```sql\n([\s\S]*?)\n```/.exec(readme) ?? []
@@ -95,7 +138,7 @@ t.test('handler: the derived key is the same on a retry', async (t) => {
     chargeCard: async ({ idempotencyKey }) => {
       keys.push(idempotencyKey)
       if (keys.length === 1) throw new Error('network')
-      return {}
+      return { id: 'ch_1' }
     }
   })
   const request = { method: 'POST' as const, url: '/charges', headers: { 'idempotency-key': 'k' } }

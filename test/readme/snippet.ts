@@ -47,7 +47,7 @@ export async function snippet(name: string, given: Partial<Given> = {}): Promise
       request.account = await accountOf(request.headers.cookie)
     },
     verifySignature: async (request) => void (await accountOf(request.headers['x-signature'])),
-    chargeCard: async () => ({ run: ++handled.runs }),
+    chargeCard: async () => ({ id: `ch_${++handled.runs}` }),
     app: undefined as never,
     MapStore: undefined as never,
     AppModule: undefined as never,
