@@ -127,7 +127,8 @@ interface Answer {
   readonly detach: () => void
 }
 
-const IN_PROGRESS = 'FST_IDEMPOTENCY_IN_PROGRESS'
+/** Conflicts that say that another attempt is at work. */
+const BUSY: ReadonlySet<unknown> = new Set(['FST_IDEMPOTENCY_IN_PROGRESS', 'FST_IDEMPOTENCY_CLAIM_LOST'])
 
 /** What a server does not store by default, because it is no final answer. */
 const RETRYABLE_STATUSES: ReadonlySet<number> = new Set([408, 425, 429, 500, 502, 503, 504])
@@ -234,7 +235,7 @@ async function isRetryable({ shouldRetry }: Settings, { response, replayed, text
   const decision = await shouldRetry?.(response.clone())
   if (decision !== undefined) return decision
   if (replayed) return false
-  return response.status === 409 ? codeOf(text) === IN_PROGRESS : RETRYABLE_STATUSES.has(response.status)
+  return response.status === 409 ? BUSY.has(codeOf(text)) : RETRYABLE_STATUSES.has(response.status)
 }
 
 /** Fastify's errors and problem details (RFC 9457) have it in the same place. */

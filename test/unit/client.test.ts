@@ -222,6 +222,7 @@ t.test('what is worth another attempt, and what is final', async (t) => {
   const replay = { 'idempotent-replayed': 'true' }
   const cases: [what: string, reply: Response, again: boolean][] = [
     ['409 in progress', refusal(409, `${CODE}IN_PROGRESS`), true],
+    ['409 claim lost', refusal(409, `${CODE}CLAIM_LOST`), true],
     ['409 in progress, as problem details', refusal(409, `${CODE}IN_PROGRESS`, {}, problem), true],
     ['409 in progress, not as JSON', refusal(409, `${CODE}IN_PROGRESS`, {}, 'text/plain'), false],
     ['409 not replayable', refusal(409, `${CODE}NOT_REPLAYABLE`), false],
