@@ -1,17 +1,25 @@
-import { setTimeout as sleep } from 'node:timers/promises'
 import formbody from '@fastify/formbody'
 import postgres from '@fastify/postgres'
 import redis from '@fastify/redis'
 import Fastify, { type FastifyInstance, type FastifyServerOptions } from 'fastify'
 // In a project of your own: import idempotency, { … } from 'fastify-idempotency'
-import idempotency, { type IdempotencyStore, MemoryStore, PostgresStore, RedisStore } from '../index.js'
+import idempotency, {
+  type IdempotencyStore,
+  MemoryStore,
+  PostgresStore,
+  RedisStore,
+  type RequestIdempotency
+} from '../index.js'
 import { type Ledger, memoryLedger, type NewCharge, postgresLedger } from './ledger.js'
+import { memoryOrders, type Orders, type Partners, partnersAt, postgresOrders, pretendedPartners } from './orders.js'
 
 /** Where the keys are: in memory, unless there is a URL. */
 export interface Services {
   redisUrl?: string | undefined
   /** The charges are in this database as well, and every charge is one transaction with its key. */
   databaseUrl?: string | undefined
+  /** Where orders are paid and mails sent; otherwise that is only pretended. */
+  partnersUrl?: string | undefined
 }
 
 const chargeSchema = {
@@ -30,7 +38,7 @@ const chargeSchema = {
 export async function buildApp(services: Services = {}, options: FastifyServerOptions = {}): Promise<FastifyInstance> {
   const app = Fastify(options) as unknown as FastifyInstance
   await app.register(formbody)
-  const { store, ledger, transaction } = await open(app, services)
+  const { store, ledger, orders, transaction } = await open(app, services)
   await app.register(idempotency, { store })
 
   app.post<{ Body: NewCharge }>(
@@ -45,7 +53,11 @@ export async function buildApp(services: Services = {}, options: FastifyServerOp
   )
   app.get('/balance', () => ledger.balance())
 
-  await app.register(shop)
+  const { partnersUrl } = services
+  await app.register(shop, {
+    orders,
+    partners: partnersUrl === undefined ? pretendedPartners : partnersAt(partnersUrl)
+  })
   return app
 }
 
@@ -53,28 +65,32 @@ export async function buildApp(services: Services = {}, options: FastifyServerOp
 async function open(
   app: FastifyInstance,
   { redisUrl, databaseUrl }: Services
-): Promise<{ store: IdempotencyStore; ledger: Ledger; transaction: boolean }> {
+): Promise<{ store: IdempotencyStore; ledger: Ledger; orders: Orders; transaction: boolean }> {
   if (databaseUrl !== undefined) {
     await app.register(postgres, { connectionString: databaseUrl })
     const store = new PostgresStore({ pool: app.pg.pool, table: 'example_keys' })
     await store.createTable()
-    return { store, ledger: await postgresLedger(app.pg.pool), transaction: true }
+    const { pool } = app.pg
+    return { store, ledger: await postgresLedger(pool), orders: await postgresOrders(pool), transaction: true }
   }
-  if (redisUrl === undefined) return { store: new MemoryStore(), ledger: memoryLedger(), transaction: false }
+  const books = { ledger: memoryLedger(), orders: memoryOrders(), transaction: false }
+  if (redisUrl === undefined) return { store: new MemoryStore(), ...books }
   await app.register(redis, { url: redisUrl })
-  return { store: new RedisStore(app.redis), ledger: memoryLedger(), transaction: false }
+  return { store: new RedisStore(app.redis), ...books }
 }
 
 /** A page for people: the form carries its own key, so a double click, a reload or the back button orders once. */
-async function shop(app: FastifyInstance): Promise<void> {
+async function shop(app: FastifyInstance, { orders, partners }: { orders: Orders; partners: Partners }): Promise<void> {
   await app.register(idempotency, {
     store: app.idempotency.store,
     header: 'X-Idempotent-Key',
     field: '__idempotent_key',
-    onConflict: 'wait'
+    onConflict: 'wait',
+    // Short, so that nobody has to wait long when a server was killed.
+    lease: 2_000,
+    storeTimeout: 600
   })
 
-  const orders: string[] = []
   app.get('/', async (_request, reply) =>
     reply.type('text/html').send(`<!doctype html>
 <title>Shop</title>
@@ -85,7 +101,7 @@ async function shop(app: FastifyInstance): Promise<void> {
   <button>Order</button>
 </form>
 <p>Click as often as you like, go back, send it again: there will be one order.</p>
-<ol>${orders.map((title) => `<li>${escapeHtml(title)}</li>`).join('')}</ol>
+<ol>${(await orders.all()).map((title) => `<li>${escapeHtml(title)}</li>`).join('')}</ol>
 <script>
   // For the eye only. Back may show the page as it was left: the button has to work again.
   const button = document.querySelector('button')
@@ -98,14 +114,16 @@ async function shop(app: FastifyInstance): Promise<void> {
     '/orders',
     { config: { idempotency: { required: true } } },
     async (request, reply) => {
-      await sleep(500)
-      const number = orders.push(request.body.title ?? '')
+      const { step } = request.idempotency as RequestIdempotency
+      const number = await orders.place(step, request.body.title ?? '')
+      await step('payment', ({ key }) => partners.pay(number, key))
+      await step('mail', ({ key }) => partners.mail(number, key))
       // Not to '/': the browser would remember it with its next key, and go back to that.
       return reply.redirect(`/orders/${number}`, 303)
     }
   )
   app.get<{ Params: { number: number } }>('/orders/:number', async (request, reply) => {
-    const title = orders[request.params.number - 1]
+    const title = (await orders.all())[request.params.number - 1]
     if (title === undefined) return reply.callNotFound()
     return reply.type('text/html').send(`<!doctype html>
 <title>Shop</title>

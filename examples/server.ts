@@ -1,8 +1,10 @@
 import { randomUUID } from 'node:crypto'
+import { subscribe } from 'node:diagnostics_channel'
+import type { IdempotencyEvent } from '../index.js'
 import { buildApp } from './app.js'
 
-const { REDIS_URL, DATABASE_URL, PORT = '3000', HOST = '127.0.0.1' } = process.env
-const app = await buildApp({ redisUrl: REDIS_URL, databaseUrl: DATABASE_URL })
+const { REDIS_URL, DATABASE_URL, PARTNERS_URL, PORT = '3000', HOST = '127.0.0.1' } = process.env
+const app = await buildApp({ redisUrl: REDIS_URL, databaseUrl: DATABASE_URL, partnersUrl: PARTNERS_URL })
 const url = await app.listen({ host: HOST, port: Number(PORT) })
 
 const curl = (key: string, body: object) =>
@@ -27,6 +29,11 @@ ${slow} -so /dev/null & sleep 0.5; ${slow}
 curl -s ${url}/balance
 ${place === 'in PostgreSQL' ? '# Kill this server in the middle of 3, start it again, repeat 3: still one charge for its key\n' : ''}
 And a form that survives a double click: ${url}/`)
+
+// What an order does, and what it need not do again.
+for (const event of ['step-stored', 'step-resumed']) {
+  subscribe(`fastify-idempotency:${event}`, (message) => console.log(`${event} ${(message as IdempotencyEvent).step}`))
+}
 
 for (const signal of ['SIGINT', 'SIGTERM'] as const) {
   process.once(signal, () => void app.close())
