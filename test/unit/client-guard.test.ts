@@ -1,7 +1,8 @@
 import { EventEmitter } from 'node:events'
 import fc from 'fast-check'
 import t from 'tap'
-import { Guard, transactionControl } from '../../lib/stores/postgres/client-guard.js'
+import { Guard } from '../../lib/stores/postgres/client-guard.js'
+import { transactionControl } from '../../lib/stores/postgres/transaction-control.js'
 import type { TransactionClient } from '../../types/index.js'
 
 const REFUSED = { code: 'FST_IDEMPOTENCY_TRANSACTION' }
