@@ -67,6 +67,8 @@ export interface Policy extends KeyRules {
   readonly lease: number
   readonly reruns: boolean
   readonly transaction: boolean
+  /** Are transactions of the handler's nested in it? */
+  readonly nested: boolean
   readonly ttl: number | null
   readonly retain: number
   readonly shouldStore: (request: FastifyRequest, reply: FastifyReply) => boolean
@@ -120,7 +122,10 @@ const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
   waitTimeout: DURATION,
   lease: DURATION,
   onAbandoned: oneOf('rerun', 'reject'),
-  transaction: BOOLEAN,
+  transaction: {
+    takes: "true, false or 'nested'",
+    accepts: (value) => typeof value === 'boolean' || value === 'nested'
+  },
   ttl: {
     takes: 'a positive integer of milliseconds, or null for ever',
     accepts: (value) => value === null || isPositiveInteger(value)
@@ -322,7 +327,8 @@ function complete(
     waitTimeout: options.waitTimeout ?? 60_000,
     lease: options.lease ?? 30_000,
     reruns: options.onAbandoned !== 'reject',
-    transaction,
+    transaction: transaction !== false,
+    nested: transaction === 'nested',
     ttl,
     retain: ttl ?? RETAIN_WITHOUT_TTL,
     shouldStore: options.shouldStore ?? isFinal,

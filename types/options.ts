@@ -103,9 +103,13 @@ export interface IdempotencyRouteOptions {
    * Claim the key, run the handler and store the reply in one transaction of the store's own database: exactly
    * once, for what the handler does on `request.idempotency.transaction`. Needs a store that can, such as
    * `PostgresStore`.
+   *
+   * `'nested'`: the same for handlers that call what begins and ends transactions of its own on that client. `BEGIN`
+   * becomes `SAVEPOINT`; `COMMIT` becomes `RELEASE SAVEPOINT`, and `ROLLBACK` becomes `ROLLBACK TO SAVEPOINT` and
+   * `RELEASE SAVEPOINT`, of the last one that was begun. With `true` they are refused.
    * @default false
    */
-  transaction?: boolean
+  transaction?: boolean | 'nested'
   /**
    * How long a stored reply is replayed, from its completion; `null` for ever.
    * @default 86_400_000

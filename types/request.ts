@@ -18,10 +18,10 @@ export interface RequestIdempotency {
    */
   readonly signal: AbortSignal
   /**
-   * In a route with `transaction: true`: a `pg` client with an open transaction, which is committed together with
+   * In a route with `transaction`: a `pg` client with an open transaction, which is committed together with
    * the reply, or rolled back. `null` elsewhere.
    * @throws FST_IDEMPOTENCY_TRANSACTION from its methods, for statements and calls that would end the transaction,
-   * and when it is over.
+   * and when it is over. With `'nested'`, `BEGIN`, `COMMIT` and `ROLLBACK` are savepoints.
    */
   readonly transaction: TransactionClient | null
   /**

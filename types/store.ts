@@ -146,6 +146,11 @@ export interface IdempotencyStore {
 export interface TransactionClaim extends Claim {
   /** Is somebody to be told when the transaction is over? Otherwise nobody waits for it. */
   wake: boolean
+  /**
+   * May the handler have transactions of its own in it? Then what begins or ends one on `client` becomes a savepoint; and a
+   * success whose handler has left one open is refused. A store that cannot do that refuses such statements.
+   */
+  nested?: boolean
   /** Milliseconds after which a database that does not answer has failed, and its connection is cut. */
   timeoutMs: number
 }
@@ -160,7 +165,7 @@ export type TransactionAcquisition =
  * ends it without a commit has undone the claim together with all that was done on `client`.
  */
 export interface ClaimTransaction {
-  /** The database client on which the transaction is open. It refuses to end the transaction. */
+  /** The database client on which the transaction is open. Nothing that is asked of it ends the transaction. */
   readonly client: TransactionClient
   /** Aborts when the transaction is gone, because its connection is. */
   readonly lost: AbortSignal

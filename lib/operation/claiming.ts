@@ -227,11 +227,11 @@ export class Claiming {
 
   #acquire(takeover: boolean): Promise<Found> {
     const { storageKey, policy } = this.#claimant
-    const { store, transaction, waits, storeTimeout: timeoutMs } = policy
+    const { store, transaction, nested, waits, storeTimeout: timeoutMs } = policy
     const claim = this.#claim(takeover)
     this.#askedAt = performance.now()
     if (!transaction) return store.acquire(storageKey, claim)
-    return (store as Required<IdempotencyStore>).begin(storageKey, { ...claim, wake: waits, timeoutMs })
+    return (store as Required<IdempotencyStore>).begin(storageKey, { ...claim, wake: waits, nested, timeoutMs })
   }
 
   #claim(takeover: boolean): Claim {

@@ -43,7 +43,11 @@ t.test('a route that asks for what cannot be is an error at boot, which names th
   const wrong: [name: string, options: object, says: RegExp][] = [
     ['a store without transactions', { store: new MemoryStore() }, /"transaction" of POST \/pay .*got MemoryStore/],
     ['to run unprotected', { store, onStoreError: 'bypass' }, /"transaction" of POST \/pay .*onStoreError 'bypass'/],
-    ['no boolean', { store, transaction: 'yes' }, /"transaction" of POST \/pay takes true or false, got 'yes'/]
+    [
+      'no such kind',
+      { store, transaction: 'yes' },
+      /"transaction" of POST \/pay takes true, false or 'nested', got 'yes'/
+    ]
   ]
   for (const [name, options, message] of wrong) {
     const app = await build(t)

@@ -75,6 +75,9 @@ export async function usage(): Promise<void> {
   const postgres = new PostgresStore({ pool: new Pool(), table: 'billing.keys', sweepInterval: null })
   await app.register(idempotency, { store: postgres, transaction: true })
   await app.register(idempotency, { store: new PostgresStore({ pool: app.pg.pool }) })
+  await app.register(idempotency, { store: postgres, transaction: 'nested' })
+  // @ts-expect-error: no such kind
+  await app.register(idempotency, { store: postgres, transaction: 'yes' })
   app.post('/transfers', { config: { idempotency: { transaction: true } } }, async (request) => {
     const client: PoolClient | null | undefined = request.idempotency?.transaction
     const result = await request.idempotency?.transaction?.query<{ id: number }>('SELECT 1 AS id')

@@ -94,6 +94,8 @@ onBoth(
     t.strictSame(a.events, ['acquired'])
     await s.actor({ key: 'other' }).operation.claim()
     t.match(s.store.calls('begin')[1]?.[1], { wake: false })
+    await s.actor({ key: 'nested', policy: { nested: true } }).operation.claim()
+    t.match(s.store.calls('begin')[2]?.[1], { nested: true })
   },
   policy
 )

@@ -84,6 +84,7 @@ t.test('every option has the default that the contract promises', async (t) => {
     lease: 30_000,
     reruns: true,
     transaction: false,
+    nested: false,
     ttl: 86_400_000,
     retain: 86_400_000,
     maxReplySize: 1_048_576,
@@ -186,6 +187,12 @@ t.test('a transaction needs a store that has them, and cannot do without its sto
   t.equal(policy({ transaction: true, store: begins }).transaction, true)
   t.equal(policy({ transaction: true, onStoreError: 'reject' }, { store: begins }).transaction, true)
   t.equal(policy({ transaction: false, store }).transaction, false)
+  t.match(policy({ transaction: 'nested', store: begins }), { transaction: true, nested: true })
+  t.equal(policy({ transaction: true }, { store: begins, transaction: 'nested' }).nested, false)
+  t.equal(
+    refusal(() => policy({ transaction: 'nested', store })),
+    `${NEEDS} Plain`
+  )
 })
 
 t.test('a transaction claims in preHandler, and nowhere else: bodies are not read on a connection', async (t) => {
@@ -264,7 +271,7 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
   waitTimeout: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
   lease: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
   onAbandoned: ["'rerun' or 'reject'", ['wait', false, null].map(worded)],
-  transaction: ['true or false', ['yes', null].map(worded)],
+  transaction: ["true, false or 'nested'", ['yes', null].map(worded)],
   ttl: ['a positive integer of milliseconds, or null for ever', NUMBERS],
   shouldStore: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => true, '(function)']]],
   maxReplySize: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],

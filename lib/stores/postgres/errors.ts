@@ -13,6 +13,8 @@ export interface DatabaseError extends Error {
 const SERIALIZATION_FAILURE = '40001'
 const DEADLOCK = '40P01'
 const UNDEFINED_TABLE = '42P01'
+/** A statement has failed in the transaction: it takes no other until it is rolled back, at least to a savepoint. */
+export const IN_FAILED_TRANSACTION = '25P02'
 const DISK_FULL = '53100'
 const OUT_OF_MEMORY = '53200'
 

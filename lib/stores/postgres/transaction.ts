@@ -11,7 +11,16 @@ import { TransactionBroken } from '../../errors.js'
 import { waitAtMost, withTimeout } from '../../util/timeout.js'
 import { LONGEST_DELAY } from '../../util/timer.js'
 import { Guard } from './client-guard.js'
-import { claimFailure, type DatabaseError, explain, isAnswer, isContention, isRefusal } from './errors.js'
+import {
+  claimFailure,
+  type DatabaseError,
+  explain,
+  IN_FAILED_TRANSACTION,
+  isAnswer,
+  isContention,
+  isRefusal
+} from './errors.js'
+import { NestedTransactions } from './nested-transactions.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './rows.js'
 import { KEEP_ALIVE, type PostgresSql } from './statements.js'
 
@@ -31,11 +40,11 @@ const MOST_BLOCKED = 4
 const REPLIED = 'The transaction is over: its handler has replied. Await every query before the reply'
 const UNAWAITED =
   'The handler has replied before its queries have ended, and all is undone: await every query of a transaction'
+const UNENDED =
+  'The handler has replied before a transaction that it has begun was ended, and all is undone: end each by COMMIT or ROLLBACK'
 const BLOCKED =
   'The transaction was ended: for a lease it has stood still, and another connection has waited for what it had locked. ' +
   'Ask for everything by the client of the transaction, not by its pool'
-
-const IN_FAILED_TRANSACTION = '25P02'
 
 type Result = { command: string; rows: object[] }
 
@@ -61,13 +70,18 @@ export class PostgresTransaction implements ClaimTransaction {
   #asked = 0
 
   /** Takes a client fresh from the pool, in the very moment: nobody else hears when its connection is lost. */
-  constructor(client: TransactionClient, sql: PostgresSql, key: string, { token, timeoutMs }: TransactionClaim) {
+  constructor(
+    client: TransactionClient,
+    sql: PostgresSql,
+    key: string,
+    { token, timeoutMs, nested = false }: TransactionClaim
+  ) {
     this.#client = client
     this.#sql = sql
     this.#key = toKey(key)
     this.#token = toText(token)
     this.#timeoutMs = timeoutMs
-    this.#guard = new Guard(client)
+    this.#guard = new Guard(client, nested ? new NestedTransactions(client, this.#savepoint) : null)
     client.on('error', this.#onLost)
     client.on('end', this.#onLost)
   }
@@ -99,9 +113,13 @@ export class PostgresTransaction implements ClaimTransaction {
 
   async complete(record: StoredRecord, ttlMs: number | null, undo = false): Promise<TransactionOutcome> {
     const wasBusy = await this.#closed()
-    if (wasBusy && !undo && isSuccess(record)) return this.#refuse(new TransactionBroken(UNAWAITED))
+    const isUnended = this.#guard.hasBegun
+    if ((wasBusy || isUnended) && !undo && isSuccess(record)) {
+      return this.#refuse(new TransactionBroken(wasBusy ? UNAWAITED : UNENDED))
+    }
     try {
-      const refusal = await this.#write(record, ttlMs, undo)
+      // What was not committed must not be, and a refusal is true without its writes.
+      const refusal = await this.#write(record, ttlMs, undo || isUnended)
       if (refusal !== null) return this.#refuse(refusal)
       // What came too late is not in it. Where nothing is, nothing is missing.
       if (this.#guard.wasLate && !this.#undone) return this.#refuse(new TransactionBroken(UNAWAITED))
