@@ -88,6 +88,7 @@ t.test('every option has the default that the contract promises', async (t) => {
     ttl: 86_400_000,
     retain: 86_400_000,
     maxReplySize: 1_048_576,
+    maxStepsSize: 65_536,
     excludeHeaders: new Set(),
     replayHeader: 'idempotent-replayed',
     replayHeaderName: 'Idempotent-Replayed',
