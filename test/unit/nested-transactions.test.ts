@@ -218,15 +218,15 @@ t.test('it may come as an object, named or not, with values or a callback', asyn
 
 t.test('what a callback throws is not lost in a promise', async (t) => {
   const { ask } = nested()
-  const thrown = new Promise((resolve) => t.teardown(listenOnce('uncaughtException', resolve)))
+  const thrown = new Promise((resolve) => t.teardown(listenOnce('uncaughtException', (...heard) => resolve(heard))))
   ask('BEGIN', () => {
     throw new Error('mine')
   })
-  t.match(await thrown, { message: 'mine' })
+  t.match(await thrown, [{ message: 'mine' }, 'uncaughtException'])
 })
 
 /** Takes the place of all listeners for one event of the process. */
-function listenOnce(event: 'uncaughtException', listener: (error: Error) => void): () => void {
+function listenOnce(event: 'uncaughtException', listener: NodeJS.UncaughtExceptionListener): () => void {
   const others = process.listeners(event)
   process.removeAllListeners(event)
   process.once(event, listener)

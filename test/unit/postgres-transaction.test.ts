@@ -220,6 +220,26 @@ t.test('a refusal behind a statement that has failed is true without its writes;
   }
 })
 
+t.test('a nested transaction that is open at the end is not committed: no success is true with it', async (t) => {
+  for (const record of [reply({ statusCode: 399 }), tombstone('hijacked')]) {
+    const { client, transaction } = await open({ nested: true })
+    await transaction.client.query('BEGIN')
+    t.match(await transaction.complete(record, 7), {
+      state: 'refused',
+      error: { code: 'FST_IDEMPOTENCY_TRANSACTION', message: /before a transaction that it has begun was ended/ }
+    })
+    t.match(client.asked, ['claim', /^SAVEPOINT s[0-9a-f]{24}_1$/, 'ROLLBACK'])
+  }
+  for (const undo of [false, true]) {
+    const { client, transaction } = await open({ nested: true })
+    await transaction.client.query('BEGIN')
+    t.match(await transaction.complete(reply({ statusCode: 400 }), 7, undo), { state: 'committed' })
+    t.strictSame(client.asked.slice(2), ['ROLLBACK TO the claim', 'write', 'COMMIT'])
+  }
+  const { transaction } = await open({ nested: false })
+  await t.rejects(transaction.client.query('BEGIN'), { code: 'FST_IDEMPOTENCY_TRANSACTION' })
+})
+
 t.test('a claim that is not there any more was ended by its handler', async (t) => {
   const { client, transaction } = await open({}, ({ answers }) => {
     answers.write = [() => ({ command: 'SELECT', rows: [], rowCount: 0 })]
