@@ -119,6 +119,19 @@ export function isFull(error: unknown): boolean {
   return (error as { code?: unknown } | null | undefined)?.code === 'FST_IDEMPOTENCY_STORE_FULL'
 }
 
+const MET_IN_HANDLERS: ReadonlySet<unknown> = new Set([
+  'FST_IDEMPOTENCY_STEP',
+  'FST_IDEMPOTENCY_CLAIM_LOST',
+  'FST_IDEMPOTENCY_KEY_REUSED',
+  'FST_IDEMPOTENCY_STORE_UNAVAILABLE',
+  'FST_IDEMPOTENCY_TRANSACTION'
+])
+
+/** Is it what a handler meets of the plugin's own, in its steps, its transaction, or a run? */
+export function isMetInHandler(error: unknown): error is Refusal {
+  return error instanceof Error && 'code' in error && MET_IN_HANDLERS.has(error.code)
+}
+
 export function isRefusal(error: unknown): error is Refusal {
   return error instanceof Error && 'code' in error && String(error.code).startsWith('FST_IDEMPOTENCY_')
 }

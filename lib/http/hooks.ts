@@ -1,5 +1,5 @@
 import type { FastifyReply, FastifyRequest, RouteHandlerMethod } from 'fastify'
-import { isRefusal } from '../errors.js'
+import { isMetInHandler } from '../errors.js'
 import type { Policy } from '../options.js'
 import type { Registration } from '../registration.js'
 import type { MaybePromise } from '../util/sync-promise.js'
@@ -120,7 +120,7 @@ export class RouteHooks {
     if (exchange !== null && !exchange.isOfTimeout(reply)) {
       exchange.fail(error, () => isFinalReply(this.#policy, request, reply))
       // What a handler meets of the plugin's own, in its steps or its transaction. What comes from onSend is known.
-      if (isRefusal(error) && error !== request[kRefusal]) refuse(this.#policy, request, reply, error)
+      if (isMetInHandler(error) && error !== request[kRefusal]) refuse(this.#policy, request, reply, error)
       const { stage } = exchange
       if (stage.is === 'replaying') takeOff(reply, stage.stored, this.#policy.replayHeader, stage.headersBefore)
     }

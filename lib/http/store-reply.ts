@@ -1,5 +1,5 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { isRefusal } from '../errors.js'
+import { isMetInHandler } from '../errors.js'
 import type { Policy } from '../options.js'
 import type { MaybePromise } from '../util/sync-promise.js'
 import type { Unfinished } from './captured-stream.js'
@@ -40,7 +40,7 @@ export function storeReply(
     return Promise.reject(unsendable)
   }
   // What the plugin refuses to a handler, such as a step under a claim that was lost, is no reply of the operation.
-  const isRefused = isRefusal(running.failure?.error)
+  const isRefused = isMetInHandler(running.failure?.error)
   const isFinal = running.reply === 'broken' || (!isRefused && isFinalReply(policy, request, reply))
   if (running.reply === 'broken') warnOfBroken(request, running)
   if (!isBuffered(body) && !hasNoBody(reply.statusCode)) return storeStream(exchange, running, body, isFinal, open)
