@@ -19,14 +19,14 @@ export interface StepsTableOptions {
 export interface SqlTransactionsOptions<Tx> extends StepsTableOptions {
   /**
    * Opens a transaction, calls `work` with it, commits when it resolves, and rolls back when it rejects. It may begin anew, and
-   * call `work` again, when it had to roll back.
+   * call `work` again, when it had to roll back. What it resolves with does not matter.
    */
-  begin<T>(work: (tx: Tx) => Promise<T>): Promise<T>
+  begin<T>(work: (tx: Tx) => Promise<T>): Promise<unknown>
   /**
    * Sends one statement in the transaction, and gives its rows as the driver does: as a list, a list that begins with the list of them,
    * or an object that has them as `rows`.
    */
-  query(tx: Tx, text: string, values: unknown[]): unknown
+  query(tx: Tx, text: string, values: (string | number | null)[]): unknown
   /**
    * How the driver writes parameters: `$1, $2, …` or `?, ?, …`.
    * @default '$1'
@@ -154,7 +154,7 @@ class SqlSteps<Tx> implements SqlTransactions<Tx> {
   }
 
   /** One statement, in a transaction of its own. */
-  #alone(text: string, values: unknown[]): Promise<unknown> {
+  #alone(text: string, values: (string | number | null)[]): Promise<unknown> {
     return this.#transact(async (tx) => this.#query(tx, text, values))
   }
 
