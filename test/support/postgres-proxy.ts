@@ -124,8 +124,8 @@ class Link {
   }
 }
 
-/** https://www.postgresql.org/docs/current/protocol-message-formats.html: Query, Sync, Terminate; the first has no type. */
-const ENDS_STATEMENT = new Set(['Q', 'S', 'X', ''])
+/** https://www.postgresql.org/docs/current/protocol-message-formats.html: Query, Sync, Flush, Terminate; the first has no type. */
+const ENDS_STATEMENT = new Set(['Q', 'S', 'H', 'X', ''])
 const READY = 'Z'
 
 /** The messages in a stream of bytes. */
