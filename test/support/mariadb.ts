@@ -33,7 +33,8 @@ const SETTINGS = [
 
 class MariadbServer {
   readonly #folder = makeFolder('mariadb')
-  readonly #socket = join(this.#folder, 'socket')
+  /** The path of the unix socket. */
+  readonly socket = join(this.#folder, 'socket')
   readonly #pools = new Set<Pool>()
   #process: ServerProcess | undefined
 
@@ -41,12 +42,12 @@ class MariadbServer {
     const mariadb = services.findMariadb()
     if (!mariadb) throw new Error('There is no MariaDB: run `node scripts/services.mjs`')
     const data = `--datadir=${this.#folder}`
-    const own = [data, `--socket=${this.#socket}`, `--pid-file=${this.#folder}/pid`, `--user=${userInfo().username}`]
+    const own = [data, `--socket=${this.socket}`, `--pid-file=${this.#folder}/pid`, `--user=${userInfo().username}`]
     const args = ['--no-defaults', ...mariadb.args, ...own, ...SETTINGS]
     const log = join(this.#folder, 'log')
     const server = await launch(mariadb.server, args, { env: mariadb.env, log })
     this.#process = server
-    const pool = createPool({ socketPath: this.#socket, connectionLimit: 1 })
+    const pool = createPool({ socketPath: this.socket, connectionLimit: 1 })
     try {
       await until(
         () => {
@@ -62,12 +63,12 @@ class MariadbServer {
 
   /** For programs that take a URL. */
   get url(): string {
-    return `mysql://root@localhost/test?socketPath=${encodeURIComponent(this.#socket)}`
+    return `mysql://root@localhost/test?socketPath=${encodeURIComponent(this.socket)}`
   }
 
   /** A pool on the socket. It is ended by `close`. */
   pool(options: PoolOptions = {}): Pool {
-    const pool = createPool({ socketPath: this.#socket, database: 'test', ...options })
+    const pool = createPool({ socketPath: this.socket, database: 'test', ...options })
     this.#pools.add(pool)
     return pool
   }
