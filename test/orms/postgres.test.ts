@@ -59,7 +59,7 @@ const orms = {
       order: (tx, ref) => tx`INSERT INTO orders ${tx({ ref })}`,
       duplicate: { code: '23505' },
       nested: (tx, work) => tx.savepoint(work),
-      // What is sent on a connection that is gone it throws where nobody can catch it.
+      // It throws where nobody can catch it: https://github.com/porsager/postgres/issues/1208
       dies: true,
       close: () => sql.end({ timeout: 0 })
     }
