@@ -1,11 +1,10 @@
 import { randomUUID } from 'node:crypto'
-import { mkdirSync, readdirSync, readFileSync } from 'node:fs'
-import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import t, { type Test } from 'tap'
 import type { IdempotencyOptions } from '../../index.js'
 import { read, start } from '../support/app.js'
+import { Fleet, type Worker } from '../support/kill-fleet.js'
 import {
   HOLD,
   KILL,
@@ -20,8 +19,9 @@ import {
   type Transfer
 } from '../support/kill-plan.js'
 import { until } from '../support/latch.js'
+import { countBy, shuffled, some } from '../support/lists.js'
 import { startPostgres } from '../support/postgres.js'
-import { launch, makeFolder, type ServerProcess } from '../support/process.js'
+import { makeFolder } from '../support/process.js'
 import { newSeed, Random } from '../support/random.js'
 import { startRedis } from '../support/redis.js'
 import { soon } from '../support/store-fixtures.js'
@@ -50,13 +50,7 @@ await pool.query(SCHEMA)
 const LIMIT_MS = 60_000
 const LONG_LEASE_MS = 180_000
 
-// ---- The supervisor
-
-interface Worker {
-  readonly name: string
-  readonly url: string
-  readonly process: ServerProcess
-}
+// ---- The workers
 
 interface FleetOptions {
   options: IdempotencyOptions
@@ -64,87 +58,15 @@ interface FleetOptions {
   withRedis?: boolean
 }
 
-/** Some workers, each of which is replaced as soon as it is dead. */
-class Fleet {
-  readonly #kills = join(folder, randomUUID())
-  readonly #options: FleetOptions
-  readonly #workers = new Set<Worker>()
-  readonly #living = new Set<ServerProcess>()
-  readonly #slots: Promise<void>[]
-  #closed = false
-  /** A worker that has ended without a kill. */
-  #broken: Error | null = null
+type Workers = Fleet<Kill>
 
-  static async start(t: Test, count: number, options: FleetOptions): Promise<Fleet> {
-    const fleet = new Fleet(count, options)
-    t.teardown(() => fleet.close())
-    await until(() => fleet.all().length === count, { timeout: 60_000, message: 'the workers to listen' })
-    return fleet
+function startFleet(t: Test, count: number, { options, sabotage, withRedis }: FleetOptions): Promise<Workers> {
+  const env = {
+    POSTGRES: postgres.host,
+    ...(withRedis && { REDIS_PATH: redis.path }),
+    ...(sabotage && { SABOTAGE: sabotage })
   }
-
-  private constructor(count: number, options: FleetOptions) {
-    this.#options = options
-    mkdirSync(this.#kills)
-    this.#slots = Array.from({ length: count }, () => this.#slot())
-  }
-
-  /** Those that listen. */
-  all(): Worker[] {
-    if (this.#broken !== null) throw this.#broken
-    return [...this.#workers]
-  }
-
-  /** One of those that listen, if there is any. */
-  any(): Worker | undefined {
-    const workers = this.all()
-    return workers[random.between(0, workers.length - 1)]
-  }
-
-  kills(): Kill[] {
-    const names = readdirSync(this.#kills).filter((name) => !name.startsWith('.'))
-    return names.map((name) => JSON.parse(readFileSync(join(this.#kills, name), 'utf8')))
-  }
-
-  async close(): Promise<void> {
-    this.#closed = true
-    for (const process of this.#living) process.signal('SIGKILL')
-    await Promise.all(this.#slots)
-  }
-
-  async #slot(): Promise<void> {
-    while (!this.#closed && this.#broken === null) {
-      try {
-        await this.#life()
-      } catch (error) {
-        this.#broken = error as Error
-      }
-    }
-  }
-
-  async #life(): Promise<void> {
-    const name = randomUUID()
-    const { options, sabotage, withRedis } = this.#options
-    const env = {
-      POSTGRES: postgres.host,
-      KILLS_FOLDER: this.#kills,
-      WORKER: name,
-      ...(withRedis && { REDIS_PATH: redis.path }),
-      ...(sabotage && { SABOTAGE: sabotage })
-    }
-    const log = join(folder, `${name}.log`)
-    const child = await launch(process.execPath, [script, JSON.stringify(options)], { env, log })
-    this.#living.add(child)
-    if (this.#closed) child.signal('SIGKILL')
-    const url = () => /^http:\S+/m.exec(child.output())?.[0]
-    await until(() => !child.running || url(), { timeout: 60_000, message: 'a worker to listen' })
-    const worker = { name, process: child, url: url() ?? '' }
-    if (child.running) this.#workers.add(worker)
-    await child.exited
-    this.#workers.delete(worker)
-    this.#living.delete(child)
-    if (this.#closed || this.kills().some(({ worker }) => worker === name)) return
-    throw new Error(`A worker ended, and not by a kill:\n${child.output()}`)
-  }
+  return Fleet.start(t, count, { args: [script, JSON.stringify(options)], env, folder, random })
 }
 
 // ---- The clients
@@ -205,7 +127,7 @@ const isSuccess = ({ status }: Answer) => status === 201
 const isNotYet = ({ status, code }: Answer) => status === 503 || code === 'FST_IDEMPOTENCY_IN_PROGRESS'
 
 /** Asks one worker or another until there is an answer; or says what was the last thing that it heard. */
-async function ask(fleet: Fleet, plan: Plan, limitMs: number): Promise<Answer | string> {
+async function ask(fleet: Workers, plan: Plan, limitMs: number): Promise<Answer | string> {
   const end = performance.now() + limitMs
   let heard = 'nothing'
   while (performance.now() < end) {
@@ -258,10 +180,10 @@ interface CheckOptions {
 }
 
 /** Runs many keys, some at a time, with duplicates of each at the same time, and checks that each happens once. */
-async function check(fleet: Fleet, plans: Plan[], { limitMs = LIMIT_MS, duplicates = 4 }: CheckOptions = {}) {
+async function check(fleet: Workers, plans: Plan[], { limitMs = LIMIT_MS, duplicates = 4 }: CheckOptions = {}) {
   const violations: Violation[] = []
   let slowest = 0
-  await some(shuffled(plans), 12, async (plan) => {
+  await some(shuffled(plans, random), 12, async (plan) => {
     const { key } = plan
     const violated = (kind: Violation['kind'], what: string) => void violations.push({ kind, key, what })
     const successes = new Set<string>()
@@ -299,15 +221,6 @@ async function check(fleet: Fleet, plans: Plan[], { limitMs = LIMIT_MS, duplicat
   return { violations, slowest: Math.round(slowest) }
 }
 
-/** Works on the items, so many at a time. */
-async function some<T>(items: T[], width: number, work: (item: T) => Promise<void>): Promise<void> {
-  const left = items.values()
-  const lane = async () => {
-    for (const item of left) await work(item)
-  }
-  await Promise.all(Array.from({ length: width }, lane))
-}
-
 /** For each point so many keys, the first of which kill so many workers there. */
 function plansFor(mode: Mode, points: readonly Point[], keys: number, killing: number[] = []): Plan[] {
   return points.flatMap((kill) =>
@@ -317,17 +230,6 @@ function plansFor(mode: Mode, points: readonly Point[], keys: number, killing: n
       return { key: randomUUID(), mode, ms, ...(kills && { kill, kills }) }
     })
   )
-}
-
-function shuffled<T>(items: T[]): T[] {
-  const ordered = items.map((item) => ({ item, order: random.next() })).sort((a, b) => a.order - b.order)
-  return ordered.map(({ item }) => item)
-}
-
-function countBy<T>(items: T[], nameOf: (item: T) => string): Record<string, number> {
-  const counts: Record<string, number> = {}
-  for (const item of items) counts[nameOf(item)] = (counts[nameOf(item)] ?? 0) + 1
-  return counts
 }
 
 /** How often the workers were killed at each of the points, which must be several times. */
@@ -342,7 +244,7 @@ function checkKills(t: Test, kills: Kill[], points: readonly Point[], times: num
 t.test(
   'in a transaction, each of hundreds of keys has one effect and one reply, wherever processes are killed',
   async (t) => {
-    const fleet = await Fleet.start(t, 3, { options: { lease: LONG_LEASE_MS } })
+    const fleet = await startFleet(t, 3, { options: { lease: LONG_LEASE_MS } })
     const plans = [
       ...plansFor('transaction', TRANSACTION_POINTS, 16, [1, 2]),
       ...plansFor('transaction-wait', TRANSACTION_POINTS, 16, [1])
@@ -385,7 +287,7 @@ t.test(
   'in a transaction, a process that is stopped for longer than its lease loses it all, and another does it',
   async (t) => {
     const lease = 2_000
-    const fleet = await Fleet.start(t, 2, { options: { lease, storeTimeout: 30_000 } })
+    const fleet = await startFleet(t, 2, { options: { lease, storeTimeout: 30_000 } })
     const [stopped, other] = fleet.all() as [Worker, Worker]
     const held: { hold: Point; plan: Plan; own: Promise<Answer> }[] = []
     const keys = () => held.map(({ plan }) => plan.key)
@@ -454,7 +356,7 @@ t.test(
 // ---- The check sees what it is there for
 
 t.test('the check fails where COMMIT is sent after the reply', async (t) => {
-  const fleet = await Fleet.start(t, 2, { options: { lease: LONG_LEASE_MS }, sabotage: 'commit-after-reply' })
+  const fleet = await startFleet(t, 2, { options: { lease: LONG_LEASE_MS }, sabotage: 'commit-after-reply' })
   const { violations } = await check(fleet, plansFor('transaction', ['after the reply'], 10, [1, 1]))
   t.comment(JSON.stringify(countBy(violations, ({ kind }) => kind)))
   const seen = (kind: Violation['kind']) => violations.some((violation) => violation.kind === kind)
@@ -463,7 +365,7 @@ t.test('the check fails where COMMIT is sent after the reply', async (t) => {
 })
 
 t.test('the check fails where a claim takes what another holds', async (t) => {
-  const fleet = await Fleet.start(t, 2, { options: { lease: LONG_LEASE_MS }, sabotage: 'no-owner-check' })
+  const fleet = await startFleet(t, 2, { options: { lease: LONG_LEASE_MS }, sabotage: 'no-owner-check' })
   const plans = plansFor('transaction', ['after the reply'], 10).map((plan) => ({ ...plan, ms: 50 }))
   const { violations } = await check(fleet, plans)
   t.comment(JSON.stringify(countBy(violations, ({ kind }) => kind)))
@@ -474,7 +376,7 @@ t.test('the check fails where a claim takes what another holds', async (t) => {
 })
 
 t.test('the check fails where a claim is made outside of the transaction', async (t) => {
-  const fleet = await Fleet.start(t, 2, { options: { lease: LONG_LEASE_MS }, sabotage: 'lock-outside' })
+  const fleet = await startFleet(t, 2, { options: { lease: LONG_LEASE_MS }, sabotage: 'lock-outside' })
   const plans = plansFor('transaction', ['after the writes'], 8, [1])
   const { violations } = await check(fleet, plans, { limitMs: 5_000, duplicates: 2 })
   t.comment(JSON.stringify(countBy(violations, ({ kind, what }) => `${kind} ${what}`)))
@@ -531,12 +433,12 @@ interface History {
 
 t.test('without a transaction', async (t) => {
   const options = { lease: LEASE_MS, storeTimeout: 10_000 }
-  const fleet = await Fleet.start(t, 3, { options, withRedis: true })
+  const fleet = await startFleet(t, 3, { options, withRedis: true })
   const histories: History[] = []
   const modes = STORES.flatMap((store) => [`${store}-rerun`, `${store}-reject`] as const)
   const plans = modes.flatMap((mode) => plansFor(mode, PLAIN_POINTS, 4, [1]))
   requests = 0
-  await some(shuffled(plans), 16, async (plan) => {
+  await some(shuffled(plans, random), 16, async (plan) => {
     const client = async (plan: Plan): Promise<Answer> => {
       const answer = await ask(fleet, plan, LIMIT_MS)
       if (typeof answer === 'string') throw new Error(`No answer for ${LIMIT_MS} ms: ${answer}`)

@@ -1,3 +1,5 @@
+import type { KillNote } from './kill-note.js'
+
 // What the supervisor of test/faults/kill.test.ts and its workers, kill-worker.ts, have agreed on.
 
 /** The points of a request's life at which a worker can kill itself, where claim, effect and reply are one transaction. */
@@ -42,15 +44,10 @@ export const HOLD = 'x-hold'
 
 export type Sabotage = 'commit-after-reply' | 'no-owner-check' | 'lock-outside'
 
-/** What a worker leaves in the folder of kills just before it kills itself, in a file named `<key>.<number>`. */
-export interface Kill {
-  key: string
-  point: Point
-  worker: string
+export interface Kill extends KillNote {
+  readonly point: Point
   /** The run of the handler, where there was one already: what stands in the ledger. */
-  run: string | null
-  /** By Date.now(). */
-  at: number
+  readonly run: string | null
 }
 
 /** What the handler answers: the two rows that it wrote, and the run that wrote them. */

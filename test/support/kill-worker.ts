@@ -1,8 +1,6 @@
 import assert from 'node:assert/strict'
 import { AsyncLocalStorage } from 'node:async_hooks'
 import { randomUUID } from 'node:crypto'
-import { linkSync, writeFileSync } from 'node:fs'
-import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import Fastify, { type FastifyReply, type FastifyRequest, type onRequestHookHandler } from 'fastify'
 import { Pool, type PoolClient } from 'pg'
@@ -13,6 +11,7 @@ import idempotency, {
   PostgresStore,
   RedisStore
 } from '../../index.js'
+import { killOnce } from './kill-note.js'
 import { HOLD, KILL, KILLS, type Kill, type Mode, type Point, type Sabotage, type Transfer } from './kill-plan.js'
 
 // A server as a process of its own that kills itself at a point that the request names: `node kill-worker.js <options
@@ -58,18 +57,7 @@ function die(point: Point): void {
   const way = ways.getStore()
   if (way?.kill !== point) return
   const kill: Kill = { key: way.key, point, worker: WORKER, run: way.run, at: Date.now() }
-  const note = join(KILLS_FOLDER, `.${WORKER}`)
-  writeFileSync(note, JSON.stringify(kill))
-  for (let n = 1; n <= way.kills; n++) {
-    try {
-      // A link is there at once, with all that it says.
-      linkSync(note, join(KILLS_FOLDER, `${way.key}.${n}`))
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code === 'EEXIST') continue
-      throw error
-    }
-    process.kill(process.pid, 'SIGKILL')
-  }
+  killOnce(KILLS_FOLDER, kill, way.kills)
 }
 
 /** A point at which the process may die, and a request may be held. */
