@@ -450,7 +450,7 @@ t.test('without a transaction', async (t) => {
     histories.push({ plan, answers: [...answers, last], runs: await runsOf(key), entries: await ledger(key) })
   })
   const kills = fleet.kills()
-  const deaths = new Map(kills.map(({ worker, at }) => [worker, at]))
+  const deaths = fleet.deaths()
   t.comment(`${plans.length} keys, ${requests} requests`)
   checkKills(t, kills, PLAIN_POINTS, 1)
 

@@ -28,17 +28,23 @@ export interface FleetSetup {
 }
 
 /** Some workers, each of which is replaced as soon as it is dead. */
-export class Fleet<Kill extends KillNote> {
+export class Fleet<Kill extends KillNote = KillNote> {
   readonly #kills: string
   readonly #setup: FleetSetup
   readonly #workers = new Set<Worker>()
   readonly #living = new Set<ServerProcess>()
   readonly #slots: Promise<void>[]
+  /** When those were killed that did not do it themselves, by Date.now(). */
+  readonly #killed = new Map<string, number>()
   #closed = false
   /** A worker that has ended without a kill. */
   #broken: Error | null = null
 
-  static async start<Kill extends KillNote>(t: Test, count: number, setup: FleetSetup): Promise<Fleet<Kill>> {
+  static async start<Kill extends KillNote = KillNote>(
+    t: Test,
+    count: number,
+    setup: FleetSetup
+  ): Promise<Fleet<Kill>> {
     const fleet = new Fleet<Kill>(count, setup)
     t.teardown(() => fleet.close())
     await until(() => fleet.all().length === count, { timeout: 60_000, message: 'the workers to listen' })
@@ -67,6 +73,18 @@ export class Fleet<Kill extends KillNote> {
   kills(): Kill[] {
     const names = readdirSync(this.#kills).filter((name) => !name.startsWith('.'))
     return names.map((name) => JSON.parse(readFileSync(join(this.#kills, name), 'utf8')))
+  }
+
+  /** Kills one of them, which is replaced. */
+  async kill({ name, process }: Worker): Promise<void> {
+    this.#killed.set(name, Date.now())
+    process.signal('SIGKILL')
+    await process.exited
+  }
+
+  /** When which worker was killed. */
+  deaths(): Map<string, number> {
+    return new Map([...this.#killed, ...this.kills().map(({ worker, at }) => [worker, at] as const)])
   }
 
   async close(): Promise<void> {
@@ -100,7 +118,7 @@ export class Fleet<Kill extends KillNote> {
     this.#workers.delete(worker)
     this.#living.delete(child)
     if (this.#closed) return
-    if (!this.kills().some(({ worker }) => worker === name)) {
+    if (!this.deaths().has(name)) {
       throw new Error(`A worker ended, and not by a kill:\n${child.output()}`)
     }
     await killed?.()
