@@ -80,6 +80,8 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   /** Somebody else was seen to have the key. */
   #isTaken = false
   #controller: AbortController | null = null
+  /** For how many milliseconds. */
+  #waited = 0
 
   constructor(
     { request, log }: Origin,
@@ -109,8 +111,9 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     return this.policy.reruns
   }
 
+  /** What is left of it, for who has to wait again because another was faster. */
   get waitTimeout(): number {
-    return this.policy.waitTimeout
+    return Math.max(this.policy.waitTimeout - this.#waited, 0)
   }
 
   get signal(): AbortSignal {
@@ -378,7 +381,9 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   }
 
   async #wait(): Promise<Verdict> {
+    const from = performance.now()
     const result = this.#host.closing ? 'left' : await this.#context.waiting.wait(this)
+    this.#waited += Math.floor(performance.now() - from)
     if (result === 'left' && this.#isGone) return 'gone'
     if (result === 'timeout' || result === 'left') throw inProgress(this)
     return this.#decide(result, true)

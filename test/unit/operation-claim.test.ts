@@ -24,7 +24,8 @@ import {
   STORE_TIMEOUT,
   scene,
   UNAVAILABLE,
-  verdictOf
+  verdictOf,
+  WAIT_TIMEOUT
 } from '../support/operation-scene.js'
 import { tombstone } from '../support/store-fixtures.js'
 
@@ -432,6 +433,25 @@ t.test('who is outrun in taking over waits on', async (t) => {
   const verdict = verdictOf(s.actor())
   await s.time.pass(200)
   t.equal(await verdict, 'replay')
+})
+
+t.test('who is outrun does not wait for longer than the others', async (t) => {
+  const s = scene(t, { policy: { waits: true } })
+  s.store.answers.acquire = [running()]
+  const verdict = verdictOf(s.actor())
+  await s.time.pass(WAIT_TIMEOUT / 2)
+  s.store.answers.acquire = [abandoned(), running()]
+  await s.time.pass(WAIT_TIMEOUT / 2 - 10)
+  t.strictSame(s.store.takeovers.filter(Boolean), [true])
+  let isOver = false
+  void verdict.then(() => {
+    isOver = true
+  })
+  await s.time.pass(0)
+  t.equal(isOver, false)
+  await s.time.pass(11)
+  t.equal(isOver, true)
+  t.match(await verdict, IN_PROGRESS)
 })
 
 t.test('a duplicate whose client leaves while it waits is gone, without an event', async (t) => {
