@@ -173,6 +173,8 @@ export class LeasedClaim implements HeldClaim, Renewable {
       await this.#steps?.restore()
     } catch (error) {
       tellFailure(this.#claimant, this.#context.health, error)
+      // It is there in any case, without steps.
+      this.#steps?.retryAll()
     }
   }
 
@@ -238,15 +240,17 @@ export class LeasedClaim implements HeldClaim, Renewable {
   }
 
   async #releaseInBackground(unused: boolean): Promise<void> {
-    const steps = this.#steps
-    if (steps !== null)
-      await retryUntil(
-        () => steps.flush(),
-        () => this.#claimant.isClosed
-      )
-    const given = await this.#orphan(unused)
+    // Once the server has closed, nothing is given back any more.
+    const given = (await this.#flushInBackground()) && (await this.#orphan(unused))
     this.#claimant.end()
     if (given) tell(this.#claimant, 'released')
+  }
+
+  async #flushInBackground(): Promise<boolean> {
+    const steps = this.#steps
+    if (steps === null) return true
+    const isPointless = () => this.#claimant.isClosed
+    return (await retryUntil(() => steps.flush(), isPointless)) !== null
   }
 
   #keeper(steps: readonly StoredStep[]): StepKeeper {
@@ -311,8 +315,15 @@ export class LeasedClaim implements HeldClaim, Renewable {
     const { store } = policy
     if (store.get === undefined || (await store.get(storageKey)) !== null || !this.#isWanted()) return false
     const askedAt = performance.now()
-    const found = await store.acquire(storageKey, this.#claim())
-    if (!isAcquisition(found)) throw new UnreadableAnswer()
+    let found: Acquisition
+    try {
+      found = await store.acquire(storageKey, this.#claim())
+      if (!isAcquisition(found)) throw new UnreadableAnswer()
+    } catch (error) {
+      // It may be there all the same, without steps, and is renewed then as if nothing had happened.
+      this.#steps?.retryAll()
+      throw error
+    }
     if (found.state !== 'acquired') return false
     this.#leasedAt = askedAt
     await this.#steps?.restore()

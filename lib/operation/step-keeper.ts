@@ -27,11 +27,12 @@ export class StepKeeper {
   /** The store has failed to take it. */
   retry(step: StoredStep): void {
     this.#missing.add(step)
-    if (this.#isTrying) return
-    this.#isTrying = true
-    void retryUntil(() => this.flush(), this.#isPointless).then(() => {
-      this.#isTrying = false
-    })
+    this.#keepTrying()
+  }
+
+  /** The store may have lost all of them. */
+  retryAll(): void {
+    for (const step of this.#steps) this.retry(step)
   }
 
   /** The claim is there again, in a store that had lost its data. */
@@ -41,7 +42,7 @@ export class StepKeeper {
       await this.flush()
     } catch {
       // The store has failed again, which whoever is told of failures hears from the next call to it.
-      for (const step of this.#missing) this.retry(step)
+      this.#keepTrying()
     }
   }
 
@@ -54,13 +55,17 @@ export class StepKeeper {
     return true
   }
 
-  get isComplete(): boolean {
-    return this.#missing.size === 0
-  }
-
   /** The operation has a reply: nobody needs them. */
   clear(): void {
     this.#steps.length = 0
     this.#missing.clear()
+  }
+
+  #keepTrying(): void {
+    if (this.#isTrying) return
+    this.#isTrying = true
+    void retryUntil(() => this.flush(), this.#isPointless).then(() => {
+      this.#isTrying = false
+    })
   }
 }

@@ -157,7 +157,8 @@ export class Steps {
    * that a release does not forget the attempt; whether it was committed, the database says.
    */
   async #keepBeforeCommit(name: string): Promise<void> {
-    const { held: claim } = this.#owner
+    const { held: claim, signal } = this.#owner
+    if (signal.aborted) throw claimLost()
     if (claim === null || this.#owner.phase !== 'running') return
     if (claim.keepsSteps && this.#kept.get(name) !== IN_TRANSACTION) await this.#keep(claim, name, IN_TRANSACTION)
     else if (!(await claim.isOurs())) throw claimLost()

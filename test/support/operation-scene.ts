@@ -37,7 +37,7 @@ export const UNAVAILABLE = {
 }
 
 /** What a store can be asked for. */
-type Method = 'acquire' | 'renew' | 'complete' | 'release' | 'get' | 'begin'
+type Method = 'acquire' | 'renew' | 'complete' | 'step' | 'release' | 'get' | 'begin'
 
 /** What is answered: a value, or what a function of the call's arguments gives. */
 type Answer = unknown
@@ -53,6 +53,7 @@ export class ScriptedStore {
     acquire: [{ state: 'acquired', attempt: 1 }],
     renew: [true],
     complete: [true],
+    step: [true],
     release: [true],
     get: [null],
     begin: [undefined]
@@ -67,6 +68,7 @@ export class ScriptedStore {
   readonly acquire = (...args: unknown[]) => this.#answer('acquire', args)
   readonly renew = (...args: unknown[]) => this.#answer('renew', args)
   readonly complete = (...args: unknown[]) => this.#answer('complete', args)
+  readonly step = (...args: unknown[]) => this.#answer('step', args)
   readonly release = (...args: unknown[]) => this.#answer('release', args)
   get?: IdempotencyStore['get'] = (...args: unknown[]) => this.#answer('get', args) as never
   readonly begin = (...args: unknown[]) => this.#answer('begin', args)
@@ -151,7 +153,7 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
   t.teardown(() => {
     // What is still going on comes to its end.
     Object.assign(registration, { closed: true })
-    Object.assign(store.answers, { complete: [true], release: [true] })
+    Object.assign(store.answers, { complete: [true], step: [true], release: [true] })
     time.uninstall()
     for (const name of idempotencyEvents) unsubscribe(`fastify-idempotency:${name}`, hear)
   })
@@ -173,6 +175,7 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
     reruns: true,
     transaction: false,
     bypasses: false,
+    maxStepsSize: 65_536,
     ...policy
   } as Policy
   return {
