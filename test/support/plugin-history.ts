@@ -5,10 +5,18 @@ import {
   type Call,
   ENDS,
   type End,
+  KEYS,
+  LATE,
   LEASE,
   type Process,
   ROUTES,
   type Route,
+  type Running,
+  STEP_FAULTS,
+  STEPS,
+  type StepEnd,
+  type StepFault,
+  type StepName,
   TTL,
   World,
   type WorldOptions
@@ -19,11 +27,16 @@ import { settled } from './virtual-time.js'
 export type Event =
   | { do: 'send'; to: number; key: string; payload: string; route: Route | 'same' }
   | { do: 'end'; which: number; how: End }
+  /** A run does something in a step, and comes to the end of a slow one. */
+  | { do: 'step'; which: number; name: StepName; how: StepEnd }
+  | { do: 'finish'; which: number }
   | { do: 'hang up'; which: number }
   | { do: 'pass'; ms: number }
   | { do: 'crash' | 'stop' | 'resume' | 'cut' | 'mend'; process: number }
   | { do: 'lose'; process: number; call: Call }
-  | { do: 'delete'; process: number; key: string }
+  | { do: 'fail step'; process: number; how: StepFault }
+  | { do: 'delete' | 'look'; process: number; key: string }
+  | { do: 'forget' }
 
 const process = fc.nat({ max: 1 })
 const key = fc.constantFrom('k', 'k', 'k', 'l')
@@ -45,6 +58,8 @@ const send = fc.record(
 const of = <T extends object>(model: { [K in keyof T]: fc.Arbitrary<T[K]> }) =>
   fc.record(model, { noNullPrototype: true })
 
+const pass = (...ms: number[]) => of<Event & { do: 'pass' }>({ do: fc.constant('pass'), ms: fc.constantFrom(...ms) })
+
 const calm: fc.Arbitrary<Event>[] = [
   send,
   send,
@@ -54,11 +69,16 @@ const calm: fc.Arbitrary<Event>[] = [
     how: fc.oneof(fc.constantFrom('reply' as const, 'fail' as const), fc.constantFrom(...ENDS))
   }),
   of<Event & { do: 'hang up' }>({ do: fc.constant('hang up'), which: fc.nat({ max: 3 }) }),
-  of<Event & { do: 'pass' }>({
-    do: fc.constant('pass'),
-    ms: fc.constantFrom(60, 5_000, LEASE + 2_000, TTL + 5_000)
-  })
+  pass(60, LATE, LEASE + 2_000, TTL + 5_000)
 ]
+
+const step = of<Event & { do: 'step' }>({
+  do: fc.constant('step'),
+  which: fc.nat({ max: 1 }),
+  name: fc.constantFrom(...STEPS),
+  how: fc.constantFrom('done' as const, 'done' as const, 'done' as const, 'slow' as const, 'failed' as const)
+})
+const finish = of<Event & { do: 'finish' }>({ do: fc.constant('finish'), which: fc.nat({ max: 1 }) })
 
 const faults: fc.Arbitrary<Event>[] = [
   ...(['crash', 'stop', 'resume', 'cut', 'cut', 'mend'] as const).map((what) =>
@@ -69,10 +89,46 @@ const faults: fc.Arbitrary<Event>[] = [
     process,
     call: fc.constantFrom('acquire' as const, 'renew' as const, 'complete' as const, 'release' as const)
   }),
-  of<Event & { do: 'delete' }>({ do: fc.constant('delete'), process, key })
+  of<Event & { do: 'fail step' }>({ do: fc.constant('fail step'), process, how: fc.constantFrom(...STEP_FAULTS) }),
+  of<Event & { do: 'delete' }>({ do: fc.constantFrom('delete', 'look') as fc.Arbitrary<'delete'>, process, key }),
+  of<Event & { do: 'forget' }>({ do: fc.constant('forget') })
 ]
 
-export const histories = fc.array(fc.oneof(...calm, ...calm, ...faults), { maxLength: 30, size: 'max' })
+const anything = fc.array(fc.oneof(...calm, ...calm, step, finish, ...faults), { maxLength: 30, size: 'max' })
+
+const common = (weight: number, arbitrary: fc.Arbitrary<Event>) => ({ weight, arbitrary })
+/** One operation in steps, most of whose attempts fail. */
+const attempts = fc.array(
+  fc.oneof(
+    common(
+      6,
+      of<Event & { do: 'send' }>({
+        do: fc.constant('send'),
+        to: process,
+        key: fc.constant('k'),
+        payload: fc.constantFrom(...'ppppppq'),
+        route: fc.constantFrom(
+          ...ROUTES.filter((route) => route !== '/short').flatMap((route) => [route, 'same' as const])
+        )
+      })
+    ),
+    common(8, step),
+    common(1, finish),
+    common(
+      4,
+      of<Event & { do: 'end' }>({
+        do: fc.constant('end'),
+        which: fc.nat({ max: 1 }),
+        how: fc.constantFrom(...(['fail', 'fail', 'fail', 'throw', 'discard', 'reply'] as const))
+      })
+    ),
+    common(3, pass(60, LATE, LEASE + 2_000)),
+    ...faults.map((fault) => common(1, fault))
+  ),
+  { maxLength: 40, size: 'max' }
+)
+
+export const histories = fc.oneof(anything, attempts)
 
 /** Lets it all happen, and says how it went; rejects when something happens that must not. */
 export async function play(events: Event[], options: WorldOptions = {}): Promise<PluginModel> {
@@ -115,11 +171,24 @@ async function happen(
       return
     }
     case 'end': {
-      const able = world.processes.filter(({ stopped }) => !stopped).flatMap(({ running }) => [...running.values()])
+      const able = awake(world).filter(({ steps }) => steps.size === 0)
       const run = able[event.which % able.length]
       if (run === undefined) return
       model.ends(run, event.how)
       run.end(event.how)
+      return
+    }
+    case 'step': {
+      const able = awake(world).filter(({ used }) => !used.has(event.name))
+      const run = able[event.which % able.length]
+      if (run === undefined) return
+      model.steps(run, event.name, event.how)
+      run.step(event.name, event.how)
+      return
+    }
+    case 'finish': {
+      const able = awake(world).flatMap(({ steps }) => [...steps].filter(({ finish }) => finish !== null))
+      able[event.which % able.length]?.finish?.()
       return
     }
     case 'hang up': {
@@ -142,15 +211,29 @@ async function happen(
     case 'lose':
       world.processes[event.process]?.losing.add(event.call)
       return
-    case 'delete': {
+    case 'fail step':
+      ;(world.processes[event.process] as Process).stepFault = event.how
+      return
+    case 'delete':
+    case 'look': {
       const process = world.processes[event.process] as Process
       if (process.stopped || process.cut) return
-      model.deleted(process, event.key, await process.delete(event.key))
+      if (event.do === 'look') model.looked(event.key, await process.look(event.key))
+      else model.deleted(process, event.key, await process.delete(event.key))
       return
     }
+    case 'forget':
+      for (const key of KEYS) model.deleted(null, key, null)
+      await world.forget()
+      return
     default:
       return befall(event.do, event.process, world, model, start)
   }
+}
+
+/** The runs of processes that do something. */
+function awake({ processes }: World): Running[] {
+  return processes.filter(({ stopped }) => !stopped).flatMap(({ running }) => [...running.values()])
 }
 
 async function befall(

@@ -1,14 +1,24 @@
 import { storageKey } from '../../lib/operation/storage-key.js'
+import type { Acquisition } from '../../types/index.js'
 import type { Absence, Exchange, History, Rules, Run } from './http-history.js'
+import { isExpired, type Row } from './plugin-database.js'
+import { agrees, doubted, joined, type Known, NONE, seen, without, withStep } from './plugin-known-steps.js'
 import {
   type Answer,
   type Asked,
   type Call,
   type End,
+  isTransactional,
+  LATE,
   type Process,
   type Route,
   type Running,
+  resultOf,
   SHORT_TTL,
+  STORE_TIMEOUT,
+  type StepEnd,
+  type StepFault,
+  type Stepping,
   saying,
   TTL,
   type Witness,
@@ -35,9 +45,23 @@ type Entry =
       /** The lease ends at some time from the one to the other. */
       from: number
       to: number
+      /** What the store has of its steps. */
+      steps: Known
     }
-  /** A later attempt was given back, or one that never ran: what it was for is remembered until some time from the one to the other. */
-  | { is: 'ended'; route: Route; payload: string; attempt: number; from: number; to: number }
+  /**
+   * A later attempt was given back, or one with steps (`ended`), or one that never ran: what it was for is remembered
+   * until some time from the one to the other.
+   */
+  | {
+      is: 'ended'
+      route: Route
+      payload: string
+      attempt: number
+      ended: boolean
+      from: number
+      to: number
+      steps: Known
+    }
   /**
    * A claim that nobody knows of, because the answer got lost: its process gives it back as soon as it can, and what
    * was there before is there again.
@@ -56,6 +80,13 @@ interface State {
   entry: Entry
   /** Runs that believe to own the key, but do not, and since when. */
   beaten: Record<string, number>
+  /** What runs know of the steps of their operations, and whether their lease has lapsed, so that another could have it. */
+  minds: Record<string, Mind>
+}
+
+interface Mind {
+  steps: Known
+  lapsed: boolean
 }
 
 interface RunInfo {
@@ -76,11 +107,35 @@ interface ProcessInfo {
   unstored: Map<string, { run: string; sure: boolean; forgotten: boolean }>
   /** It may have renewed what it does not know to be renewed. */
   doubts: boolean
+  /** When a call has failed last that has to do with steps; later, while one is on its way. */
+  failedAt: number
+  /** Until then it may wait for an answer, or think that the store is down. */
+  silentUntil: number
 }
+
+/** What is known of a step that a run is at. */
+interface StepInfo {
+  /** A call to the store has failed meanwhile. */
+  failed: boolean
+  /** It need not be stored yet. */
+  doubtful: boolean
+  /** It may have been known that an earlier attempt has come to it. */
+  known: boolean
+  committed: boolean
+}
+
+/** A step that was committed in a transaction. */
+interface Committed {
+  run: Running
+  row: Row
+}
+
+/** What may have become of a state. */
+type After = (state: State) => State[]
 
 type Verdict = { is: string; state: State }
 
-const FREE: State = { entry: { is: 'free' }, beaten: {} }
+const FREE: State = { entry: { is: 'free' }, beaten: {}, minds: {} }
 const FINAL: readonly End[] = ['reply', 'refuse', 'stream', 'broken stream', 'too large', 'hijack']
 const REPLAYABLE: readonly End[] = ['reply', 'refuse', 'stream']
 
@@ -88,6 +143,8 @@ const IN_PROGRESS = '409 FST_IDEMPOTENCY_IN_PROGRESS'
 const NOT_REPLAYABLE = '409 FST_IDEMPOTENCY_NOT_REPLAYABLE'
 const REUSED = '422 FST_IDEMPOTENCY_KEY_REUSED'
 const UNAVAILABLE = '503 FST_IDEMPOTENCY_STORE_UNAVAILABLE'
+/** Who has done a step in a transaction: the store does not know. */
+const SOMEBODY = 'somebody'
 
 /** What was seen must not happen. */
 export class Wrong extends Error {
@@ -108,6 +165,8 @@ export class PluginModel implements Witness {
   readonly #exchanges = new Map<Asked, Exchange>()
   readonly #seenRuns = new Map<string, Run>()
   readonly #absences: Absence[] = []
+  readonly #steps = new Map<Stepping, StepInfo>()
+  readonly #committed = new Map<string, Committed>()
   /** How often a key was forgotten on purpose. */
   readonly #lives = new Map<string, number>()
   /** Lives of keys of which the judge cannot know enough. */
@@ -146,14 +205,16 @@ export class PluginModel implements Witness {
     const states = this.#of(key)
     const isFree = (state: State) => run.id in state.beaten && state.entry.is === 'free'
     const claims = process.losing.has('acquire') && call === 'complete' && states.some(isFree)
+    // A release is behind the steps that the store does not have yet.
+    const waits = process.stepFault !== null && call === 'release' && this.#now <= this.#info(process).failedAt + LAG
     info.intent = call
-    info.tries = process.cut || claims || process.losing.has(call)
+    info.tries = process.cut || claims || waits || process.losing.has(call)
     // What is said and not stored yet is more than one can see from outside.
     if (info.tries) this.#except(run)
     if (!info.tries) {
       this.#put(
         key,
-        states.map((state) => this.#after(state, run.id))
+        states.flatMap((state) => this.#after(state, run.id))
       )
       return
     }
@@ -166,12 +227,21 @@ export class PluginModel implements Witness {
     if (process.cut) return
     // The store may have done it, only nobody knows.
     const { route, payload } = run.asked
-    const anew: Entry = { is: 'claim', run: run.id, route, payload, attempt: 1, from: Infinity, to: Infinity }
+    const anew: Entry = {
+      is: 'claim',
+      run: run.id,
+      route,
+      payload,
+      attempt: 1,
+      from: Infinity,
+      to: Infinity,
+      steps: NONE
+    }
     this.#put(
       key,
       states.flatMap((state) => {
         if (owner(state) === run.id)
-          return process.losing.has(call) ? [this.#after(state, run.id)] : [this.#after(state, run.id), state]
+          return process.losing.has(call) ? this.#after(state, run.id) : [...this.#after(state, run.id), state]
         return isFree(state) && claims ? [state, { ...state, entry: anew }] : [state]
       })
     )
@@ -215,38 +285,41 @@ export class PluginModel implements Witness {
           const beaten = { ...state.beaten }
           for (const run of Object.keys(beaten)) if (this.#processOf(run) === process) beaten[run] = -1
           if (state.entry.is !== 'claim' || this.#processOf(state.entry.run) !== process) return { ...state, beaten }
-          return { entry: { ...state.entry, to: Infinity }, beaten }
+          return { ...state, entry: { ...state.entry, to: Infinity }, beaten }
         })
       )
     }
   }
 
-  /** A key was deleted by a process. */
-  deleted(process: Process, key: string, existed: boolean): void {
-    this.#say(`${process.name} deletes ${key}: ${existed}`)
+  /** A key was deleted by a process, or the store has lost it, if it was there. */
+  deleted(process: Process | null, key: string, existed: boolean | null): void {
+    this.#say(process === null ? `${key} is lost` : `${process.name} deletes ${key}: ${existed}`)
     this.#lives.set(key, (this.#lives.get(key) ?? 0) + 1)
-    this.#info(process).unstored.delete(key)
+    if (process !== null) this.#info(process).unstored.delete(key)
     for (const { unstored } of this.#processes.values()) {
       const reply = unstored.get(key)
       if (reply !== undefined) reply.forgotten = true
     }
     const next: State[] = []
     for (const state of this.#of(key)) {
-      if ((state.entry.is !== 'free') !== existed) continue
+      if (existed !== null && (state.entry.is !== 'free') !== existed) continue
       const own = this.#mayStillStore(state, key)
       const beaten = { ...state.beaten }
       // An owner in the process itself is told.
       if (own !== null && this.#processOf(own) !== process && !this.#processOf(own).dead) beaten[own] = this.#now
+      const free: State = { ...state, entry: { is: 'free' }, beaten }
+      next.push(free)
       // So is a run that does not know yet that it is none.
-      next.push({ entry: { is: 'free' }, beaten }, this.#without({ entry: { is: 'free' }, beaten }, process))
+      if (process !== null) next.push(this.#without(free, process))
     }
     this.#put(key, next)
     if (next.length === 0) this.#fail(`delete of ${key} was ${existed}`)
   }
 
   /** Who may claim a deleted key anew: its owner, or who does not know yet that its reply was stored. */
-  #mayStillStore({ entry, beaten }: State, key: string): string | null {
-    if (entry.is !== 'done') return owner({ entry, beaten })
+  #mayStillStore(state: State, key: string): string | null {
+    const { entry } = state
+    if (entry.is !== 'done') return owner(state)
     const { run } = this.#runs.get(entry.run) as RunInfo
     return this.#info(run.asked.process).unstored.get(key)?.run === entry.run ? entry.run : null
   }
@@ -301,9 +374,173 @@ export class PluginModel implements Witness {
     this.#seen(asked, code === undefined ? `${status} ${what}` : `${status} ${code}`)
   }
 
+  /** A run is about to do something in a step. */
+  steps(run: Running, name: string, how: StepEnd): void {
+    this.#say(`${run.id} comes to step ${name}: ${how}`)
+  }
+
+  worked(run: Running, step: Stepping): void {
+    const { name, knew } = step
+    const { key, process } = run.asked
+    this.#say(`${run.id} does ${name}`)
+    if (knew) this.#fail(`${run.id} does ${name}, and knows that it has lost its key`)
+    const inTransaction = isTransactional(name)
+    if (inTransaction && this.#committedOf(key, name) !== null) this.#fail(`${run.id} does ${name} again`)
+    this.#stepInfo(step).known = this.#of(key).some((state) => mindOf(state, run.id).steps[name] !== undefined)
+    this.#keep(key, `${run.id} does ${name}`, (state) => {
+      const { steps, lapsed } = mindOf(state, run.id)
+      const before = steps[name]
+      const isOwner = owner(state) === run.id
+      // It has asked whether the key is still its own.
+      const mayBegin = !lapsed && !(isOwner && process.cut && this.#now > (state.entry as Claimed).to)
+      if (!inTransaction && (before?.sure || !mayBegin)) return []
+      if (before?.sure) return [state]
+      // It may be stored before anybody knows.
+      const begun = (known: Known) => withStep(known, name, inTransaction ? SOMEBODY : run.id, false)
+      return [this.#minding(state, run.id, begun(steps), begun)]
+    })
+  }
+
+  committed(run: Running, name: string, row: Row): void {
+    const { key } = run.asked
+    this.#say(`${run.id} commits ${name}`)
+    if (this.#committedOf(key, name) !== null) this.#fail(`${run.id} commits ${name} again`)
+    this.#committed.set(`${key} ${name}`, { run, row })
+    for (const step of run.steps) if (step.name === name) this.#stepInfo(step).committed = true
+  }
+
+  stepFails(process: Process, stored: string, name: string, how: StepFault): void {
+    this.#say(`the store of ${process.name} ${how}: step ${name}`)
+    const info = this.#info(process)
+    const isLate = how === 'late' || how === 'answer late'
+    info.failedAt = Math.max(info.failedAt, this.#now + (isLate ? LATE : 0))
+    if (isLate) info.silentUntil = this.#now + STORE_TIMEOUT + LAG
+    this.#failsAt(process, stored, (step, info) => {
+      if (step.name === name && (how === 'fails' || how === 'late')) info.doubtful = true
+    })
+  }
+
+  stepped(run: Running, step: Stepping, result: string | Error): void {
+    const { code, message } = result as { code?: string; message?: string }
+    const what = `${run.id}: ${step.name} ${typeof result === 'string' ? 'gives' : 'fails:'} ${code ?? message ?? result}`
+    this.#say(what)
+    const after =
+      typeof result === 'string' ? this.#afterResult(run, step, result) : this.#afterFailure(run, step, code)
+    this.#steps.delete(step)
+    if (after === null) this.#fail(what)
+    else this.#keep(run.asked.key, what, after)
+  }
+
+  /** What may be then; `null` for nothing. */
+  #afterResult(run: Running, step: Stepping, result: string): After | null {
+    const { process, key } = run.asked
+    const { name, worked, how, knew } = step
+    const { failed, doubtful, known, committed } = this.#stepInfo(step)
+    const inTransaction = isTransactional(name)
+    if (knew) return null
+    if (worked) {
+      if (result !== resultOf(name, run.id) || how === 'failed' || committed !== inTransaction) return null
+      const of = inTransaction ? SOMEBODY : run.id
+      return (state) => {
+        const { steps, lapsed } = mindOf(state, run.id)
+        const isStored = (kept: Known) => withStep(kept, name, of, !doubtful && !process.cut)
+        const own = this.#minding(state, run.id, withStep(steps, name, of, true), isStored)
+        if (owner(state) === run.id) return [own]
+        const anew = run.id in state.beaten && state.entry.is === 'free' ? this.#after(own, run.id) : []
+        // Where an earlier attempt has come to it, it is enough that the lease has not lapsed.
+        return failed || process.cut || (known && inTransaction && !lapsed) ? [own, ...anew] : anew
+      }
+    }
+    if (inTransaction) {
+      const before = this.#committedOf(key, name)
+      const isRight = before !== null && isSame(before.run, run) && result === resultOf(name, before.run.id)
+      return isRight ? (state) => [state] : null
+    }
+    return (state) => {
+      const { steps } = mindOf(state, run.id)
+      const of = steps[name]?.of
+      if (of === undefined || result !== resultOf(name, of)) return []
+      const isThere = (known: Known) => withStep(known, name, of, true)
+      return [this.#minding(state, run.id, isThere(steps), isThere)]
+    }
+  }
+
+  #afterFailure(run: Running, step: Stepping, code: string | undefined): After | null {
+    const { process, key } = run.asked
+    const { name, worked, how } = step
+    const { failed, known, committed } = this.#stepInfo(step)
+    const inTransaction = isTransactional(name)
+    if (committed) return null
+    switch (code) {
+      case 'FST_IDEMPOTENCY_CLAIM_LOST':
+        return (state) => {
+          if (owner(state) === run.id || (state.entry.is === 'free' && run.id in state.beaten)) return []
+          const { [run.id]: _, ...beaten } = state.beaten
+          return [{ ...state, beaten }]
+        }
+      case 'FST_IDEMPOTENCY_STORE_UNAVAILABLE': {
+        if (!(failed || process.cut) || (worked && !inTransaction)) return null
+        const isLeased = (state: State) => owner(state) === run.id && this.#now < (state.entry as Claimed).from
+        return (state) => (isLeased(state) ? [] : [state])
+      }
+      case 'FST_IDEMPOTENCY_KEY_REUSED': {
+        const before = this.#committedOf(key, name)
+        return inTransaction && !worked && before !== null && !isSame(before.run, run) ? (state) => [state] : null
+      }
+      default: {
+        if (code !== undefined || how !== 'failed' || !worked) return null
+        const isUndone = (steps: Known) => (known ? steps : without(steps, name))
+        return (state) => [this.#minding(state, run.id, isUndone(mindOf(state, run.id).steps), isUndone)]
+      }
+    }
+  }
+
+  /** A process was asked for what is known of a key. */
+  looked(key: string, found: Acquisition | null): void {
+    const steps = found === null || found.state === 'completed' ? undefined : found.steps
+    const results = new Map(
+      (steps ?? []).map(([name, result]) => [name, isTransactional(name) ? SOMEBODY : doerOf(JSON.parse(result))])
+    )
+    const ended = found?.state === 'abandoned' && found.ended === true
+    const attempt = found?.state === 'abandoned' ? found.attempt : 0
+    const is = found === null ? 'free' : `${found.state}${ended ? ' and ended' : ''}`
+    const what = `${key} is ${is} ${attempt || ''} ${[...results].join(' ')}`
+    this.#say(what)
+    this.#keep(key, what, (state) => {
+      const { entry } = state
+      switch (entry.is) {
+        case 'free':
+          return found === null ? [state] : []
+        case 'done':
+          return found?.state === 'completed' ? [state] : []
+        case 'ghost': {
+          const isSeen = found?.state === 'running' || found?.state === 'abandoned'
+          return isSeen && agrees(entry.found?.steps ?? NONE, results) ? [state] : []
+        }
+        case 'ended': {
+          const isSeen = found?.state === 'abandoned' && attempt === entry.attempt && ended === entry.ended
+          return isSeen && agrees(entry.steps, results)
+            ? [{ ...state, entry: { ...entry, steps: seen(entry.steps, results) } }]
+            : []
+        }
+        case 'claim': {
+          const isSeen =
+            (found?.state === 'running' && this.#now < entry.to) ||
+            (found?.state === 'abandoned' && this.#now >= entry.from && attempt === entry.attempt && !ended)
+          return isSeen && agrees(entry.steps, results)
+            ? [{ ...state, entry: { ...entry, steps: seen(entry.steps, results) } }]
+            : []
+        }
+      }
+    })
+  }
+
   lost(process: Process, call: Call, stored: string, takeover: boolean): void {
     this.#say(`an answer is lost to ${process.name}: ${call}`)
-    this.#info(process).doubts = true
+    const info = this.#info(process)
+    info.doubts = true
+    info.failedAt = Math.max(info.failedAt, this.#now)
+    this.#failsAt(process, stored)
     for (const asked of process.asked) {
       if (asked.answer !== null || asked.run !== null || storageKey(null, asked.key) !== stored) continue
       // Who asks for a reply that has not been stored yet stores it first, and may have no answer.
@@ -329,7 +566,7 @@ export class PluginModel implements Witness {
           if (entry.is === 'free') return [state, this.#beat(state, ghost(null))]
           const mayBeTaken = entry.is === 'ended' || (entry.is === 'claim' && this.#now >= entry.from)
           if (!mayBeTaken || !takeover) return [state]
-          const found = entry.is === 'ended' ? entry : this.#ended(entry)
+          const found = entry.is === 'ended' ? entry : this.#ended(entry, false)
           return [state, this.#beat(state, ghost(found)), this.#beat(state, found)]
         })
       )
@@ -341,7 +578,7 @@ export class PluginModel implements Witness {
     for (const key of this.#states.keys()) this.#of(key)
     for (const asked of this.asked) {
       const { process, answer, run, gone } = asked
-      if (answer !== null || gone || process.stopped) continue
+      if (answer !== null || gone || process.stopped || this.#isSilent(process)) continue
       if (run !== null) {
         if (run.ended !== null) this.#fail(`${asked.id} has no answer after its run has ended`)
         continue
@@ -350,6 +587,7 @@ export class PluginModel implements Witness {
     }
     for (const { run } of this.#runs.values()) {
       const { process, key } = run.asked
+      for (const step of run.steps) if (!this.#mayTake(run, step)) this.#fail(`${run.id}: ${step.name} has no end`)
       if (run.ended !== null || process.dead || !run.signal.aborted) continue
       if (this.#of(key).every((state) => owner(state) === run.id)) this.#fail(`${run.id} was told to have lost its key`)
     }
@@ -406,6 +644,56 @@ export class PluginModel implements Witness {
 
   #away({ name }: Process): void {
     this.#absences.push({ worker: name, from: this.#tick(), to: Number.POSITIVE_INFINITY })
+  }
+
+  #isSilent(process: Process): boolean {
+    return this.#now <= this.#info(process).silentUntil
+  }
+
+  #mayTake({ asked }: Running, step: Stepping): boolean {
+    const { process, key } = asked
+    if (process.stopped || step.finish !== null || this.#isSilent(process)) return true
+    // Only one at a time can be in its transaction.
+    const isOther = (other: Stepping) => other !== step && isTransactional(step.name) && other.name === step.name
+    return [...this.#runs.values()].some(({ run }) => run.asked.key === key && [...run.steps].some(isOther))
+  }
+
+  #committedOf(key: string, name: string): Committed | null {
+    const committed = this.#committed.get(`${key} ${name}`)
+    return committed === undefined || isExpired(committed.row) ? null : committed
+  }
+
+  #stepInfo(step: Stepping): StepInfo {
+    const info = this.#steps.get(step) ?? { failed: false, doubtful: false, known: false, committed: false }
+    this.#steps.set(step, info)
+    return info
+  }
+
+  /** A call of a process for a key has failed, which the steps that are under way may feel. */
+  #failsAt(process: Process, stored: string, tell?: (step: Stepping, info: StepInfo) => void): void {
+    for (const { run } of this.#runs.values()) {
+      if (run.asked.process !== process || storageKey(null, run.asked.key) !== stored) continue
+      for (const step of run.steps) {
+        const info = this.#stepInfo(step)
+        info.failed = true
+        tell?.(step, info)
+      }
+    }
+  }
+
+  /** What may have become of the states that agree with what was seen. */
+  #keep(key: string, what: string, after: After): void {
+    const next = this.#of(key).flatMap(after)
+    if (next.length === 0) this.#fail(what)
+    else this.#put(key, next)
+  }
+
+  /** A run knows these steps now; `kept`: what the store has of them, if the run has the key. */
+  #minding(state: State, run: string, steps: Known, kept: (steps: Known) => Known): State {
+    const minds = { ...state.minds, [run]: { ...mindOf(state, run), steps } }
+    const { entry } = state
+    if (entry.is !== 'claim' || entry.run !== run) return { ...state, minds }
+    return { ...state, entry: { ...entry, steps: kept(entry.steps) }, minds }
   }
 
   #mayWait({ route, key, process, sent }: Asked): boolean {
@@ -465,30 +753,36 @@ export class PluginModel implements Witness {
       const isLeased = entry.is === 'claim' && entry.run === unstored.run && this.#now < entry.from
       if (process.cut && unstored.sure && isLeased && !this.#info(process).doubts) return found
     }
-    if (this.#mayFail.has(asked)) {
+    if (this.#mayFail.has(asked) || this.#isSilent(process)) {
       found.push(refuse(UNAVAILABLE))
+      // Who was to have the key had to wait until its owner's steps were stored again.
+      if (this.#isSilent(process)) found.push(...busy())
       found.push(...this.#atWork(process, key).flatMap(besides))
     }
     // A run that has lost its key may know it or not.
     if (process.cut) return [...found, refuse(UNAVAILABLE), ...this.#atWork(process, key).flatMap(besides)]
     if (entry.is === 'free') {
-      found.push(...this.#claimed(state, asked, 1))
+      found.push(...this.#claimed(state, asked, 1, NONE))
       // A run of the process itself that has lost its claim, and does not know, gets it back instead.
       for (const info of this.#atWork(process, key)) {
         if (!(info.run.id in state.beaten) || info.intent === 'release') continue
-        for (const verdict of besides(info)) found.push(verdict, { ...verdict, state: this.#after(state, info.run.id) })
+        for (const verdict of besides(info)) {
+          found.push(verdict, ...this.#after(state, info.run.id).map((after) => ({ ...verdict, state: after })))
+        }
       }
     } else if (entry.is === 'done') {
       found.push(done(entry.run, entry))
     } else if (entry.is === 'ended') {
       if (entry.route !== route || entry.payload !== payload) found.push(refuse(REUSED))
-      else found.push(...this.#claimed(state, asked, entry.attempt + 1))
+      else found.push(...this.#claimed(state, asked, entry.attempt + 1, entry.steps))
       found.push(...this.#atWork(process, key).flatMap(besides))
     } else if (entry.is === 'ghost') {
       // What the ghost had wanted may be known, and something else.
       found.push(refuse(REUSED))
       if (entry.route === route) found.push(...busy())
-      if (entry.route === route && this.#now >= entry.to) found.push(...this.#claimed(state, asked, entry.attempt + 1))
+      if (entry.route === route && this.#now >= entry.to) {
+        found.push(...this.#claimed(state, asked, entry.attempt + 1, entry.found?.steps ?? NONE))
+      }
     } else {
       if (entry.route !== route) return [...found, refuse(REUSED)]
       const own = this.#isAtWork(process, key)
@@ -503,7 +797,7 @@ export class PluginModel implements Witness {
       // A process does not take over from itself, but for what it is about to give back.
       if (this.#now >= entry.from && (run.asked.process !== process || intent === 'release')) {
         if (isOther) found.push(refuse(REUSED))
-        else found.push(...this.#claimed(state, asked, entry.attempt + 1))
+        else found.push(...this.#claimed(state, asked, entry.attempt + 1, entry.steps))
       }
     }
     return found
@@ -516,58 +810,68 @@ export class PluginModel implements Witness {
     return entry.is === 'done' || !process.cut || this.#now <= entry.to
   }
 
-  #claimed(state: State, { run, route, payload, process }: Asked, attempt: number): Verdict[] {
+  #claimed(state: State, { run, route, payload, process }: Asked, attempt: number, steps: Known): Verdict[] {
     const { healthy } = this.#info(process)
     const lease = healthy ? Infinity : this.#now + process.lease
     const id = run?.id ?? ''
-    return [
-      {
-        is: `run ${attempt}`,
-        state: this.#beat(state, { is: 'claim', run: id, route, payload, attempt, from: lease, to: lease })
-      }
-    ]
+    const next = this.#beat(state, { is: 'claim', run: id, route, payload, attempt, from: lease, to: lease, steps })
+    const minds = { ...next.minds, [id]: { steps, lapsed: false } }
+    return [{ is: `run ${attempt}`, state: { ...next, minds } }]
   }
 
   /** Another entry takes the place of a claim, whose owner does not know. */
   #beat(state: State, entry: Entry): State {
     const own = owner(state)
-    const beaten = { ...state.beaten }
-    if (own !== null && !this.#processOf(own).dead) beaten[own] = this.#now
-    return { entry, beaten }
+    if (own === null || this.#processOf(own).dead) return { ...state, entry }
+    const mind = { ...mindOf(state, own), lapsed: true }
+    return { entry, beaten: { ...state.beaten, [own]: this.#now }, minds: { ...state.minds, [own]: mind } }
   }
 
   /** @param isOld It was so at some time since the last look. */
-  #ended({ route, payload, attempt }: Claimed, isOld = true): Ended {
+  #ended({ route, payload, attempt, steps }: Claimed, ended: boolean, isOld = true): Ended {
     const to = this.#now + retained(route)
-    return { is: 'ended', route, payload, attempt, from: isOld ? to - STEP : to, to }
+    return { is: 'ended', route, payload, attempt, ended, from: isOld ? to - STEP : to, to, steps }
   }
 
   /** The last step of a run, or its renewal, has come to the store. */
-  #after(state: State, id: string): State {
+  #after(state: State, id: string): State[] {
     const { run, intent, tries } = this.#runs.get(id) as RunInfo
     const { [id]: since, ...beaten } = state.beaten
-    const { route, payload } = run.asked
-    const owns = owner(state) === id
-    if (!owns && (since === undefined || state.entry.is !== 'free' || intent === 'release')) {
-      return { entry: state.entry, beaten }
-    }
-    if (intent === 'release') {
-      const isLater = state.entry.is === 'claim' && state.entry.attempt > 1
-      return { entry: isLater ? this.#ended(state.entry as Claimed, tries) : { is: 'free' }, beaten }
-    }
+    const { route, payload, process } = run.asked
+    const { entry } = state
+    const owns = entry.is === 'claim' && entry.run === id
+    if (!owns && (since === undefined || entry.is !== 'free' || intent === 'release')) return [{ ...state, beaten }]
     if (intent === 'complete') {
       const to = this.#now + retained(route)
       // What failed before was repeated at some time since the last look.
-      return { entry: { is: 'done', run: id, route, payload, from: tries ? to - STEP : to, to }, beaten }
+      return [{ ...state, entry: { is: 'done', run: id, route, payload, from: tries ? to - STEP : to, to }, beaten }]
     }
-    if (owns && state.entry.is === 'claim') return { entry: { ...state.entry, from: Infinity, to: Infinity }, beaten }
-    // The payload is known by now, to whomever claims anew.
-    return { entry: { is: 'claim', run: id, route, payload, attempt: 1, from: Infinity, to: Infinity }, beaten }
+    const mind = mindOf(state, id)
+    if (owns && intent === 'release') {
+      const steps = joined(entry.steps, mind.steps)
+      const free: State = { ...state, entry: { is: 'free' }, beaten }
+      const ended: State = { ...state, entry: this.#ended({ ...entry, steps }, true, tries), beaten }
+      const all = Object.values(steps)
+      if (entry.attempt > 1 || all.some(({ sure }) => sure)) return [ended]
+      // It is forgotten, if the store has no step of it.
+      return all.length === 0 ? [free] : [free, ended]
+    }
+    if (owns) return [{ ...state, entry: { ...entry, from: Infinity, to: Infinity }, beaten }]
+    // The payload is known by now, to whomever claims anew; the steps come behind the claim.
+    const steps = this.#isQuiet(process) && process.stepFault === null ? mind.steps : doubted(mind.steps)
+    const anew: Entry = { is: 'claim', run: id, route, payload, attempt: 1, from: Infinity, to: Infinity, steps }
+    return [{ entry: anew, beaten, minds: { ...state.minds, [id]: { ...mind, lapsed: false } } }]
+  }
+
+  /** Nothing has failed of late, so that the store knows all that the process wants it to know. */
+  #isQuiet(process: Process): boolean {
+    const { healthy, since, failedAt } = this.#info(process)
+    return healthy && this.#now > Math.max(since, failedAt) + LAG
   }
 
   #without(state: State, process: Process): State {
     const beaten = Object.fromEntries(Object.entries(state.beaten).filter(([run]) => this.#processOf(run) !== process))
-    return { entry: state.entry, beaten }
+    return { ...state, beaten }
   }
 
   #weaken(process: Process): void {
@@ -580,10 +884,10 @@ export class PluginModel implements Witness {
       this.#put(
         key,
         states.map((state) => {
-          const { entry, beaten } = state
+          const { entry } = state
           if (entry.is !== 'claim' || this.#processOf(entry.run) !== process) return state
           const from = Math.min(entry.from, this.#now + (process.lease * 2) / 3)
-          return { entry: { ...entry, from, to: Math.min(entry.to, this.#now + process.lease) }, beaten }
+          return { ...state, entry: { ...entry, from, to: Math.min(entry.to, this.#now + process.lease) } }
         })
       )
     }
@@ -593,12 +897,22 @@ export class PluginModel implements Witness {
   #of(key: string): State[] {
     let states = this.#states.get(key) ?? [FREE]
     const wereFree = states.some(({ entry }) => entry.is === 'free')
+    states = states.map((state) => this.#settled(state))
     for (let later = this.#later(key, states); nameOf(later) !== nameOf(states); later = this.#later(key, states))
       states = later
     const areFree = states.some(({ entry }) => entry.is === 'free')
     if (areFree && !wereFree) this.#lives.set(key, (this.#lives.get(key) ?? 0) + 1)
     this.#put(key, states)
     return states
+  }
+
+  /** What failed before has been done by now. */
+  #settled(state: State): State {
+    const { entry } = state
+    if (entry.is !== 'claim') return state
+    const { run, intent } = this.#runs.get(entry.run) as RunInfo
+    if (intent === 'complete' || !this.#isQuiet(run.asked.process)) return state
+    return { ...state, entry: { ...entry, steps: joined(entry.steps, mindOf(state, entry.run).steps) } }
   }
 
   #later(key: string, states: State[]): State[] {
@@ -634,7 +948,7 @@ export class PluginModel implements Witness {
         const since = state.beaten[id] ?? -1
         // Who asks its process for the key at this very moment gets it for the run.
         if (this.#now <= since && !this.#isAsked(process, key)) continue
-        later.push(this.#after(state, id))
+        later.push(...this.#after(state, id))
         const patience = intent === null ? process.lease / 3 : 0
         if (this.#now > Math.max(since, info.since) + patience + LAG) stays = false
       }
@@ -644,12 +958,25 @@ export class PluginModel implements Witness {
   }
 
   #put(key: string, states: State[]): void {
-    const next = unique(states)
+    const next = unique(states.map((state) => this.#remembered(state)))
     if (nameOf(next) !== nameOf(this.#states.get(key) ?? [])) {
       this.#changedAt.set(key, this.#now)
       this.#states.set(key, next)
     }
     for (const [process, { unstored }] of this.#processes) if (this.#isOver(process)) unstored.delete(key)
+  }
+
+  /** Without what is in the minds of those that will not do anything any more. */
+  #remembered(state: State): State {
+    const { minds } = state
+    const isOver = (id: string) => {
+      // One that is about to start is not there yet.
+      const run = this.#runs.get(id)?.run
+      return run !== undefined && (run.asked.process.dead || (run.ended !== null && !knows(state, id)))
+    }
+    const over = Object.keys(minds).filter(isOver)
+    if (over.length === 0) return state
+    return { ...state, minds: Object.fromEntries(Object.entries(minds).filter(([id]) => !over.includes(id))) }
   }
 
   /** The runs of a process that are at work, whether or not they have lost their key. */
@@ -685,7 +1012,14 @@ export class PluginModel implements Witness {
   #info(process: Process): ProcessInfo {
     let info = this.#processes.get(process)
     if (info === undefined) {
-      info = { healthy: true, since: -Infinity, unstored: new Map(), doubts: false }
+      info = {
+        healthy: true,
+        since: -Infinity,
+        unstored: new Map(),
+        doubts: false,
+        failedAt: -Infinity,
+        silentUntil: -Infinity
+      }
       this.#processes.set(process, info)
     }
     return info
@@ -710,6 +1044,19 @@ const retained = (route: Route) => (route === '/short' ? SHORT_TTL : TTL)
 
 function owner({ entry }: State): string | null {
   return entry.is === 'claim' ? entry.run : null
+}
+
+/** Whose result it is. */
+function doerOf(result: string): string {
+  return result.split(' ').at(-1) as string
+}
+
+function mindOf({ minds }: State, run: string): Mind {
+  return minds[run] ?? { steps: NONE, lapsed: false }
+}
+
+function isSame({ asked: one }: Running, { asked: other }: Running): boolean {
+  return one.route === other.route && one.payload === other.payload
 }
 
 function knows(state: State, run: string): boolean {

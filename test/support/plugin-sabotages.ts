@@ -1,6 +1,6 @@
-import type { IdempotencyStore, StoredReply } from '../../types/index.js'
+import type { IdempotencyStore, StoredReply, StoredStep } from '../../types/index.js'
 import type { Event } from './plugin-history.js'
-import { LEASE, type Route, TTL } from './plugin-world.js'
+import { isTransactional, LEASE, type Route, type StepName, TTL } from './plugin-world.js'
 
 // What stands between the plugin and its store and is wrong in one thing, with the shortest history that shows it.
 
@@ -21,6 +21,8 @@ const send = (to: number, route: Route = '/reject', payload = 'p'): Event => ({
   route
 })
 const end = (how: 'reply' | 'fail' | 'too large'): Event => ({ do: 'end', which: 0, how })
+/** A step, of the run that has started first. */
+const step = (name: StepName): Event => ({ do: 'step', which: 0, name, how: 'done' })
 const pass = (ms: number): Event => ({ do: 'pass', ms })
 
 const wrong = (change: (store: Store) => Partial<IdempotencyStore>, ...events: Event[]): Sabotage => ({
@@ -31,7 +33,7 @@ const wrong = (change: (store: Store) => Partial<IdempotencyStore>, ...events: E
       renew: (key, token, leaseMs) => right.renew(key, token, leaseMs),
       complete: (key, token, record, ttlMs) => right.complete(key, token, record, ttlMs),
       step: (key, token, step) => right.step(key, token, step),
-      release: (key, token) => right.release(key, token),
+      release: (key, token, unused) => right.release(key, token, unused),
       changed: (key, signal) => right.changed(key, signal),
       get: (key) => right.get(key),
       delete: (key) => right.delete(key),
@@ -143,5 +145,99 @@ export const sabotages = {
     { do: 'mend', process: 0 },
     end('reply'),
     send(1)
+  ),
+  'steps do not arrive': wrong(() => ({ step: async () => true }), send(0), step('a'), end('fail'), send(0)),
+  'steps are forgotten at a release': wrong(
+    (store) => ({
+      release: async (key, token, unused) =>
+        (await store.release(key, token, unused)) && ((await store.get(key)) === null || store.delete(key))
+    }),
+    send(0),
+    step('a'),
+    end('fail'),
+    send(0)
+  ),
+  'steps are not given to who comes next': wrong(
+    (store) => ({
+      acquire: async (key, claim) => {
+        const found = await store.acquire(key, claim)
+        return found.state === 'acquired' ? { state: 'acquired', attempt: found.attempt } : found
+      }
+    }),
+    send(0),
+    step('a'),
+    end('fail'),
+    send(0),
+    step('a')
+  ),
+  'steps are stored for whoever asks': {
+    between: (() => {
+      const owners = new Map<string, string>()
+      return (store: IdempotencyStore) => {
+        const { between } = wrong((right) => ({
+          acquire: async (key, claim) => {
+            const found = await right.acquire(key, claim)
+            if (found.state === 'acquired') owners.set(key, claim.token)
+            return found
+          },
+          step: (key, token, step) => right.step(key, owners.get(key) ?? token, step)
+        }))
+        return between(store)
+      }
+    })(),
+    events: [send(0), { do: 'delete', process: 1, key: 'k' }, send(1), step('a')]
+  },
+  'the result of a step is overwritten by a later one': wrong(
+    (store) => {
+      let last: StoredStep | null = null
+      return {
+        step: (key, token, step) => {
+          last = step
+          return store.step(key, token, step)
+        },
+        acquire: async (key, claim) => {
+          const found = await store.acquire(key, claim)
+          if (found.state !== 'acquired' || found.steps === undefined || last === null) return found
+          const [, result] = last
+          return { ...found, steps: found.steps.map(([name]) => [name, result] as const) }
+        }
+      }
+    },
+    send(0),
+    step('a'),
+    end('fail'),
+    send(0),
+    step('b'),
+    end('fail'),
+    send(0),
+    step('a'),
+    step('b')
+  ),
+  'steps are not stored again when a claim is made anew': wrong(
+    (store) => {
+      const stored = new Set<string>()
+      return {
+        step: (key, token, step) => {
+          if (stored.has(step[1])) return Promise.resolve(true)
+          stored.add(step[1])
+          return store.step(key, token, step)
+        }
+      }
+    },
+    send(0),
+    step('a'),
+    { do: 'forget' },
+    pass(LEASE),
+    end('fail'),
+    send(0)
+  ),
+  'a step is committed under a claim that was lost': wrong(
+    (store) => ({
+      step: (key, token, step) => (isTransactional(step[0]) ? Promise.resolve(true) : store.step(key, token, step))
+    }),
+    send(0),
+    { do: 'delete', process: 1, key: 'k' },
+    send(1),
+    step('t')
   )
 } satisfies Record<string, Sabotage>

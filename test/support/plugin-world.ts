@@ -1,7 +1,16 @@
 import { Readable } from 'node:stream'
 import Fastify, { type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
 import idempotency, { MemoryStore } from '../../index.js'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../types/index.js'
+import { storageKey } from '../../lib/operation/storage-key.js'
+import type {
+  Acquisition,
+  Claim,
+  IdempotencyStore,
+  RequestIdempotency,
+  StoredRecord,
+  StoredStep
+} from '../../types/index.js'
+import { Database, type Row } from './plugin-database.js'
 import { inNameOf, settled, type TimerOwner, VirtualTime } from './virtual-time.js'
 
 // Processes with the plugin, all in this one, on one store and in virtual time, with everything that befalls them.
@@ -29,6 +38,21 @@ export const ENDS = [
   'hijack'
 ] as const
 export type End = (typeof ENDS)[number]
+
+export const KEYS = ['k', 'l'] as const
+
+/** What a handler may do in steps. The last ones are committed in the transactions of a database. */
+export const STEPS = ['a', 'b', 't', 'u'] as const
+export type StepName = (typeof STEPS)[number]
+export const isTransactional = (name: string): boolean => name === 't' || name === 'u'
+/** `slow`: what it does comes to its end when it is told to. */
+export type StepEnd = 'done' | 'slow' | 'failed'
+
+/** What becomes of the next call that stores a step: it fails, before or after it is done, or is late. */
+export const STEP_FAULTS = ['fails', 'answer lost', 'late', 'answer late'] as const
+export type StepFault = (typeof STEP_FAULTS)[number]
+/** How late. Nobody waits for so long. */
+export const LATE = 5_000
 
 export type Call = 'acquire' | 'renew' | 'complete' | 'release'
 
@@ -61,6 +85,22 @@ export interface Running {
   signal: AbortSignal
   ended: End | null
   end: (how: End) => void
+  /** The steps that it is at, and the names that it cannot use any more. */
+  steps: Set<Stepping>
+  used: Set<StepName>
+  step: (name: StepName, how: StepEnd) => void
+}
+
+/** A step that a run is at. */
+export interface Stepping {
+  name: StepName
+  how: StepEnd
+  /** The run knew that it had lost its key. */
+  knew: boolean
+  /** What is to be done once has begun. */
+  worked: boolean
+  /** Ends what it does, if that is slow and has begun. */
+  finish: (() => void) | null
 }
 
 /** Who wants to know what happens. */
@@ -69,6 +109,13 @@ export interface Witness {
   answered(asked: Asked, answer: Answer): void
   /** A call was done by the store, but its caller has not been told. */
   lost(process: Process, call: Call, key: string, takeover: boolean): void
+  /** The store was to keep a step, and its caller has not been told, or nothing came of it. */
+  stepFails(process: Process, key: string, name: string, how: StepFault): void
+  /** A step does now what is to be done once. */
+  worked(run: Running, step: Stepping): void
+  committed(run: Running, name: string, row: Row): void
+  /** What a step has given, or the error. */
+  stepped(run: Running, step: Stepping, result: string | Error): void
 }
 
 type Plugin = typeof idempotency
@@ -83,6 +130,7 @@ export class World {
   readonly time = new VirtualTime()
   readonly processes: Process[] = []
   readonly store = new MemoryStore()
+  readonly database = new Database()
   readonly witness: Witness
   readonly options: WorldOptions
   #started = 0
@@ -112,6 +160,11 @@ export class World {
     const hangUp = () => {}
     const id = `q${++this.#asked}`
     return { id, process, key, payload, route, sent: 0, run: null, answer: null, gone: false, hangUp }
+  }
+
+  /** The store forgets all that it has. */
+  async forget(): Promise<void> {
+    for (const key of KEYS) await inNameOf(null, () => this.store.delete(storageKey(null, key)))
   }
 
   nextRun(): string {
@@ -148,11 +201,15 @@ export class Process implements TimerOwner {
   cut = false
   /** Calls whose next answer gets lost. */
   readonly losing = new Set<Call>()
+  stepFault: StepFault | null = null
   readonly running = new Map<string, Running>()
   readonly asked: Asked[] = []
   #queue: Asked[] = []
   #closing = false
   #wake: (() => void)[] = []
+  /** Resolves when it has died. */
+  readonly death: Promise<void>
+  #die!: () => void
   #app!: FastifyInstance
 
   constructor(world: World, name: string, number: number) {
@@ -161,6 +218,9 @@ export class Process implements TimerOwner {
     // Divisible by three, so that renewals fall on whole milliseconds.
     this.lease = LEASE + 3 * number
     this.waitTimeout = WAIT_TIMEOUT + number
+    this.death = new Promise((resolve) => {
+      this.#die = resolve
+    })
   }
 
   async start(): Promise<void> {
@@ -214,11 +274,16 @@ export class Process implements TimerOwner {
   die(): void {
     this.stopped = true
     this.dead = true
+    this.#die()
     for (const asked of this.asked) if (asked.answer === null) asked.gone = true
   }
 
   delete(key: string): Promise<boolean> {
     return inNameOf(this, () => this.#app.idempotency.delete(key))
+  }
+
+  look(key: string): Promise<Acquisition | null> {
+    return inNameOf(this, () => this.#app.idempotency.get(key))
   }
 
   /** Resolves when it is awake, and never if it is dead. */
@@ -235,7 +300,10 @@ export class Process implements TimerOwner {
     this.#closing = true
     this.stopped = false
     for (const wake of this.#wake.splice(0)) wake()
-    for (const { end } of this.running.values()) end('fail')
+    for (const { end, steps } of this.running.values()) {
+      for (const { finish } of steps) finish?.()
+      end('fail')
+    }
     await inNameOf(this, () => this.#app.close())
   }
 
@@ -284,7 +352,10 @@ export class Process implements TimerOwner {
         end: (how) => {
           this.running.delete(id)
           end(how)
-        }
+        },
+        steps: new Set(),
+        used: new Set(),
+        step: (name, how) => void this.#step(run, idempotency as RequestIdempotency, name, how)
       }
       asked.run = run
       this.running.set(id, run)
@@ -310,6 +381,41 @@ export class Process implements TimerOwner {
         return text
     }
   }
+
+  async #step(run: Running, { step, signal }: RequestIdempotency, name: StepName, how: StepEnd): Promise<void> {
+    const { witness, database } = this.world
+    const stepping: Stepping = { name, how, knew: signal.aborted, worked: false, finish: null }
+    run.steps.add(stepping)
+    run.used.add(name)
+    const work = async () => {
+      stepping.worked = true
+      if (!this.#isGone) witness.worked(run, stepping)
+      if (how === 'slow' && !this.#isGone) await new Promise<void>((finish) => Object.assign(stepping, { finish }))
+      stepping.finish = null
+      if (how === 'failed') throw new Error('The step has failed')
+      return resultOf(name, run.id)
+    }
+    const transactions = database.of(this, (row) => witness.committed(run, name, row))
+    let result: string | Error
+    try {
+      result = await (isTransactional(name) ? step(name, transactions, work) : step(name, work))
+    } catch (error) {
+      result = error as Error
+      run.used.delete(name)
+    }
+    run.steps.delete(stepping)
+    if (!this.#isGone) witness.stepped(run, stepping, result)
+  }
+
+  /** Nobody looks at what it does. */
+  get #isGone(): boolean {
+    return this.dead || this.#closing
+  }
+}
+
+/** What a step gives that a run has done. */
+export function resultOf(name: string, run: string): string {
+  return `${name} of ${run}`
 }
 
 async function* breaking(text: string): AsyncGenerator<Buffer> {
@@ -352,7 +458,21 @@ class Client implements IdempotencyStore {
   }
 
   step(key: string, token: string, step: StoredStep): Promise<boolean> {
-    return this.#call('step', key, () => this.#store.step(key, token, step))
+    return this.#call('step', key, () => this.#step(key, token, step))
+  }
+
+  async #step(key: string, token: string, step: StoredStep): Promise<boolean> {
+    const fault = this.#process.stepFault
+    if (fault === null) return this.#store.step(key, token, step)
+    this.#process.stepFault = null
+    this.#process.world.witness.stepFails(this.#process, key, step[0], fault)
+    if (fault === 'fails') throw new Error('The store has failed')
+    const late = () => new Promise<void>((resolve) => void setTimeout(resolve, LATE))
+    if (fault === 'late') await late()
+    const answer = await this.#store.step(key, token, step)
+    if (fault === 'answer lost') throw new Error('The answer got lost')
+    if (fault === 'answer late') await late()
+    return answer
   }
 
   release(key: string, token: string, unused?: boolean): Promise<boolean> {
