@@ -6,6 +6,7 @@ import { RequestContext } from './http/request-context.js'
 import { digest } from './http/value-hash.js'
 import { HINT_LENGTH } from './operation/fingerprint.js'
 import { Operation } from './operation/operation.js'
+import { unavailable } from './operation/report.js'
 import { decodeResult, encodeResult, lostResult, Unkeepable } from './operation/step-result.js'
 import { type RegistrationOptions, runPolicy } from './options.js'
 import type { Registration } from './registration.js'
@@ -30,6 +31,8 @@ export class Runner {
   async run<T>(key: string, options: RunOptions, fn: (run: RunContext) => T | Promise<T>): Promise<Stored<T>> {
     const { scope, fingerprint, ...own } = options
     const policy = runPolicy(own, this.#defaults)
+    // Nothing would renew its claim, and its store may be closed.
+    if (this.#registration.closed) throw unavailable(policy, new Error('The server has closed'))
     this.#registration.cover(policy)
     const origin = { request: null, log: this.#log }
     const caller = { head: HEAD, credentials: null }

@@ -189,6 +189,16 @@ t.test('a server that closes waits for it', async (t) => {
   t.equal(await result, 1)
 })
 
+t.test('after the server has closed nothing runs', async (t) => {
+  const app = await build(t)
+  await app.ready()
+  await app.close()
+  await t.rejects(
+    app.idempotency.run('k', {}, () => t.fail()),
+    { ...code('STORE_UNAVAILABLE'), cause: { message: 'The server has closed' } }
+  )
+})
+
 t.test('bad arguments are named', async (t) => {
   const { idempotency } = await build(t)
   const run = (...args: unknown[]) => idempotency.run(...(args as [string, object, () => void]))
