@@ -52,7 +52,6 @@ export class Steps {
 
   /** The operation ends with a final reply: what still runs does so for nobody. */
   end(): void {
-    this.#isClosed = true
     if (this.#running.size > 0) tellUnfinishedSteps(this.#owner, [...this.#running.keys()])
   }
 
@@ -180,8 +179,7 @@ export class Steps {
     try {
       return this.#encode(name, value)
     } catch (error) {
-      if (error instanceof Unkeepable) return lostResult(error.message)
-      throw error
+      return lostResult((error as Unkeepable).message)
     }
   }
 
@@ -190,11 +188,11 @@ export class Steps {
     try {
       return this.#encode(name, value)
     } catch (error) {
-      if (error instanceof Unkeepable) throw new StepFailed(`the step "${name}" is undone: ${error.message}`)
-      throw error
+      throw new StepFailed(`the step "${name}" is undone: ${(error as Unkeepable).message}`)
     }
   }
 
+  /** @throws Unkeepable, and nothing else */
   #encode(name: string, value: unknown): string {
     const { maxStepsSize } = this.#owner.policy
     const result = encodeResult(value)

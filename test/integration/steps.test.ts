@@ -254,8 +254,24 @@ t.test('maxStepsSize bounds the names and results of all steps together', async 
     },
     { maxStepsSize: 20 }
   )
-  t.match((await app.inject(keyed)).json().message, /take 23 bytes, of 20 allowed/)
-  t.same(sizes, [20])
+  for (const _ of [1, 2]) t.match((await app.inject(keyed)).json().message, /take 23 bytes, of 20 allowed/)
+  t.same(sizes, [20, 20])
+})
+
+t.test('the steps of earlier attempts count as well', async (t) => {
+  const app = await route(
+    t,
+    async ({ step, attempt }) => {
+      if (attempt === 1) {
+        await step('a', () => 'x'.repeat(10))
+        throw new Error('interrupted')
+      }
+      await step('b', () => 'x'.repeat(5))
+    },
+    { maxStepsSize: 20 }
+  )
+  await app.inject(keyed)
+  t.match((await app.inject(keyed)).json().message, /take 21 bytes, of 20 allowed/)
 })
 
 t.test('what a step throws is passed on, and it may run again, in this attempt or the next', async (t) => {
@@ -371,6 +387,9 @@ t.test('a step that still runs when the reply is stored is a warning with its na
   const slow = latch()
   const done: unknown[] = []
   const app = await build(t, {}, { logger: { level: 'warn', stream: { write: (line: string) => lines.push(line) } } })
+  app.post('/waits', { config: { idempotency: true } }, async (request) =>
+    request.idempotency?.step('waited for', () => 'ok')
+  )
   app.post('/', { config: { idempotency: true } }, async (request) => {
     void request.idempotency?.step('forgotten', () => slow.promise).then((value) => done.push(value))
     return 'ok'
@@ -380,6 +399,8 @@ t.test('a step that still runs when the reply is stored is a warning with its na
   slow.open()
   await until(() => done.length === 1)
   t.equal((await app.inject(keyed)).headers[REPLAYED], 'true')
+  t.equal((await app.inject({ ...keyed, url: '/waits', headers: { 'idempotency-key': 'other' } })).body, 'ok')
+  t.equal(lines.length, 1)
 })
 
 t.test('misuse is refused before anything runs', async (t) => {
@@ -403,6 +424,11 @@ t.test('misuse is refused before anything runs', async (t) => {
     t.match(reply.json().message, message)
   }
   t.same(ran, [])
+})
+
+t.test('the longest name has 255 bytes', async (t) => {
+  const app = await route(t, ({ step }) => step(`${'é'.repeat(127)}x`, () => 'ok'))
+  t.equal((await app.inject(keyed)).body, 'ok')
 })
 
 t.test('a store without steps is refused by name, and a step comes too late behind the reply', async (t) => {
@@ -615,6 +641,9 @@ t.test('a step in a transaction is committed with its result, and resumed from t
   t.same([...db.effects.keys()], ['order 1'])
   t.same(attempts, [1, 2])
   t.same(events, ['step-stored order', 'step-resumed order'])
+  const forEver = await route(t, ({ step }) => step('order', db, () => 1), { ttl: null })
+  await forEver.inject({ ...keyed, headers: { 'idempotency-key': 'for ever' } })
+  t.equal(db.steps.at(-1)?.expiresAt, null)
   const [step] = db.steps as [TransactionalStep]
   t.match(step, { operation: KEY, name: 'order' })
   t.ok((step.expiresAt as number) >= before + 3_000 && (step.expiresAt as number) <= Date.now() + 3_000)

@@ -8,9 +8,11 @@ import idempotency, {
   type IdempotencyOptions,
   MemoryStore,
   PostgresStore,
+  type RequestIdempotency,
   type StoredRecord
 } from '../../index.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
+import { pgTransactions } from '../../lib/transactions.js'
 import { build, inject, listen, post, REPLAYED, start } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 import {
@@ -60,6 +62,25 @@ t.test('a route that asks for what cannot be is an error at boot, which names th
   await app.register(idempotency, { store: new MemoryStore(), transaction: true } as IdempotencyOptions)
   const declare = () => app.post('/pay', { config: { idempotency: true } }, async () => '')
   t.throws(declare, { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message: /"transaction" of POST \/pay/ })
+})
+
+test('a step in a route with transaction: true takes transactions of its own', async (t) => {
+  const { app, send } = await open(t)
+  const db = pgTransactions(outside)
+  await db.createTable()
+  app.post<{ Params: { kind: string } }>(
+    '/steps/:kind',
+    { config: { idempotency: { transaction: true } } },
+    async ({ idempotency, params }) => {
+      const { step } = idempotency as RequestIdempotency
+      return [params.kind === 'plain' ? await step('a', () => 1) : await step('a', db, () => 1)]
+    }
+  )
+  t.match((await send('plain', { url: '/steps/plain' })).json(), {
+    code: 'FST_IDEMPOTENCY_STEP',
+    message: /would be forgotten when the route's transaction is rolled back/
+  })
+  t.same((await send('own', { url: '/steps/own' })).json(), [1])
 })
 
 test('only a keyed request of a route with transaction: true has a transaction', async (t) => {
