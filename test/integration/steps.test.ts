@@ -184,6 +184,20 @@ t.test('what a step gives is what JSON makes of it, on the first attempt too', a
     ['!', '!'],
     ['transaction', 'transaction'],
     [{ toJSON: () => ({ shown: 1 }) }, { shown: 1 }],
+    [
+      new (class Order {
+        id = 1
+      })(),
+      { id: 1 }
+    ],
+    [
+      { none: [], empty: {}, bare: Object.create(null) },
+      { none: [], empty: {}, bare: {} }
+    ],
+    [
+      [Object(1), Object('a'), Object(false)],
+      [1, 'a', false]
+    ],
     ['\0\n\u2028😀', '\0\n\u2028😀']
   ]
   const seen: unknown[][] = []
@@ -197,6 +211,27 @@ t.test('what a step gives is what JSON makes of it, on the first attempt too', a
   for (const _ of [1, 2]) await app.inject(keyed)
   const expected = values.map(([, got]) => got)
   t.strictSame(seen, [expected, expected])
+})
+
+t.test('results are kept as JSON, and what is none as a word', async (t) => {
+  const db = new FakeTransactions()
+  const app = await route(t, async ({ step }) => {
+    await step('nothing', () => {})
+    await step('text', () => 'undefined')
+    await step('order', db, () => 1)
+    await step('lost', () => 1n as never).catch(() => {})
+    throw new Error('interrupted')
+  })
+  await app.inject(keyed)
+  const reason = '!its result is a bigint, which JSON cannot keep: return what it can, an id perhaps'
+  t.match(await app.idempotency.get('k'), {
+    steps: [
+      ['nothing', 'undefined'],
+      ['text', '"undefined"'],
+      ['order', 'transaction'],
+      ['lost', reason]
+    ]
+  })
 })
 
 t.test('what JSON cannot keep fails the step by its place, and is never done again', async (t) => {
@@ -214,6 +249,11 @@ t.test('what JSON cannot keep fails the step by its place, and is never done aga
     [{ p: Promise.resolve() }, /its result\.p is a value of type Promise/],
     [new Headers(), /its result is a value of type Headers/],
     [/r/, /its result is a value of type RegExp/],
+    [Object.assign(new Map(), { own: 1 }), /its result is a value of type Map/],
+    [Object.assign(new Set(), { own: 1 }), /its result is a value of type Set/],
+    [Object.assign(new TypeError('e'), { code: 1 }), /its result is a value of type TypeError/],
+    [{ p: Object.assign(Promise.resolve(), { own: 1 }) }, /its result\.p is a value of type Promise/],
+    [new (class {})(), /its result is \[?{?.*\(object\)/],
     [circular(), /its result\.self makes an error \(Converting circular structure/],
     ['x'.repeat(70_000), /the results of all steps take 700\d\d bytes, of 65536 allowed/]
   ]
