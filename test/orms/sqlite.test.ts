@@ -108,9 +108,8 @@ const drivers = {
       }
     }),
 
-  // Neither is there for Node 20.
+  // Before that Node has none.
   ...(version >= 22 && {
-    'better-sqlite3': sqlite((await imported('better-sqlite3')).default as Open),
     'node:sqlite': sqlite((await imported('node:sqlite')).DatabaseSync as Open)
   })
 }

@@ -29,12 +29,8 @@ const drivers: Record<string, () => Promise<Open>> = {
   // It has the interface of better-sqlite3, and runs on every version of Node.
   libsql: async () => (path) => new Libsql(path) as unknown as Database
 }
-// Neither is there for Node 20.
+// Before that Node has none.
 if (version >= 22) {
-  drivers['better-sqlite3'] = async () => {
-    const { default: Better } = await imported('better-sqlite3')
-    return (path) => new (Better as new (path: string) => Database)(path)
-  }
   drivers['node:sqlite'] = async () => {
     const { DatabaseSync } = await imported('node:sqlite')
     return (path) => new (DatabaseSync as new (path: string) => Database)(path)
