@@ -264,7 +264,7 @@ const RUN_RULES = { ttl, onConflict }
  */
 export function runPolicy(
   options: Pick<RunOptions, 'ttl' | 'onConflict'>,
-  { transaction, hook, ...defaults }: RegistrationOptions['routeDefaults']
+  { transaction, hook, header, ...defaults }: RegistrationOptions['routeDefaults']
 ): Policy {
   const where = ' of run()'
   const own = checked<Pick<RunOptions, 'ttl' | 'onConflict'>>(options, RUN_RULES, { where })

@@ -7,7 +7,7 @@ import { digest } from './http/value-hash.js'
 import { HINT_LENGTH } from './operation/fingerprint.js'
 import { Operation } from './operation/operation.js'
 import { unavailable } from './operation/report.js'
-import { decodeResult, encodeResult, lostResult, Unkeepable } from './operation/step-result.js'
+import { decodeResult, encodeResult, textOrReason, Unkeepable } from './operation/step-result.js'
 import { type RegistrationOptions, runPolicy } from './options.js'
 import type { Registration } from './registration.js'
 
@@ -48,8 +48,7 @@ export class Runner {
     await operation.claim()
     const { reply } = operation
     if (reply !== null) return resultOf(reply) as Stored<T>
-    const isUnprotected = operation.phase === 'unprotected'
-    if (!isUnprotected) operation.start()
+    if (operation.phase !== 'unprotected') operation.start()
     let value: T
     try {
       value = await fn(new RequestContext(operation))
@@ -57,24 +56,20 @@ export class Runner {
       await operation.release()
       throw error
     }
-    const record = replyRecord(operation.fingerprint, 200, [], textOf(value, policy.maxReplySize))
+    // What was done cannot be undone.
+    const text = textOrReason(() => encode(value, policy.maxReplySize))
+    const record = replyRecord(operation.fingerprint, 200, [], text)
     await operation.complete(record)
     return resultOf(record) as Stored<T>
   }
 }
 
-/** What was done cannot be undone: where its result cannot be kept, the reason is. */
-function textOf(value: unknown, limit: number): string {
-  try {
-    const text = encodeResult(value)
-    const size = Buffer.byteLength(text)
-    return size <= limit
-      ? text
-      : lostResult(`its result takes ${size} bytes, of ${limit} allowed: return an id, not an object`)
-  } catch (error) {
-    if (error instanceof Unkeepable) return lostResult(error.message)
-    throw error
-  }
+/** @throws Unkeepable */
+function encode(value: unknown, limit: number): string {
+  const text = encodeResult(value)
+  const size = Buffer.byteLength(text)
+  if (size <= limit) return text
+  throw new Unkeepable(`its result takes ${size} bytes, of ${limit} allowed: return an id, not an object`)
 }
 
 function resultOf({ body }: StoredReply): unknown {

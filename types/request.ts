@@ -7,7 +7,7 @@ export interface RequestIdempotency {
   readonly key: string
   /**
    * Which run of the operation this is: 1 for the first, one more each time that the owner of the claim died
-   * before it finished. 0 where nothing was claimed: a replay, or a request that bypassed a failing store.
+   * before it finished, or gave it back with finished steps. 0 where nothing was claimed: a replay, or a request that bypassed a failing store.
    */
   readonly attempt: number
   /** `true` when the reply comes from the store. */

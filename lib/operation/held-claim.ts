@@ -28,18 +28,16 @@ export interface HeldClaim {
   readonly loss: string
   /** Not any more, while it is being given back. */
   readonly isReleasing: boolean
-  /** Can steps be kept with it? */
-  readonly keepsSteps: boolean
   /**
    * Is the key still this operation's? The store is asked only when it may have let the lease lapse.
    * @throws 503 when that cannot be known, unless the route runs without protection then
    */
   isOurs(): MaybePromise<boolean>
   /**
-   * Keeps a finished step. `false`: the key is another's now. What the store does not take at once goes on in the
-   * background, and is `true`.
+   * Keeps a finished step; `null` where none can be kept. `false`: the key is another's now. What the store does not take at
+   * once goes on in the background, and is `true`.
    */
-  keepStep(step: StoredStep): Promise<boolean>
+  readonly keepStep: ((step: StoredStep) => Promise<boolean>) | null
   /** From now on it is kept. */
   hold(): void
   /** Ends it with a record. See `Operation.complete`. */

@@ -58,8 +58,8 @@ export class LeasedClaim implements HeldClaim, Renewable {
     return performance.now() - this.#leasedAt < this.lease
   }
 
-  get keepsSteps(): boolean {
-    return this.#claimant.policy.store.step !== undefined
+  get keepStep(): HeldClaim['keepStep'] {
+    return this.#claimant.policy.store.step === undefined ? null : (step) => this.#keepStep(step)
   }
 
   /** Does the handler run, or its reply wait to be stored, under a claim that counts? */
@@ -72,7 +72,6 @@ export class LeasedClaim implements HeldClaim, Renewable {
   }
 
   complete(record: StoredRecord): MaybePromise<void> {
-    this.#steps?.clear()
     const stored = peek(this.#call(() => this.#complete(record)))
     if (stored instanceof Promise) return this.#completeInBackground(stored, record)
     this.#completed(stored, record)
@@ -87,23 +86,6 @@ export class LeasedClaim implements HeldClaim, Renewable {
       tellFailure(this.#claimant, this.#context.health, error)
       if (policy.bypasses) return true
       throw unavailable(policy, error)
-    }
-  }
-
-  async keepStep(step: StoredStep): Promise<boolean> {
-    const steps = this.#steps ?? this.#keeper([])
-    this.#steps = steps
-    steps.add(step)
-    const token = this.#token
-    try {
-      const isKept =
-        (await this.#askToKeep(step)) || token !== this.#token || (await this.#call(() => this.#reclaim(token)))
-      if (!isKept && this.#isHeld()) this.#lose()
-      return isKept
-    } catch (error) {
-      tellFailure(this.#claimant, this.#context.health, error)
-      steps.retry(step)
-      return true
     }
   }
 
@@ -229,6 +211,23 @@ export class LeasedClaim implements HeldClaim, Renewable {
       return stored
     } finally {
       this.#storing = null
+    }
+  }
+
+  async #keepStep(step: StoredStep): Promise<boolean> {
+    const steps = this.#steps ?? this.#keeper([])
+    this.#steps = steps
+    steps.add(step)
+    const token = this.#token
+    try {
+      const isKept =
+        (await this.#askToKeep(step)) || token !== this.#token || (await this.#call(() => this.#reclaim(token)))
+      if (!isKept && this.#isHeld()) this.#lose()
+      return isKept
+    } catch (error) {
+      tellFailure(this.#claimant, this.#context.health, error)
+      steps.retry(step)
+      return true
     }
   }
 

@@ -55,12 +55,6 @@ export class StepKeeper {
     return true
   }
 
-  /** The operation has a reply: nobody needs them. */
-  clear(): void {
-    this.#steps.length = 0
-    this.#missing.clear()
-  }
-
   #keepTrying(): void {
     if (this.#isTrying) return
     this.#isTrying = true

@@ -40,9 +40,17 @@ export function encodeResult(value: unknown): string {
   }
 }
 
-/** The text to keep of a result that cannot be kept: whoever asks for it gets the reason, and nothing runs again. */
-export function lostResult(reason: string): string {
-  return LOST + reason
+/**
+ * The text of what was done, or the reason why its result cannot be kept: whoever asks for it gets that, and nothing runs
+ * again.
+ * @param encode Throws Unkeepable, and nothing else.
+ */
+export function textOrReason(encode: () => string): string {
+  try {
+    return encode()
+  } catch (error) {
+    return LOST + (error as Unkeepable).message
+  }
 }
 
 /**

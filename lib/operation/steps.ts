@@ -4,7 +4,7 @@ import type { Subject } from '../events.js'
 import { difference } from './fingerprint.js'
 import type { HeldClaim } from './held-claim.js'
 import { claimLost, reused, tellStep, tellUnfinishedSteps } from './report.js'
-import { decodeResult, encodeResult, IN_TRANSACTION, lostResult, Unkeepable } from './step-result.js'
+import { decodeResult, encodeResult, IN_TRANSACTION, textOrReason, Unkeepable } from './step-result.js'
 import { deriveKey } from './storage-key.js'
 
 /* The steps of an operation: each is done once, whatever the attempt, and what was kept of it is its result. */
@@ -113,7 +113,7 @@ export class Steps {
         `the step "${name}" would be forgotten when the route's transaction is rolled back: a step here takes transactions of its own`
       )
     }
-    if (!held.keepsSteps) {
+    if (held.keepStep === null) {
       throw new StepFailed(`the step "${name}" needs a store that can keep steps: this one has no method "step"`)
     }
   }
@@ -126,7 +126,9 @@ export class Steps {
     }
     if (kept !== undefined) return this.#resume(name, kept)
     if (claim !== null && !(await claim.isOurs())) throw claimLost()
-    const result = this.#encodeDone(name, await run(this.#context(name)))
+    const value = await run(this.#context(name))
+    // What was done cannot be undone.
+    const result = textOrReason(() => this.#encode(name, value))
     if (this.#owner.signal.aborted) throw claimLost()
     if (claim === null || this.#owner.phase !== 'running') return result
     await this.#keep(claim, name, result)
@@ -159,12 +161,13 @@ export class Steps {
     const { held: claim, signal } = this.#owner
     if (signal.aborted) throw claimLost()
     if (claim === null || this.#owner.phase !== 'running') return
-    if (claim.keepsSteps && this.#kept.get(name) !== IN_TRANSACTION) await this.#keep(claim, name, IN_TRANSACTION)
+    if (claim.keepStep !== null && this.#kept.get(name) !== IN_TRANSACTION)
+      await this.#keep(claim, name, IN_TRANSACTION)
     else if (!(await claim.isOurs())) throw claimLost()
   }
 
   async #keep(claim: HeldClaim, name: string, result: string): Promise<void> {
-    if (!(await claim.keepStep([name, result]))) throw claimLost()
+    if (!(await claim.keepStep?.([name, result]))) throw claimLost()
     this.#kept.set(name, result)
     this.#size += sizeOf([name, result])
   }
@@ -172,15 +175,6 @@ export class Steps {
   #resume(name: string, result: string): string {
     tellStep(this.#owner, 'step-resumed', name)
     return result
-  }
-
-  /** What was done cannot be undone: where its result cannot be kept, the reason is. */
-  #encodeDone(name: string, value: unknown): string {
-    try {
-      return this.#encode(name, value)
-    } catch (error) {
-      return lostResult((error as Unkeepable).message)
-    }
   }
 
   /** In a transaction, a result that cannot be kept undoes what was done. */

@@ -20,7 +20,7 @@ export class TransactionalClaim implements HeldClaim, Renewable {
   renewal: Renewable['renewal'] = null
   isReleasing = false
   /** They would be rolled back with the rest. */
-  readonly keepsSteps = false
+  readonly keepStep = null
   readonly #claimant: Claimant
   readonly #context: StoreContext
   readonly #transaction: ClaimTransaction
@@ -120,10 +120,6 @@ export class TransactionalClaim implements HeldClaim, Renewable {
   forget(): void {}
 
   isOurs(): boolean {
-    return !this.isLost
-  }
-
-  async keepStep(): Promise<boolean> {
     return !this.isLost
   }
 

@@ -281,6 +281,19 @@ test('a success whose handler has left a transaction open is refused, and nothin
   t.same(told(await scene.send()), RAN_2)
 })
 
+test('a ROLLBACK that was meant for a refused BEGIN has ended another: no success is believed behind it', async (t) => {
+  for (const refused of ['BEGIN; SELECT 1', 'BEGIN ISOLATION LEVEL CHAOS']) {
+    const scene = await open(t, async ({ ask, note }) => {
+      await ask('BEGIN')
+      await note('outer')
+      await ask(refused).catch(() => ask('ROLLBACK'))
+      await ask('COMMIT').catch(() => {})
+    })
+    t.same(told(await scene.send()), BROKEN, refused)
+    t.same(await scene.ledger(), [])
+  }
+})
+
 test('a refusal with a transaction open is stored, and all is undone', async (t) => {
   for (const begin of ['BEGIN', 'BEGIN READ ONLY']) {
     const scene = await open(t, ({ ask, note }) => note('undone').then(() => ask(begin)), refusal)

@@ -151,6 +151,34 @@ t.test('what the registration says of a store that fails, and of what was abando
   t.equal(await lax.run('dead', {}, ({ attempt }) => attempt), 2)
 })
 
+t.test('what the registration says of headers, hooks and transactions is for requests', async (t) => {
+  const { idempotency } = await build(t, { header: false, hook: 'onRequest' })
+  t.equal(await idempotency.run('k', {}, () => 1), 1)
+})
+
+t.test('what a handler lets through of a run is answered, and not stored', async (t) => {
+  const app = await build(t, { shouldStore: () => true, problemDetails: true })
+  const gate = latch()
+  const started = latch()
+  const first = app.idempotency.run('job', { scope: 's' }, () => {
+    started.open()
+    return gate.promise
+  })
+  await started.promise
+  app.post('/', { config: { idempotency: true } }, async ({ idempotency }) => {
+    await app.idempotency.run('job', { scope: 's' }, () => t.fail())
+    return idempotency?.attempt
+  })
+  const request = { method: 'POST' as const, url: '/', headers: { 'idempotency-key': 'k' } }
+  const reply = await app.inject(request)
+  t.same([reply.statusCode, reply.headers['retry-after']], [409, '1'])
+  t.match(reply.headers['content-type'], 'application/problem+json')
+  t.equal(reply.json().code, 'FST_IDEMPOTENCY_IN_PROGRESS')
+  gate.open()
+  await first
+  t.equal((await app.inject(request)).body, '1')
+})
+
 t.test('its events have no request, and the route "run"', async (t) => {
   const { idempotency } = await build(t)
   const heard: IdempotencyEvent[] = []

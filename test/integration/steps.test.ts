@@ -533,6 +533,30 @@ t.test('a process that stood still for longer than its lease asks before it begi
   t.same(ran, [])
 })
 
+t.test('errors of steps are problem details where that is wanted, with Retry-After where a retry helps', async (t) => {
+  const store = new MemoryStore()
+  const app = await route(
+    t,
+    async ({ step, attempt }) => {
+      if (attempt === 1) await step('', () => 1)
+    },
+    { problemDetails: true },
+    { store }
+  )
+  app.post('/lost', { config: { idempotency: { problemDetails: true } } }, async ({ idempotency }) =>
+    idempotency?.step('a', () => steal(store))
+  )
+  for (const [url, status, code, retryAfter] of [
+    ['/', 500, 'FST_IDEMPOTENCY_STEP', undefined],
+    ['/lost', 409, 'FST_IDEMPOTENCY_CLAIM_LOST', '1']
+  ] as const) {
+    const reply = await app.inject({ ...keyed, url })
+    t.equal(reply.headers['content-type'], 'application/problem+json')
+    t.match(reply.json(), { status, code })
+    t.equal(reply.headers['retry-after'], retryAfter)
+  }
+})
+
 t.test('a refusal in a handler is never stored as its reply, whatever shouldStore says', async (t) => {
   const store = new MemoryStore()
   let runs = 0

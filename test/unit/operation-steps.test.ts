@@ -308,10 +308,6 @@ onBoth(t, 'a step that turns out to be too late is not tried any more', async (t
 
 for (const [what, end] of Object.entries({
   'has a reply': ({ operation }: Actor) => operation.complete(RECORD),
-  'has a reply that cannot be stored': ({ operation }: Actor, s: Scene) => {
-    s.store.answers.complete = [never]
-    return Promise.all([operation.complete(RECORD), s.time.pass(STORE_TIMEOUT)])
-  },
   'is lost': ({ operation }: Actor) => operation.end(),
   'is in a server that has closed': (_: Actor, s: Scene) => Object.assign(s.registration, { closed: true })
 })) {
@@ -325,12 +321,23 @@ for (const [what, end] of Object.entries({
   })
 }
 
-onBoth(t, 'a claim that is made anew for a reply has no steps any more', async (t, s) => {
+// Until then this process may die, and whoever comes behind it is to find what was done.
+
+onBoth(t, 'the steps of an operation are needed until its reply is stored', async (t, s) => {
+  const a = await atWork(s)
+  s.store.answers.step = [failing(away), true]
+  await step(a, 'a')
+  s.store.answers.complete = [never]
+  await Promise.all([a.operation.complete(RECORD), s.time.pass(STORE_TIMEOUT)])
+  t.strictSame(told(s), [A, A])
+})
+
+onBoth(t, 'a claim that is made anew for a reply has its steps before it has the reply', async (t, s) => {
   const a = await atWork(s)
   await step(a, 'a')
   s.store.answers.complete = [false, true]
   await a.operation.complete(RECORD)
-  t.strictSame(s.store.names.slice(2), ['complete', 'get', 'acquire', 'complete'])
+  t.strictSame(s.store.names.slice(2), ['complete', 'get', 'acquire', 'step', 'complete'])
 })
 
 /* Claims that are made anew, or adopted */

@@ -29,14 +29,17 @@ export class NestedTransactions {
   /** Their savepoints. What was asked for counts, not what was answered: a client may be asked for more before that. */
   readonly #open: string[] = []
   #begun = 0
+  /** In one of them a text was refused that may have had a BEGIN: a ROLLBACK that is meant for that ends another. */
+  #isUnclear = false
 
   constructor(client: TransactionClient, prefix: string) {
     this.#client = client
     this.#prefix = prefix
   }
 
+  /** Is there one that was begun and not ended, for all one knows? */
   get isOpen(): boolean {
-    return this.#open.length > 0
+    return this.#open.length > 0 || this.#isUnclear
   }
 
   /**
@@ -47,12 +50,16 @@ export class NestedTransactions {
   async control(text: string, verb: string): Promise<unknown> {
     const [statement = '', ...others] = statements(text)
     if (others.length > 0) {
+      this.#isUnclear ||= this.isOpen
       throw new TransactionBroken(`${verb} has to be sent by itself in a nested transaction, not with other statements`)
     }
     const begin = BEGIN.exec(statement)
     if (begin !== null) return this.#begin((begin[1] as string).toUpperCase(), begin[2])
     const end = END.exec(statement)
-    if (end === null) throw new TransactionBroken(`A nested transaction has no ${statement.toUpperCase()}`)
+    if (end === null) {
+      this.#isUnclear ||= this.isOpen
+      throw new TransactionBroken(`A nested transaction has no ${statement.toUpperCase()}`)
+    }
     const savepoint = this.#open.pop()
     if (savepoint === undefined) {
       throw new TransactionBroken(

@@ -41,7 +41,8 @@ const REPLIED = 'The transaction is over: its handler has replied. Await every q
 const UNAWAITED =
   'The handler has replied before its queries have ended, and all is undone: await every query of a transaction'
 const UNENDED =
-  'The handler has replied before a transaction that it has begun was ended, and all is undone: end each by COMMIT or ROLLBACK'
+  'The handler has replied before a transaction that it has begun was ended, or after one was refused, and all is undone: end ' +
+  'each by COMMIT or ROLLBACK'
 const BLOCKED =
   'The transaction was ended: for a lease it has stood still, and another connection has waited for what it had locked. ' +
   'Ask for everything by the client of the transaction, not by its pool'
