@@ -117,16 +117,16 @@ t.test(
 )
 
 t.test('waitTimeout is the limit of all the waiting, also where one run after the other fails', async (t) => {
-  const app = await build(t, { onConflict: 'wait', waitTimeout: 150 })
+  const app = await build(t, { onConflict: 'wait', waitTimeout: 300 })
   let runs = 0
   app.post('/', { config: { idempotency: true } }, async (_request, reply) => {
     runs++
     await sleep(50)
     return reply.code(500).send()
   })
-  const replies = await Promise.all(Array.from({ length: 30 }, () => inject(app, keyed)))
+  const replies = await Promise.all(Array.from({ length: 60 }, () => inject(app, keyed)))
   t.ok(runs > 1 && runs < 15, `${runs} runs`)
-  t.equal(replies.filter(({ statusCode }) => statusCode === 409).length, 30 - runs)
+  t.equal(replies.filter(({ statusCode }) => statusCode === 409).length, 60 - runs)
 })
 
 t.test('a waiter that hangs up stops waiting, and does not run when its turn comes', async (t) => {
