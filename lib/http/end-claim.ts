@@ -85,7 +85,7 @@ export function storeHijacked(operation: Operation, failed = false): void {
 export function endByStatus({ operation, reply, request }: Exchange, error: unknown): void {
   const { statusCode: before } = reply
   reply.raw.statusCode = statusOf(error, before)
-  const final = isFinalReply(operation.policy, request, reply)
+  const final = isFinalReply(operation.policy, request, reply, error)
   reply.raw.statusCode = before
   if (final) storeHijacked(operation, true)
   else void operation.release()

@@ -1,4 +1,5 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
+import { isMetInHandler } from '../errors.js'
 import { isThenable } from '../util/sync-promise.js'
 
 /* Which replies are final: the end of their operation, to be stored. After any other the key is given back, and a retry runs. */
@@ -15,12 +16,18 @@ export function isFinal(_request: FastifyRequest, reply: FastifyReply): boolean 
   return statusCode < 500 && !RETRYABLE_STATUSES.has(statusCode) && !reply.hasHeader('retry-after')
 }
 
-/** Is the reply final, as the route's `shouldStore` has it? */
+/**
+ * Is the reply final, as the route's `shouldStore` has it?
+ * @param error That it is made of. What the plugin refuses to a handler, such as a step under a claim that was lost, is no
+ * reply of the operation.
+ */
 export function isFinalReply(
   policy: { readonly shouldStore: (request: FastifyRequest, reply: FastifyReply) => boolean },
   request: FastifyRequest,
-  reply: FastifyReply
+  reply: FastifyReply,
+  error?: unknown
 ): boolean {
+  if (isMetInHandler(error)) return false
   try {
     const answer: unknown = policy.shouldStore(request, reply)
     if (!isThenable(answer)) return Boolean(answer)

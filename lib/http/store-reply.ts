@@ -1,5 +1,4 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { isMetInHandler } from '../errors.js'
 import type { Policy } from '../options.js'
 import type { MaybePromise } from '../util/sync-promise.js'
 import type { Unfinished } from './captured-stream.js'
@@ -39,9 +38,7 @@ export function storeReply(
     dropStream(body)
     return Promise.reject(unsendable)
   }
-  // What the plugin refuses to a handler, such as a step under a claim that was lost, is no reply of the operation.
-  const isRefused = isMetInHandler(running.failure?.error)
-  const isFinal = running.reply === 'broken' || (!isRefused && isFinalReply(policy, request, reply))
+  const isFinal = running.reply === 'broken' || isFinalReply(policy, request, reply, running.failure?.error)
   if (running.reply === 'broken') warnOfBroken(request, running)
   if (!isBuffered(body) && !hasNoBody(reply.statusCode)) return storeStream(exchange, running, body, isFinal, open)
   if (!isFinal) return storeThenSend(exchange, running, body, null)

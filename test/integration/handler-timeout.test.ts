@@ -90,6 +90,13 @@ const LATE_ENDINGS: Ending[] = [
     { status: 402, text: /"message":"late"/, runs: 1 }
   ],
   [
+    'a refusal of a step is not stored, whatever its status',
+    () => {
+      throw Object.assign(new Error('late'), { statusCode: 422, code: 'FST_IDEMPOTENCY_KEY_REUSED' })
+    },
+    { status: 200, runs: 2 }
+  ],
+  [
     'something thrown that is no Error is what Fastify makes of it',
     () => {
       throw { statusCode: 402, message: 'late' }
@@ -443,18 +450,20 @@ t.test("a reply in time that hooks have held up until the timeout's has left is 
 })
 
 t.test(
-  "of a failure in time that hooks hold up until the timeout's reply has left only the status counts",
+  "of a failure in time that hooks hold up until the timeout's reply has left only the error's status and code count",
   async (t) => {
     const time = holdTime(t)
-    for (const [statusCode, isFinal] of [
-      [402, true],
-      [500, false]
+    for (const [statusCode, isFinal, code] of [
+      [402, true, undefined],
+      [500, false, undefined],
+      // As of a step under a key that is another request's.
+      [422, false, 'FST_IDEMPOTENCY_KEY_REUSED']
     ] as const) {
       const [failed, leave] = [latch(), latch()]
       let runs = 0
       const handler: Handler = async () => {
         if (++runs > 1) return 'again'
-        throw Object.assign(new Error('mine'), { statusCode })
+        throw Object.assign(new Error('mine'), { statusCode, code })
       }
       const before = (app: FastifyInstance) =>
         app.addHook('onSend', async (_request, _reply, payload) => {
