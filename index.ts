@@ -8,6 +8,7 @@ import { LocalCache } from './lib/stores/memory/local-cache.js'
 import { MemoryStore } from './lib/stores/memory/memory-store.js'
 import { PostgresStore } from './lib/stores/postgres/postgres-store.js'
 import { RedisStore } from './lib/stores/redis/redis-store.js'
+import { SqliteStore } from './lib/stores/sqlite/sqlite-store.js'
 
 export type { OpenapiTransform, RouteDocumentation } from './lib/openapi.js'
 export type { EncryptedStoreOptions, EncryptionKey } from './lib/stores/encrypted/encrypted-store.js'
@@ -17,6 +18,8 @@ export type { PostgresPool } from './lib/stores/postgres/pool.js'
 export type { PostgresStoreOptions } from './lib/stores/postgres/postgres-store.js'
 export type { RedisClient } from './lib/stores/redis/client.js'
 export type { RedisStoreOptions } from './lib/stores/redis/redis-store.js'
+export type { SqliteConnection } from './lib/stores/sqlite/database.js'
+export type { SqliteStoreOptions } from './lib/stores/sqlite/sqlite-store.js'
 export type * from './types/index.js'
 
 const wrapped = fp(plugin, { name: 'fastify-idempotency', fastify: '^5.11.0' })
@@ -24,6 +27,7 @@ const named = {
   MemoryStore,
   RedisStore,
   PostgresStore,
+  SqliteStore,
   EncryptedStore,
   LocalCache,
   idempotencyEvents,
@@ -45,5 +49,6 @@ export {
   openapiTransform,
   PostgresStore,
   payloadFingerprint,
-  RedisStore
+  RedisStore,
+  SqliteStore
 }

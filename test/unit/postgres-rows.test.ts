@@ -6,10 +6,9 @@ import {
   type FoundRow,
   messageOf,
   recordValues,
-  stepValues,
-  toKey,
-  toText
+  stepValues
 } from '../../lib/stores/postgres/rows.js'
+import { toKey, toText } from '../../lib/stores/storable-text.js'
 import type { StoredStep } from '../../types/index.js'
 import { reply, tombstone } from '../support/store-fixtures.js'
 

@@ -3,8 +3,9 @@ import { createRequire } from 'node:module'
 import { setTimeout as sleep } from 'node:timers/promises'
 import t from 'tap'
 import { PostgresStore, type PostgresStoreOptions } from '../../index.js'
-import { AS_TEXT, toKey } from '../../lib/stores/postgres/rows.js'
+import { AS_TEXT } from '../../lib/stores/postgres/rows.js'
 import { PostgresSql, SWEEP_ROWS } from '../../lib/stores/postgres/statements.js'
+import { toKey } from '../../lib/stores/storable-text.js'
 import { claim, reply } from '../support/store-fixtures.js'
 
 /* What a PostgresStore sends to its pool, and what it makes of the answers. */

@@ -1,12 +1,9 @@
-import { createHash } from 'node:crypto'
 import type { Acquisition, StoredHeader, StoredRecord, StoredStep } from '../../../types/index.js'
 import { UnreadableAnswer } from '../../errors.js'
 import { areHeaders, isReason, isStatus } from '../record-codec.js'
+import { fromText, sha256, toKey, toText } from '../storable-text.js'
 
 /* Rows of the table, from and to records and answers. */
-
-/** The longest key that is stored as it is, in bytes; an index has no room for much longer ones. */
-const LONGEST_KEY = 500
 
 /** All columns as the server wrote them, whatever parsers the application has set for its own. */
 export const AS_TEXT = { getTypeParser: () => (value: string) => value }
@@ -26,29 +23,9 @@ export interface FoundRow {
   steps: string | null
 }
 
-/** Text as PostgreSQL takes it: it has no NUL, and no lone surrogates. */
-export function toText(text: string): string {
-  const wellFormed = text.replace(/\p{Surrogate}/gu, '\ufffd')
-  return /[\\\0]/.test(wellFormed) ? wellFormed.replaceAll('\\', '\\\\').replaceAll('\0', '\\0') : wellFormed
-}
-
-function fromText(text: string): string {
-  return text.includes('\\') ? text.replace(/\\(.)/gs, (_, escaped) => (escaped === '0' ? '\0' : escaped)) : text
-}
-
-/** A key as it is stored. What starts with `\h` is no escaped text, so no key can be taken for the hash of another. */
-export function toKey(key: string): string {
-  const text = toText(key)
-  return Buffer.byteLength(text) <= LONGEST_KEY ? text : `\\h${sha256(text)}`
-}
-
 /** What is sent to those who wait for a key. */
 export function messageOf(key: string): string {
   return sha256(toKey(key))
-}
-
-function sha256(text: string): string {
-  return createHash('sha256').update(text).digest('hex')
 }
 
 /** The parameters of a completion: fingerprint, created_at, status_code, headers, body, body_is_text, tombstone. */

@@ -10,6 +10,7 @@ import type {
 import { TransactionBroken } from '../../errors.js'
 import { waitAtMost, withTimeout } from '../../util/timeout.js'
 import { LONGEST_DELAY } from '../../util/timer.js'
+import { toKey, toText } from '../storable-text.js'
 import { Guard } from './client-guard.js'
 import {
   claimFailure,
@@ -21,7 +22,7 @@ import {
   isRefusal
 } from './errors.js'
 import { NestedTransactions } from './nested-transactions.js'
-import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, toKey, toText } from './rows.js'
+import { AS_TEXT, acquisitionOf, type FoundRow, recordValues } from './rows.js'
 import { KEEP_ALIVE, type PostgresSql } from './statements.js'
 
 /* A claim, the handler's writes and the record in one transaction of PostgreSQL. */

@@ -1,0 +1,128 @@
+import type { Acquisition, Claim, StoredStep } from '../../../types/index.js'
+import { RELEASE_MEMORY_MS } from '../release-memory.js'
+import { decodeClaim, decodeValue, encodeClaim, type StoredClaim } from './claim-codec.js'
+import type { Content, Row } from './driver.js'
+
+/*
+ * What becomes of a row, decided from the row alone and from the time at which the database gave it. Nothing here waits or
+ * asks: who carries a decision out replaces the row that it was made on, and decides anew where there is another one.
+ */
+
+/** `change` is what to put in the row's place before `answer` is true; `null` when it is true already. */
+export interface Decision<Answer> {
+  readonly change: Content | null
+  readonly answer: Answer
+}
+
+const NOTHING = Buffer.alloc(0)
+
+/** Does the row no longer count? */
+export function isOver({ expiresAt, now }: Row): boolean {
+  return expiresAt !== null && expiresAt <= now
+}
+
+/** Nobody holds the key, and nothing is known of it. */
+export function isFree(row: Row): boolean {
+  return row.state === 'released' || isOver(row)
+}
+
+/** Who may have the key, when somebody asks for it. */
+export function onAcquire(row: Row, claim: Claim, token: string): Decision<Acquisition> {
+  if (isFree(row)) return taken(row, claim, token, { attempt: 1, found: null, steps: [] })
+  if (row.state === 'completed') return { change: null, answer: completed(row) }
+  const held = decodeClaim(row.value)
+  if (row.state === 'running' && row.token === token) return taken(row, claim, token, held)
+  if (isAlive(row) || !claim.takeover) return { change: null, answer: unfinished(row, held) }
+  const found = { fingerprint: held.fingerprint, ended: row.state === 'ended' }
+  return taken(row, claim, token, { attempt: held.attempt + 1, found, steps: held.steps })
+}
+
+export function onRenew(row: Row, token: string, leaseMs: number): Decision<boolean> {
+  if (!isOwned(row, token)) return { change: null, answer: false }
+  return { change: leased(row, token, decodeClaim(row.value), leaseMs), answer: true }
+}
+
+/** The first result of a name stays. */
+export function onStep(row: Row, token: string, step: StoredStep): Decision<boolean> {
+  if (!isOwned(row, token)) return { change: null, answer: false }
+  const held = decodeClaim(row.value)
+  const [name] = step
+  if (held.steps.some(([known]) => known === name)) return { change: null, answer: true }
+  return { change: { ...contentOf(row), value: encodeClaim({ ...held, steps: [...held.steps, step] }) }, answer: true }
+}
+
+/** @param unused its handler never ran */
+export function onRelease(row: Row, token: string, unused: boolean): Decision<boolean> {
+  if (!isOwned(row, token)) return { change: null, answer: row.token === token && !isOver(row) && isGivenBack(row) }
+  const { now } = row
+  const held = decodeClaim(row.value)
+  const { found, steps, retainMs } = held
+  if ((found === null && steps.length === 0) || retainMs === 0) {
+    const expiresAt = now + RELEASE_MEMORY_MS
+    return { change: { state: 'released', token, value: NOTHING, leaseEnd: now, expiresAt }, answer: true }
+  }
+  const isAsFound = unused && found !== null
+  const state = isAsFound && !found.ended ? 'abandoned' : 'ended'
+  const back = isAsFound ? { attempt: held.attempt - 1, fingerprint: found.fingerprint } : held
+  const { attempt, fingerprint } = back
+  const value = encodeClaim({ attempt, retainMs, fingerprint, found: null, steps })
+  return { change: { state, token, value, leaseEnd: now, expiresAt: now + retainMs }, answer: true }
+}
+
+/** Has this token completed the key before? */
+export function isCompletedBy(row: Row, token: string): boolean {
+  return row.state === 'completed' && row.token === token && !isOver(row)
+}
+
+/** What is known of a key that is not free. */
+export function onGet(row: Row): Acquisition {
+  return row.state === 'completed' ? completed(row) : unfinished(row, decodeClaim(row.value))
+}
+
+function isAlive({ state, leaseEnd, now }: Row): boolean {
+  return state === 'running' && leaseEnd > now
+}
+
+/** A lapsed lease that nobody has taken over is its owner's still. */
+function isOwned(row: Row, token: string): boolean {
+  return row.state === 'running' && row.token === token && !isOver(row)
+}
+
+function isGivenBack({ state }: Row): boolean {
+  return state === 'released' || state === 'ended' || state === 'abandoned'
+}
+
+function taken(
+  row: Row,
+  { fingerprint, leaseMs, retainMs }: Claim,
+  token: string,
+  { attempt, found, steps }: Pick<StoredClaim, 'attempt' | 'found' | 'steps'>
+): Decision<Acquisition> {
+  const change = leased(row, token, { attempt, retainMs, fingerprint, found, steps }, leaseMs)
+  return { change, answer: { state: 'acquired', attempt, ...stepsOf(steps) } }
+}
+
+/** From when the row was looked at: who is paused before the row is replaced has less of the lease, never more. */
+function leased({ now }: Row, token: string, claim: StoredClaim, leaseMs: number): Content {
+  const leaseEnd = now + leaseMs
+  return { state: 'running', token, value: encodeClaim(claim), leaseEnd, expiresAt: leaseEnd + claim.retainMs }
+}
+
+function contentOf({ state, token, value, leaseEnd, expiresAt }: Row): Content {
+  return { state, token, value, leaseEnd, expiresAt }
+}
+
+function completed({ value, expiresAt, now }: Row): Acquisition {
+  return { state: 'completed', record: decodeValue(value), ttlMs: expiresAt === null ? null : expiresAt - now }
+}
+
+function unfinished(row: Row, { fingerprint, attempt, steps }: StoredClaim): Acquisition {
+  if (isAlive(row)) return { state: 'running', fingerprint, leaseMs: row.leaseEnd - row.now, ...stepsOf(steps) }
+  const ended = row.state === 'ended' && { ended: true as const }
+  return { state: 'abandoned', fingerprint, attempt, ...ended, ...stepsOf(steps) }
+}
+
+/** What an answer says of steps: nothing where there are none. */
+function stepsOf(steps: readonly StoredStep[]): { steps?: readonly StoredStep[] } {
+  return steps.length === 0 ? {} : { steps }
+}

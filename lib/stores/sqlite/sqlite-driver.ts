@@ -1,0 +1,156 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { CasDriver, Content, Lasting, Row, RowState } from '../cas/driver.js'
+import { type Columns, claimFailure, Database, type SqliteConnection } from './database.js'
+
+/* Rows in a table of SQLite. Its clock is that of the machine, which all processes on the file share. */
+
+/** Deleting holds up the process, so it ends after this time, and goes on after a pause. */
+const SWEEP_MS = 1
+const SWEEP_PAUSE_MS = 10
+const SWEEP_ROWS = 100
+/**
+ * After how many changed pages (of 4 KiB each) they are copied from the log into the database, which holds up the process as
+ * well. SQLite's own default is 1,000, which takes ten times as long, a tenth as often.
+ */
+const CHECKPOINT_PAGES = 100
+
+export class SqliteDriver implements CasDriver {
+  readonly claimFailure = claimFailure
+  readonly #database: Database
+  readonly #name: string
+  readonly #table: string
+  #created: Promise<unknown> | null = null
+
+  constructor(connection: SqliteConnection, table: string) {
+    this.#database = new Database(connection)
+    this.#name = table
+    this.#table = `"${table}"`
+  }
+
+  /**
+   * Creates the table where it is missing, and sets up the connection: a log beside the file (WAL), with which reading and
+   * writing do not stop one another; and no waiting for locks inside of SQLite, where the process would stand still.
+   */
+  create(): Promise<unknown> {
+    this.#created ??= this.#create().catch((error) => {
+      this.#created = null
+      throw error
+    })
+    return this.#created
+  }
+
+  // Times are REAL, as node:sqlite reads no integer above 2^53, where the longest ttl ends.
+  async #create(): Promise<void> {
+    await this.#database.exec(`
+PRAGMA busy_timeout = 0;
+PRAGMA journal_mode = WAL;
+PRAGMA wal_autocheckpoint = ${CHECKPOINT_PAGES};
+CREATE TABLE IF NOT EXISTS ${this.#table} (
+  key TEXT NOT NULL UNIQUE,
+  state TEXT NOT NULL,
+  token TEXT NOT NULL,
+  revision TEXT NOT NULL,
+  lease_end REAL NOT NULL,
+  expires_at REAL,
+  value BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS "${this.#name}_expires_at" ON ${this.#table} (expires_at)`)
+  }
+
+  async insert(key: string, revision: string, claim: Lasting): Promise<boolean> {
+    await this.create()
+    const { token, value, leaseEnd, expiresAt } = lasting(claim, Date.now())
+    const inserted = await this.#database.all(
+      `INSERT INTO ${this.#table} (key, state, token, revision, lease_end, expires_at, value)
+VALUES (?, 'running', ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING 1`,
+      ...[key, token, revision, leaseEnd, expiresAt, value]
+    )
+    return inserted.length > 0
+  }
+
+  async find(key: string): Promise<Row | null> {
+    await this.create()
+    const [row] = await this.#database.all(
+      `SELECT state, token, revision, lease_end, expires_at, value FROM ${this.#table} WHERE key = ?`,
+      key
+    )
+    return row === undefined ? null : rowOf(row, Date.now())
+  }
+
+  async replace(key: string, found: string, revision: string, content: Content): Promise<boolean> {
+    const { state, token, value, leaseEnd, expiresAt } = content
+    const replaced = await this.#database.all(
+      `UPDATE ${this.#table} SET state = ?, token = ?, revision = ?, lease_end = ?, expires_at = ?, value = ?
+WHERE key = ? AND revision = ? RETURNING 1`,
+      ...[state, token, revision, leaseEnd, expiresAt, value, key, found]
+    )
+    return replaced.length > 0
+  }
+
+  async complete(key: string, revision: string, record: Lasting): Promise<boolean> {
+    await this.create()
+    const now = Date.now()
+    const { token, value, leaseEnd, expiresAt } = lasting(record, now)
+    const completed = await this.#database.all(
+      `UPDATE ${this.#table} SET state = 'completed', revision = ?, lease_end = ?, expires_at = ?, value = ?
+WHERE key = ? AND token = ? AND state = 'running' AND expires_at > ? RETURNING 1`,
+      ...[revision, leaseEnd, expiresAt, value, key, token, now]
+    )
+    return completed.length > 0
+  }
+
+  async remove(key: string, found: string): Promise<boolean> {
+    const text = `DELETE FROM ${this.#table} WHERE key = ? AND revision = ? RETURNING 1`
+    return (await this.#database.all(text, key, found)).length > 0
+  }
+
+  async running(keys: readonly string[]): Promise<readonly string[]> {
+    await this.create()
+    const rows = await this.#database.all(
+      `SELECT key FROM ${this.#table}
+WHERE key IN (SELECT value FROM json_each(?)) AND state = 'running' AND lease_end > ?`,
+      ...[JSON.stringify(keys), Date.now()]
+    )
+    return rows.map(({ key }) => String(key))
+  }
+
+  async sweep(): Promise<boolean> {
+    const isMore = await this.#database.transaction((all) => {
+      const end = performance.now() + SWEEP_MS
+      const old = `SELECT rowid AS id FROM ${this.#table} WHERE expires_at <= ? ORDER BY expires_at LIMIT ${SWEEP_ROWS}`
+      const expired = all(old, Date.now())
+      for (const { id } of expired) {
+        // Bodies take their time, so that it cannot be told before how many there is time for.
+        all(`DELETE FROM ${this.#table} WHERE rowid = ? RETURNING 1`, Number(id))
+        if (performance.now() > end) return true
+      }
+      return expired.length === SWEEP_ROWS
+    })
+    if (isMore) await sleep(SWEEP_PAUSE_MS, undefined, { ref: false })
+    return isMore
+  }
+}
+
+function lasting({ token, value, leaseMs, keepMs }: Lasting, now: number): Omit<Content, 'state'> {
+  return { token, value, leaseEnd: now + leaseMs, expiresAt: keepMs === null ? null : now + keepMs }
+}
+
+/** Numbers may come as bigints. */
+function rowOf(row: Columns, now: number): Row {
+  const { state, token, revision, lease_end: leaseEnd, expires_at: expiresAt, value } = row
+  return {
+    state: state as RowState,
+    token: token as string,
+    revision: revision as string,
+    leaseEnd: Number(leaseEnd),
+    expiresAt: expiresAt === null ? null : Number(expiresAt),
+    value: bytesOf(value as Uint8Array<ArrayBuffer> | ArrayBuffer),
+    now
+  }
+}
+
+/** `better-sqlite3` gives a Buffer, `node:sqlite` a Uint8Array, `libsql` an ArrayBuffer. */
+function bytesOf(value: Uint8Array<ArrayBuffer> | ArrayBuffer): Buffer {
+  if (!ArrayBuffer.isView(value)) return Buffer.from(value)
+  return Buffer.from(value.buffer, value.byteOffset, value.byteLength)
+}
