@@ -1,7 +1,7 @@
-// The servers that the tests start. `node scripts/services.mjs` makes sure that they are there:
+// The servers and programs that the tests start. `node scripts/services.mjs` makes sure that they are there:
 // it installs them where root or sudo allow, unpacks them into .cache where not, or says what to do.
 
-import { spawnSync } from 'node:child_process'
+import { spawn, spawnSync } from 'node:child_process'
 import {
   accessSync,
   constants,
@@ -13,6 +13,7 @@ import {
   rmSync,
   statSync
 } from 'node:fs'
+import { createRequire } from 'node:module'
 import { delimiter, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
@@ -341,7 +342,78 @@ function ensureCurl() {
   return false
 }
 
+/**
+ * A package of npm that is no dependency: compiling it takes a minute or two, or it is a program that must not take the place
+ * of another on the PATH of npm's scripts.
+ * @typedef {object} Module
+ * @property {string} name
+ * @property {string} version
+ * @property {string} cache
+ */
+
+/** @type {Module} */
+const betterSqlite = { name: 'better-sqlite3', version: '12.11.1', cache: join(root, '.cache', 'better-sqlite3') }
+/** The first version of Node that has `node:sqlite` without a flag and a warning is 24. @type {Module} */
+const newerNode = {
+  name: `node-${process.platform}-${process.arch}`,
+  version: '24.22.3',
+  cache: join(root, '.cache', 'node')
+}
+
+/** `better-sqlite3`, where this version of Node can load it. */
+export function findBetterSqlite() {
+  try {
+    return createRequire(join(betterSqlite.cache, 'package.json'))('better-sqlite3')
+  } catch {
+    return null
+  }
+}
+
+/** Where there is a Node that has `node:sqlite`: this one, or one that was put into .cache. @returns {string | null} */
+export function findNodeWithSqlite() {
+  if (Number(process.versions.node.split('.')[0]) >= 24) return process.execPath
+  const node = join(newerNode.cache, 'node_modules', newerNode.name, 'bin', 'node')
+  return isExecutable(node) ? node : null
+}
+
+/**
+ * Installs a package into a folder of its own. Its output is kept, not shown.
+ * @param {Module} module
+ * @returns {Promise<string>} what went wrong, if anything
+ */
+function installWithNpm({ name, version, cache }) {
+  mkdirSync(cache, { recursive: true })
+  // Beside what apt does meanwhile.
+  const args = ['install', `${name}@${version}`, '--prefix', cache, '--no-save', '--no-audit', '--no-fund']
+  const child = spawn('npm', args, { stdio: ['ignore', 'pipe', 'pipe'] })
+  let said = ''
+  for (const stream of [child.stdout, child.stderr]) stream.on('data', (text) => (said += text))
+  return new Promise((resolve) => {
+    child.on('error', (error) => resolve(`npm: ${error.message}`))
+    child.on('close', (code) => resolve(code === 0 ? '' : `$ npm ${args.join(' ')}\n${said.trim()}\n(exit ${code})`))
+  })
+}
+
+/**
+ * @param {Module} module
+ * @param {() => unknown} find
+ * @returns {Promise<boolean>} whether it can be used
+ */
+async function ensureModule(module, find) {
+  const label = `${module.name} ${module.version}`
+  if (find()) return true
+  console.log(`${label} is not there: installing it into ${relative(root, module.cache)}`)
+  const report = await installWithNpm(module)
+  if (find()) return true
+  console.error(
+    `${report}\nThe tests need ${label}, which could not be installed into ${relative(root, module.cache)}.`
+  )
+  return false
+}
+
 const [, script] = process.argv
 if (script && realpathSync(script) === import.meta.filename) {
-  process.exitCode = ensureCurl() && services.every(ensure) ? 0 : 1
+  const modules = [ensureModule(betterSqlite, findBetterSqlite), ensureModule(newerNode, findNodeWithSqlite)]
+  const isReady = ensureCurl() && services.every(ensure)
+  process.exitCode = isReady && (await Promise.all(modules)).every(Boolean) ? 0 : 1
 }
