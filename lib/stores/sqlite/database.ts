@@ -1,5 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { StoreFull } from '../../errors.js'
+import { Log } from './log.js'
 
 /* A database of SQLite as drivers have it, which are synchronous: what they do holds up the process. */
 
@@ -29,30 +30,57 @@ const MOST_PAUSE_MS = 10
 export class Database {
   readonly #connection: SqliteConnection
   readonly #statements = new Map<string, Statement>()
+  /** Where what is changed is on its way to the disk; `null` where SQLite sees to that itself, or there is no file. */
+  #log: Log | null = null
 
   constructor(connection: SqliteConnection) {
     this.#connection = connection
   }
 
-  /** The rows of a statement. Those that change something have to return some too: drivers differ in the rest. */
+  /**
+   * Sets up the connection: a log beside the file (WAL), with which reading and writing do not stop one another; and no waiting
+   * inside of SQLite, neither for locks nor for the disk.
+   */
+  async open(): Promise<void> {
+    await this.exec('PRAGMA busy_timeout = 0')
+    const [mode] = await this.all('PRAGMA journal_mode = WAL')
+    // A database in memory has another, and so has one on a file system without shared memory.
+    if (mode?.journal_mode !== 'wal') return
+    const [main] = await this.all("SELECT file FROM pragma_database_list WHERE name = 'main'")
+    await this.exec('PRAGMA synchronous = NORMAL')
+    this.#log ??= new Log(`${main?.file}-wal`)
+  }
+
+  /** The rows of a statement that changes nothing. */
   all(text: string, ...values: Value[]): Promise<Columns[]> {
-    return this.patiently(() => {
+    return this.#patiently(() => {
       this.#refuseTransactions()
       return this.#prepared(text).all(...values)
     })
   }
 
+  /** Changes something, for which the statement has to return rows: drivers differ in the rest. `true` when it did, and that is on the disk. */
+  async change(text: string, ...values: Value[]): Promise<boolean> {
+    const changed = (await this.all(text, ...values)).length > 0
+    if (changed) await this.#log?.written()
+    return changed
+  }
+
   /** Several statements without values and rows. */
   exec(text: string): Promise<unknown> {
-    return this.patiently(() => {
+    return this.#patiently(() => {
       this.#refuseTransactions()
       return this.#connection.exec(text)
     })
   }
 
+  async close(): Promise<void> {
+    await this.#log?.close()
+  }
+
   /** What `work` does with statements is one transaction. It must not wait for anything. */
   transaction<T>(work: (all: (text: string, ...values: Value[]) => Columns[]) => T): Promise<T> {
-    return this.patiently(() => {
+    return this.#patiently(() => {
       this.#refuseTransactions()
       this.#connection.exec('BEGIN IMMEDIATE')
       try {
@@ -71,7 +99,7 @@ export class Database {
   }
 
   /** Tries again, after a pause in which the process does other things, what another process has kept from being done. */
-  async patiently<T>(attempt: () => T): Promise<T> {
+  async #patiently<T>(attempt: () => T): Promise<T> {
     const start = performance.now()
     for (;;) {
       try {

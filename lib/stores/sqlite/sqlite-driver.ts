@@ -8,12 +8,6 @@ import { type Columns, claimFailure, Database, type SqliteConnection } from './d
 const SWEEP_MS = 1
 const SWEEP_PAUSE_MS = 10
 const SWEEP_ROWS = 100
-/**
- * After how many changed pages (of 4 KiB each) they are copied from the log into the database, which holds up the process as
- * well. SQLite's own default is 1,000, which takes ten times as long, a tenth as often.
- */
-const CHECKPOINT_PAGES = 100
-
 export class SqliteDriver implements CasDriver {
   readonly claimFailure = claimFailure
   readonly #database: Database
@@ -27,10 +21,7 @@ export class SqliteDriver implements CasDriver {
     this.#table = `"${table}"`
   }
 
-  /**
-   * Creates the table where it is missing, and sets up the connection: a log beside the file (WAL), with which reading and
-   * writing do not stop one another; and no waiting for locks inside of SQLite, where the process would stand still.
-   */
+  /** Sets up the connection, and creates the table where it is missing. */
   create(): Promise<unknown> {
     this.#created ??= this.#create().catch((error) => {
       this.#created = null
@@ -41,10 +32,8 @@ export class SqliteDriver implements CasDriver {
 
   // Times are REAL, as node:sqlite reads no integer above 2^53, where the longest ttl ends.
   async #create(): Promise<void> {
+    await this.#database.open()
     await this.#database.exec(`
-PRAGMA busy_timeout = 0;
-PRAGMA journal_mode = WAL;
-PRAGMA wal_autocheckpoint = ${CHECKPOINT_PAGES};
 CREATE TABLE IF NOT EXISTS ${this.#table} (
   key TEXT NOT NULL UNIQUE,
   state TEXT NOT NULL,
@@ -60,12 +49,11 @@ CREATE INDEX IF NOT EXISTS "${this.#name}_expires_at" ON ${this.#table} (expires
   async insert(key: string, revision: string, claim: Lasting): Promise<boolean> {
     await this.create()
     const { token, value, leaseEnd, expiresAt } = lasting(claim, Date.now())
-    const inserted = await this.#database.all(
+    return this.#database.change(
       `INSERT INTO ${this.#table} (key, state, token, revision, lease_end, expires_at, value)
 VALUES (?, 'running', ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING 1`,
       ...[key, token, revision, leaseEnd, expiresAt, value]
     )
-    return inserted.length > 0
   }
 
   async find(key: string): Promise<Row | null> {
@@ -79,29 +67,27 @@ VALUES (?, 'running', ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING 1`,
 
   async replace(key: string, found: string, revision: string, content: Content): Promise<boolean> {
     const { state, token, value, leaseEnd, expiresAt } = content
-    const replaced = await this.#database.all(
+    return this.#database.change(
       `UPDATE ${this.#table} SET state = ?, token = ?, revision = ?, lease_end = ?, expires_at = ?, value = ?
 WHERE key = ? AND revision = ? RETURNING 1`,
       ...[state, token, revision, leaseEnd, expiresAt, value, key, found]
     )
-    return replaced.length > 0
   }
 
   async complete(key: string, revision: string, record: Lasting): Promise<boolean> {
     await this.create()
     const now = Date.now()
     const { token, value, leaseEnd, expiresAt } = lasting(record, now)
-    const completed = await this.#database.all(
+    return this.#database.change(
       `UPDATE ${this.#table} SET state = 'completed', revision = ?, lease_end = ?, expires_at = ?, value = ?
 WHERE key = ? AND token = ? AND state = 'running' AND expires_at > ? RETURNING 1`,
       ...[revision, leaseEnd, expiresAt, value, key, token, now]
     )
-    return completed.length > 0
   }
 
   async remove(key: string, found: string): Promise<boolean> {
     const text = `DELETE FROM ${this.#table} WHERE key = ? AND revision = ? RETURNING 1`
-    return (await this.#database.all(text, key, found)).length > 0
+    return this.#database.change(text, key, found)
   }
 
   async running(keys: readonly string[]): Promise<readonly string[]> {
@@ -112,6 +98,10 @@ WHERE key IN (SELECT value FROM json_each(?)) AND state = 'running' AND lease_en
       ...[JSON.stringify(keys), Date.now()]
     )
     return rows.map(({ key }) => String(key))
+  }
+
+  close(): Promise<void> {
+    return this.#database.close()
   }
 
   async sweep(): Promise<boolean> {

@@ -62,8 +62,9 @@ function isConnection(value: unknown): value is SqliteConnection {
  * Claims and replies in a file of SQLite (3.35 and newer): for applications on one machine, of one process or several. It
  * survives restarts, and needs no server. The table is created at first use.
  *
- * SQLite works inside of the process, which does nothing else meanwhile: a claim or a reply takes as long as the disk needs to
- * keep it (`PRAGMA synchronous`). Leases are decided by the clock of the machine. Not for network file systems.
+ * What was answered survives a crash of the process and a loss of power. SQLite works inside of the process, which does nothing
+ * else meanwhile, but does not wait for the disk: that is done beside it, once for all that is written at the same time. Leases are
+ * decided by the clock of the machine. Not for network file systems, on which SQLite cannot have a log (WAL).
  */
 export class SqliteStore extends CompareAndSetStore {
   readonly #driver: SqliteDriver
@@ -74,6 +75,11 @@ export class SqliteStore extends CompareAndSetStore {
     const driver = new SqliteDriver(database, table)
     super(driver, sweepInterval)
     this.#driver = driver
+  }
+
+  override async close(): Promise<void> {
+    await super.close()
+    await this.#driver.close()
   }
 
   /** Creates the table and its index where they are missing, so that what is wrong with the file shows at boot. */

@@ -1,0 +1,103 @@
+import { type FileHandle, open } from 'node:fs/promises'
+import { join } from 'node:path'
+import t, { type Test } from 'tap'
+import { SqliteStore } from '../../index.js'
+import { Log } from '../../lib/stores/sqlite/log.js'
+import { type Latch, latch, until } from '../support/latch.js'
+import { makeFolder } from '../support/process.js'
+import { sqliteDrivers } from '../support/sqlite.js'
+import { claim, reply, take } from '../support/store-fixtures.js'
+
+/* What is answered is on the disk, and the process does not stand still until it is. */
+
+const folder = makeFolder('log')
+const files = await open(join(folder, 'any'), 'w')
+const handles = Object.getPrototypeOf(files) as Pick<FileHandle, 'datasync'>
+await files.close()
+
+/** Holds up the disk: each attempt to write to it waits for its latch. */
+function heldUp(test: Test) {
+  const { datasync } = handles
+  const attempts: Latch<void>[] = []
+  handles.datasync = async function (this: FileHandle) {
+    const attempt = latch()
+    attempts.push(attempt)
+    await attempt.promise
+    return datasync.call(this)
+  }
+  test.teardown(() => {
+    handles.datasync = datasync
+  })
+  return attempts
+}
+
+const settled = async (promise: Promise<unknown>) => {
+  const pending = Symbol('pending')
+  return (await Promise.race([promise, new Promise((resolve) => setTimeout(resolve, 20, pending))])) !== pending
+}
+const tick = () => new Promise(setImmediate)
+
+let names = 0
+async function openLog(test: Test) {
+  const path = join(folder, `log-${names++}`)
+  await (await open(path, 'w')).close()
+  const log = new Log(path)
+  test.teardown(() => log.close())
+  return log
+}
+
+t.test('one wait is enough for all that was written before it began, and none is for what came later', async (t) => {
+  const attempts = heldUp(t)
+  const log = await openLog(t)
+  const first = log.written()
+  await until(() => attempts.length === 1)
+  const later = [log.written(), log.written(), log.written()]
+  attempts[0]?.open(undefined)
+  await first
+  await until(() => attempts.length === 2)
+  t.equal(await settled(Promise.race(later)), false)
+  attempts[1]?.open(undefined)
+  await Promise.all(later)
+  t.equal(attempts.length, 2)
+})
+
+t.test('a disk that fails is an error of all who waited for it, and is tried again by who comes next', async (t) => {
+  const { datasync } = handles
+  t.teardown(() => {
+    handles.datasync = datasync
+  })
+  const log = await openLog(t)
+  handles.datasync = () => Promise.reject(new Error('the disk is broken'))
+  const failed = [log.written(), log.written()]
+  for (const each of failed) await t.rejects(each, { message: 'the disk is broken' })
+  handles.datasync = datasync
+  await log.written()
+})
+
+t.test('no claim, step or reply is acknowledged before it is on the disk', async (t) => {
+  for (const [name, { open }] of sqliteDrivers) {
+    const database = open(join(folder, name.replace(':', '-')))
+    const store = new SqliteStore({ database, sweepInterval: null })
+    t.teardown(async () => {
+      await store.close()
+      database.close()
+    })
+    const token = await take(store, 'a')
+    const attempts = heldUp(t)
+    for (const ask of [
+      () => store.acquire('b', claim()),
+      () => store.step('a', token, ['ride', '1']),
+      () => store.complete('a', token, reply(), null)
+    ]) {
+      const asked = ask()
+      await until(() => attempts.length === 1, { message: 'the disk to be asked' })
+      t.equal(await settled(asked), false)
+      attempts.splice(0)[0]?.open(undefined)
+      await asked
+    }
+    const reading = store.get('a')
+    await tick()
+    await reading
+    t.equal(attempts.length, 0, 'nothing is asked of the disk for reading')
+  }
+})
