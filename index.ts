@@ -6,6 +6,7 @@ import { plugin } from './lib/plugin.js'
 import { EncryptedStore } from './lib/stores/encrypted/encrypted-store.js'
 import { LocalCache } from './lib/stores/memory/local-cache.js'
 import { MemoryStore } from './lib/stores/memory/memory-store.js'
+import { MigratingStore } from './lib/stores/migrating/migrating-store.js'
 import { PostgresStore } from './lib/stores/postgres/postgres-store.js'
 import { RedisStore } from './lib/stores/redis/redis-store.js'
 import { SqliteStore } from './lib/stores/sqlite/sqlite-store.js'
@@ -30,6 +31,7 @@ const named = {
   SqliteStore,
   EncryptedStore,
   LocalCache,
+  MigratingStore,
   idempotencyEvents,
   openapiTransform,
   payloadFingerprint
@@ -46,6 +48,7 @@ export {
   idempotencyEvents,
   LocalCache,
   MemoryStore,
+  MigratingStore,
   openapiTransform,
   PostgresStore,
   payloadFingerprint,

@@ -1,16 +1,15 @@
 import type { IdempotencyStore } from '../../types/index.js'
 
-/* Stores in front of stores, and the one behind them all. */
+/* Stores in front of stores, and those behind them all. */
 
-const inner = new WeakMap<IdempotencyStore, IdempotencyStore>()
+const inner = new WeakMap<IdempotencyStore, readonly IdempotencyStore[]>()
 
-/** A store is in front of another one. */
-export function isInFrontOf(store: IdempotencyStore, behind: IdempotencyStore): void {
+/** A store is in front of others. */
+export function isInFrontOf(store: IdempotencyStore, ...behind: readonly IdempotencyStore[]): void {
   inner.set(store, behind)
 }
 
-/** The store behind all that are in front of one another. */
-export function innermost(store: IdempotencyStore): IdempotencyStore {
-  const behind = inner.get(store)
-  return behind === undefined ? store : innermost(behind)
+/** The stores behind all that are in front of one another. */
+export function innermost(store: IdempotencyStore): readonly IdempotencyStore[] {
+  return inner.get(store)?.flatMap(innermost) ?? [store]
 }

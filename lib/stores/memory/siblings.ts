@@ -6,7 +6,8 @@ import { MemoryStore } from './memory-store.js'
 
 /** Warns of a store that only this process sees where others serve the same clients. */
 export function warnOfSiblings(store: IdempotencyStore): void {
-  if (!(innermost(store) instanceof MemoryStore) || !hasSiblings(cluster.isWorker, process.env)) return
+  if (!innermost(store).some((behind) => behind instanceof MemoryStore)) return
+  if (!hasSiblings(cluster.isWorker, process.env)) return
   warn(
     'FST_IDEMPOTENCY_MEMORY_STORE',
     'MemoryStore is known to one process only, and this one is a worker of several: a retry that comes to another one ' +

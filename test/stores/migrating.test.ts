@@ -1,0 +1,114 @@
+import { randomUUID } from 'node:crypto'
+import t from 'tap'
+import { type IdempotencyStore, MemoryStore, MigratingStore, PostgresStore, RedisStore } from '../../index.js'
+import { endures } from '../support/bad-network.js'
+import { FlakyStore } from '../support/flaky-store.js'
+import { startPostgres } from '../support/postgres.js'
+import { newSeed, Random } from '../support/random.js'
+import { startRedis } from '../support/redis.js'
+import { conforms } from '../support/store-fixtures.js'
+import { exclusiveHistory, takeoverHistory } from '../support/store-histories.js'
+
+/* What it promises as a store, alone and beside processes that have one of the two. Each rule is in unit/migrating-store. */
+
+const [redis, postgres] = await Promise.all([startRedis(), startPostgres()])
+t.teardown(() => Promise.all([redis.close(), postgres.close()]))
+const [client, pool] = [await redis.client(), postgres.pool()]
+
+/** One of the two stores, as two processes have it. */
+interface Side {
+  clients: readonly [IdempotencyStore, IdempotencyStore]
+  spoil?(key: string): unknown
+}
+
+/** Makes sides, each with data of its own or with keys that do not meet. */
+const kinds = {
+  memory: async () => () => {
+    const store = new MemoryStore()
+    return { clients: [store, store] as const }
+  },
+  redis: async () => {
+    const keyPrefix = `${randomUUID()}:`
+    return () => ({
+      clients: [new RedisStore(client, { keyPrefix }), new RedisStore(client, { keyPrefix })] as const,
+      spoil: (key: string) => client.setrange(keyPrefix + key, 3 + 36, '\x7f')
+    })
+  },
+  postgres: async () => {
+    const table = `keys_${randomUUID().replaceAll('-', '')}`
+    await new PostgresStore({ pool, table }).createTable()
+    return () => ({
+      clients: [new PostgresStore({ pool, table }), new PostgresStore({ pool, table })] as const,
+      spoil: (key: string) => pool.query(`UPDATE ${table} SET headers = '{}' WHERE key = $1`, [key])
+    })
+  }
+} satisfies Record<string, () => Promise<() => Side>>
+
+type Kind = keyof typeof kinds
+
+/** Two processes that move, on the same two stores. */
+function moving(from: Side, to: Side) {
+  const [store, second] = [0, 1].map((n) => new MigratingStore(from.clients[n as 0], to.clients[n as 0])) as [
+    MigratingStore,
+    MigratingStore
+  ]
+  const dispose = () => Promise.all([store.close?.(), second.close?.()])
+  const { spoil } = to
+  if (spoil === undefined || from.spoil === undefined) return { store, second, dispose }
+  return { store, second, dispose, spoil: (key: string) => Promise.all([from.spoil?.(key), spoil(key)]) }
+}
+
+const moves: [from: Kind, to: Kind][] = [
+  ['memory', 'memory'],
+  ['redis', 'postgres'],
+  ['postgres', 'redis']
+]
+
+for (const [from, to] of moves) {
+  const [newFrom, newTo]: (() => Side)[] = await Promise.all([kinds[from](), kinds[to]()])
+  const stores = () => moving((newFrom as () => Side)(), (newTo as () => Side)())
+  conforms(t, `a MigratingStore from ${from} to ${to} keeps every promise of a store`, stores)
+  if (from !== 'postgres') endures(t, `a MigratingStore from ${from} to ${to} behind a bad network`, stores)
+}
+
+/* Deploys */
+
+const mixtures = {
+  'use `from` alone while others move': ({ from, to }: Record<'from' | 'to', Connect>) => [
+    new MigratingStore(from(), to()),
+    from(),
+    new MigratingStore(from(), to()),
+    from()
+  ],
+  'use `to` alone while others move': ({ from, to }: Record<'from' | 'to', Connect>) => [
+    new MigratingStore(from(), to()),
+    to(),
+    new MigratingStore(from(), to()),
+    to()
+  ],
+  'all move': ({ from, to }: Record<'from' | 'to', Connect>) => [
+    new MigratingStore(from(), to()),
+    new MigratingStore(from(), to())
+  ]
+}
+/** A connection, good or bad, of another process to one of the stores. */
+type Connect = () => IdempotencyStore
+
+const networks = {
+  'good connections': { loss: 0, delay: 3 },
+  'bad connections': { loss: 0.2, delay: 2 }
+}
+
+for (const [who, clients] of Object.entries(mixtures)) {
+  for (const [how, network] of Object.entries(networks)) {
+    t.test(`when some processes ${who}, by ${how}, a key`, async (t) => {
+      const random = new Random(newSeed())
+      t.comment(`SEED=${random.seed}`)
+      const [from, to] = [new MemoryStore(), new MemoryStore()]
+      t.teardown(() => Promise.all([from.close(), to.close()]))
+      const by = (store: IdempotencyStore) => () => new FlakyStore(store, { random, ...network })
+      await exclusiveHistory(t, clients({ from: by(from), to: by(to) }), random)
+      await takeoverHistory(t, clients({ from: by(from), to: by(to) }), random)
+    })
+  }
+}
