@@ -7,6 +7,7 @@ import { EncryptedStore } from './lib/stores/encrypted/encrypted-store.js'
 import { LocalCache } from './lib/stores/memory/local-cache.js'
 import { MemoryStore } from './lib/stores/memory/memory-store.js'
 import { MigratingStore } from './lib/stores/migrating/migrating-store.js'
+import { MysqlStore } from './lib/stores/mysql/mysql-store.js'
 import { PostgresStore } from './lib/stores/postgres/postgres-store.js'
 import { RedisStore } from './lib/stores/redis/redis-store.js'
 import { SqliteStore } from './lib/stores/sqlite/sqlite-store.js'
@@ -15,6 +16,8 @@ export type { OpenapiTransform, RouteDocumentation } from './lib/openapi.js'
 export type { EncryptedStoreOptions, EncryptionKey } from './lib/stores/encrypted/encrypted-store.js'
 export type { LocalCacheOptions } from './lib/stores/memory/local-cache.js'
 export type { MemoryStoreOptions } from './lib/stores/memory/memory-store.js'
+export type { Mysql2Pool } from './lib/stores/mysql/database.js'
+export type { MysqlStoreOptions } from './lib/stores/mysql/mysql-store.js'
 export type { PostgresPool } from './lib/stores/postgres/pool.js'
 export type { PostgresStoreOptions } from './lib/stores/postgres/postgres-store.js'
 export type { RedisClient } from './lib/stores/redis/client.js'
@@ -29,6 +32,7 @@ const named = {
   RedisStore,
   PostgresStore,
   SqliteStore,
+  MysqlStore,
   EncryptedStore,
   LocalCache,
   MigratingStore,
@@ -49,6 +53,7 @@ export {
   LocalCache,
   MemoryStore,
   MigratingStore,
+  MysqlStore,
   openapiTransform,
   PostgresStore,
   payloadFingerprint,

@@ -1,0 +1,119 @@
+import type { EventEmitter } from 'node:events'
+import { explain, isContention, isReadOnly } from './errors.js'
+
+/* Statements on connections of a pool of mysql2, each a transaction of its own. */
+
+/** What a `MysqlStore` needs of a pool of `mysql2` or `mysql2/promise`. */
+export interface Mysql2Pool {
+  execute(...args: never[]): unknown
+  getConnection(...args: never[]): unknown
+  on(...args: never[]): unknown
+}
+
+/** The pool of `mysql2`, which that of `mysql2/promise` has inside. */
+export interface CorePool extends Mysql2Pool {
+  promise(): { getConnection(): Promise<Connection> }
+}
+
+interface Connection {
+  execute(options: object): Promise<[Columns[] | Header, unknown]>
+  release(): void
+  destroy(): void
+}
+
+/** What a statement without rows is answered. */
+interface Header {
+  affectedRows: number | string
+  /** https://dev.mysql.com/doc/dev/mysql-server/latest/mysql__com_8h.html: SERVER_STATUS_flags_enum */
+  serverStatus: number
+}
+
+const IN_TRANSACTION = 1
+const AUTOCOMMIT = 2
+
+export type Value = string | number | Buffer | null
+/** Columns by their names. */
+export type Columns = Readonly<Record<string, unknown>>
+
+/** How often a statement is repeated that has lost against others. */
+const MOST_TRIES = 20
+
+/** Against what a pool may be set to, which would change what is read. */
+const AS_IT_IS = {
+  namedPlaceholders: false,
+  rowsAsArray: false,
+  nestTables: false,
+  // A function of the pool's gives way to a function only.
+  typeCast: (_field: unknown, next: () => unknown) => next()
+}
+
+export class Database {
+  readonly #pool: ReturnType<CorePool['promise']>
+
+  constructor(pool: CorePool) {
+    survive(pool)
+    this.#pool = pool.promise()
+  }
+
+  rows(text: string, ...values: Value[]): Promise<Columns[]> {
+    return this.#execute(text, values) as Promise<Columns[]>
+  }
+
+  /** Has the statement changed a row, or more? */
+  async changes(text: string, ...values: Value[]): Promise<boolean> {
+    const { affectedRows } = (await this.#execute(text, values)) as Header
+    return Number(affectedRows) > 0
+  }
+
+  async #execute(sql: string, values: Value[]): Promise<Columns[] | Header> {
+    for (let tries = 1; ; tries++) {
+      try {
+        return await this.#attempt({ ...AS_IT_IS, sql, values })
+      } catch (error) {
+        if (tries === MOST_TRIES || !isContention(error)) throw explain(error)
+      }
+    }
+  }
+
+  async #attempt(statement: object): Promise<Columns[] | Header> {
+    const connection = await this.#pool.getConnection()
+    let isUsable = false
+    try {
+      const [result] = await connection.execute(statement)
+      if ('serverStatus' in result) refuseTransaction(result)
+      isUsable = true
+      return result
+    } catch (error) {
+      isUsable = !(error instanceof OpenTransaction || isReadOnly(error))
+      throw error
+    } finally {
+      if (isUsable) connection.release()
+      else connection.destroy()
+    }
+  }
+}
+
+class OpenTransaction extends Error {}
+
+/**
+ * What was written in a transaction that somebody has left open would be undone with it, or never be committed. Whoever is handed a
+ * connection by a pool is alone with it: closing it undoes what was written for certain, and the pool makes another one.
+ */
+function refuseTransaction({ serverStatus }: Header): void {
+  if ((serverStatus & IN_TRANSACTION) === 0) return
+  const why =
+    (serverStatus & AUTOCOMMIT) === 0
+      ? 'its connections have autocommit off, so that nothing would be committed; give the store a pool of its own'
+      : 'somebody has given back a connection with an open transaction, which was closed, and undone'
+  throw new OpenTransaction(`MysqlStore cannot use this pool: ${why}`)
+}
+
+const survivors = new WeakSet<CorePool>()
+
+/** A pool listens for the first error of a connection only; a second one, as it is being closed, would end the process. */
+function survive(pool: CorePool): void {
+  if (survivors.has(pool)) return
+  survivors.add(pool)
+  const listen = (connection: EventEmitter) => connection.on('error', () => {})
+  ;(pool as unknown as EventEmitter).on('connection', listen)
+}
