@@ -4,7 +4,7 @@ import { toKey, toText } from '../storable-text.js'
 import { Sweeper } from '../sweeper.js'
 import { encodeClaim, encodeValue } from './claim-codec.js'
 import { type Decision, isCompletedBy, isFree, onAcquire, onGet, onRelease, onRenew, onStep } from './decisions.js'
-import type { CasDriver, Row } from './driver.js'
+import type { CasDriver, Lasting, Row } from './driver.js'
 import { Watch } from './watch.js'
 
 /** How often a decision is made anew because the row has changed meanwhile. */
@@ -61,14 +61,15 @@ export class CompareAndSetStore implements IdempotencyStore {
   }
 
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
-    const [name, owner] = [toKey(key), toText(token)]
-    const lasting = { token: owner, value: encodeValue(record), leaseMs: 0, keepMs: ttlMs }
-    if (await this.#driver.complete(name, this.#revision(), lasting)) {
-      this.#watch.wake(name)
-      return true
+    const [name, owner, value] = [toKey(key), toText(token), encodeValue(record)]
+    const { fingerprint, createdAt } = record
+    try {
+      return await this.#complete(name, { token: owner, value, leaseMs: 0, keepMs: ttlMs })
+    } catch (error) {
+      if (!(await this.#driver.isTooLarge?.(value, error))) throw error
+      const instead = encodeValue({ kind: 'tombstone', reason: 'too-large', fingerprint, createdAt })
+      return this.#complete(name, { token: owner, value: instead, leaseMs: 0, keepMs: ttlMs })
     }
-    const row = await this.#driver.find(name)
-    return row !== null && isCompletedBy(row, owner)
   }
 
   async step(key: string, token: string, [name, result]: StoredStep): Promise<boolean> {
@@ -108,6 +109,15 @@ export class CompareAndSetStore implements IdempotencyStore {
   async close(): Promise<void> {
     this.#watch.close()
     await this.#sweeper?.stop()
+  }
+
+  async #complete(name: string, record: Lasting): Promise<boolean> {
+    if (await this.#driver.complete(name, this.#revision(), record)) {
+      this.#watch.wake(name)
+      return true
+    }
+    const row = await this.#driver.find(name)
+    return row !== null && isCompletedBy(row, record.token)
   }
 
   /** Decides on the row that is there, and carries it out while it is the same. `null` where there is no row. */

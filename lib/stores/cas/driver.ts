@@ -52,6 +52,8 @@ export interface CasDriver {
   running(keys: readonly string[]): Promise<readonly string[]>
   /** Deletes some of what no longer counts; `true` when there may be more. */
   sweep(): Promise<boolean>
+  /** Was that why a record was not taken? Left out where the database takes whatever can be encoded. */
+  isTooLarge?(value: Buffer, error: unknown): Promise<boolean>
   /** What a claim is told of an error: a database without room is there, and refuses. */
   claimFailure(error: unknown): unknown
 }

@@ -1,5 +1,5 @@
 import type { EventEmitter } from 'node:events'
-import { explain, isContention, isReadOnly } from './errors.js'
+import { explain, isContention, isReadOnly, isTooLarge } from './errors.js'
 
 /* Statements on connections of a pool of mysql2, each a transaction of its own. */
 
@@ -84,7 +84,7 @@ export class Database {
       isUsable = true
       return result
     } catch (error) {
-      isUsable = !(error instanceof OpenTransaction || isReadOnly(error))
+      isUsable = !(error instanceof OpenTransaction || isReadOnly(error) || isTooLarge(error))
       throw error
     } finally {
       if (isUsable) connection.release()

@@ -2,7 +2,7 @@ import { StoreFull } from '../../errors.js'
 
 /* What the errors of MySQL and MariaDB mean: https://dev.mysql.com/doc/mysql-errors/8.0/en/server-error-reference.html */
 
-/** An error of `mysql2`. Only those that the server has sent have a number. */
+/** An error of `mysql2`. The numbers of the server's are positive. */
 export interface MysqlError extends Error {
   code?: string
   errno?: number
@@ -41,7 +41,7 @@ export function isReadOnly(error: unknown): boolean {
   return isOneOf(error, PREVENTED_BY_OPTION, READ_ONLY_TRANSACTION, READ_ONLY_MODE)
 }
 
-/** Has the server said itself that the statement was too long for it? */
+/** Has the server refused a statement for its length? It ends the connection then. */
 export function isTooLarge(error: unknown): boolean {
   return isOneOf(error, PACKET_TOO_LARGE)
 }

@@ -1,6 +1,6 @@
 import type { CasDriver, Content, Lasting, Row, RowState } from '../cas/driver.js'
 import { type Columns, type CorePool, Database } from './database.js'
-import { claimFailure, isDuplicate } from './errors.js'
+import { claimFailure, isDuplicate, isTooLarge } from './errors.js'
 
 /*
  * Rows in a table of MySQL or MariaDB. What is compared is bytes, so that no collation has a say; times are those of the server, as
@@ -10,7 +10,16 @@ import { claimFailure, isDuplicate } from './errors.js'
 /** The server's clock, in milliseconds since the epoch. The divisor makes it a DOUBLE, which every pool reads alike. */
 const NOW = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) / 1e3"
 
+/**
+ * For statements that look at `expires_at` too: by its index, or reading the table from end to end, they would lock the gaps
+ * that claims are inserted into.
+ */
+const BY_KEY = 'FORCE INDEX (PRIMARY)'
+
 const SWEEP_ROWS = 100
+
+/** What a statement may have beside the value that it stores: keys and tokens, and what they are wrapped in. */
+const BESIDE_VALUE = 2_000
 
 /** What 255 bytes of a token can become in `toText`, and what the column holds. */
 const LONGEST_TOKEN = 510
@@ -79,10 +88,22 @@ WHERE \`key\` = ? AND revision = ?`,
   async complete(key: string, revision: string, record: Lasting): Promise<boolean> {
     const { token, value, leaseMs, keepMs } = record
     return this.#database.changes(
-      `UPDATE ${this.#table} SET state = 'completed', revision = ?, lease_end = ${NOW} + ?, expires_at = ${NOW} + ?, value = ?
+      `UPDATE ${this.#table} ${BY_KEY}
+SET state = 'completed', revision = ?, lease_end = ${NOW} + ?, expires_at = ${NOW} + ?, value = ?
 WHERE \`key\` = ? AND token = ? AND state = 'running' AND expires_at > ${NOW}`,
       ...[bytes(revision), leaseMs, keepMs, value, bytes(key), bytes(token)]
     )
+  }
+
+  /** Some servers say so; others end the connection, as if for any other reason. */
+  async isTooLarge(value: Buffer, error: unknown): Promise<boolean> {
+    if (isTooLarge(error)) return true
+    try {
+      const [row] = await this.#database.rows('SELECT @@max_allowed_packet / 1e0 AS most')
+      return value.length + BESIDE_VALUE > (row?.most as number)
+    } catch {
+      return false
+    }
   }
 
   remove(key: string, found: string): Promise<boolean> {
@@ -101,17 +122,18 @@ WHERE \`key\` IN (${places(asked)}) AND state = 'running' AND lease_end > ${NOW}
     return rows.map(({ found }) => textOf(found))
   }
 
-  /** Locks what it deletes, and nothing else: no gaps of the index, into which claims are inserted. */
+  /** Locks what it deletes, and nothing else. */
   async sweep(): Promise<boolean> {
-    const old = `SELECT \`key\` AS found FROM ${this.#table} WHERE expires_at <= ${NOW} ORDER BY expires_at LIMIT ${SWEEP_ROWS}`
-    const expired = await this.#database.rows(old)
+    const expired = await this.#database.rows(
+      `SELECT \`key\` AS found FROM ${this.#table} WHERE expires_at <= ${NOW} ORDER BY expires_at LIMIT ${SWEEP_ROWS}`
+    )
     if (expired.length === 0) return false
     const keys = padded(
       expired.map(({ found }) => found as Buffer),
       SWEEP_ROWS
     )
     await this.#database.changes(
-      `DELETE old FROM ${this.#table} AS old FORCE INDEX (PRIMARY)
+      `DELETE old FROM ${this.#table} AS old ${BY_KEY}
 WHERE old.\`key\` IN (${places(keys)}) AND old.expires_at <= ${NOW}`,
       ...keys
     )
