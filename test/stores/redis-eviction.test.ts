@@ -2,7 +2,6 @@ import { once } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import t, { type Test } from 'tap'
 import { RedisStore } from '../../index.js'
-import type { RedisClient } from '../../lib/stores/redis/client.js'
 import { warnOfEviction } from '../../lib/stores/redis/eviction.js'
 import { type RedisServer, startRedis } from '../support/redis.js'
 import { claim, newKey } from '../support/store-fixtures.js'
@@ -43,8 +42,7 @@ for (const protocol of [2, 3] as const) {
 }
 
 t.test('the answer is understood in each of its forms, and one that says nothing is no reason to warn', async (t) => {
-  const asked = (answer: unknown) =>
-    warnings(() => warnOfEviction({ config: async () => answer } as unknown as RedisClient))
+  const asked = (answer: unknown) => warnings(() => warnOfEviction({ config: async () => answer }))
   const evicts = { maxmemory: '1000', 'maxmemory-policy': 'allkeys-lru' }
   for (const answer of [evicts, new Map(Object.entries(evicts)), Object.entries(evicts).flat()]) {
     t.strictSame(await asked(answer), ['Redis evicts keys when it is full (maxmemory-policy allkeys-lru)'])

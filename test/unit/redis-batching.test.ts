@@ -1,7 +1,9 @@
 import t from 'tap'
-import { ClaimBatches, type Result } from '../../lib/stores/redis/batches.js'
-import type { RedisClient } from '../../lib/stores/redis/client.js'
+import { ClaimBatches } from '../../lib/stores/redis/batches.js'
+import type { IoredisClient } from '../../lib/stores/redis/client.js'
+import type { Result } from '../../lib/stores/redis/connection.js'
 import { discreet, isWrongType } from '../../lib/stores/redis/errors.js'
+import { IoredisConnection } from '../../lib/stores/redis/ioredis.js'
 import { Renewals } from '../../lib/stores/redis/renewals.js'
 import { runScript } from '../../lib/stores/redis/run-script.js'
 import { RENEW, WATCH } from '../../lib/stores/redis/scripts.js'
@@ -36,7 +38,7 @@ function pipelines(answer: (commands: unknown[][]) => Promise<Result[] | null>) 
     }
     return chain
   }
-  return { sent, client: { pipeline } as unknown as RedisClient }
+  return { sent, client: { pipeline } as unknown as IoredisClient }
 }
 
 const echo = async (commands: unknown[][]): Promise<Result[]> => commands.map(([name, key]) => [null, `${name} ${key}`])
@@ -92,7 +94,7 @@ t.test('a pipeline that fails fails for all in it, without what was sent, and th
 })
 
 /** A client whose scripts are noted, and answered as told. */
-function scripts(answer: (keys: string[], args: string[], command: 'evalsha' | 'eval') => unknown) {
+function scripts(answer: (keys: string[], args: string[], command: 'evalsha' | 'eval') => unknown, isCluster = false) {
   const sent: [script: string, keys: string[], args: string[]][] = []
   const command =
     (name: 'evalsha' | 'eval') =>
@@ -101,14 +103,15 @@ function scripts(answer: (keys: string[], args: string[], command: 'evalsha' | '
       sent.push([script, keys, args])
       return answer(keys, args, name)
     }
-  return { sent, client: { evalshaBuffer: command('evalsha'), evalBuffer: command('eval') } as unknown as RedisClient }
+  const client = { evalshaBuffer: command('evalsha'), evalBuffer: command('eval'), isCluster }
+  return { sent, connection: new IoredisConnection(client as unknown as IoredisClient) }
 }
 
 const numbered = (count: number) => Array.from({ length: count }, (_, n) => `key ${n}`)
 
 t.test('renewals of one turn go by one script, no more than 500 at once', async (t) => {
-  const { sent, client } = scripts((keys) => keys.map(() => 1))
-  const renewals = new Renewals(client, false)
+  const { sent, connection } = scripts((keys) => keys.map(() => 1))
+  const renewals = new Renewals(connection)
   const due = numbered(1_001).map((key) => renewals.renew(key, `owner of ${key}`, 1_000))
   t.strictSame(sent, [], 'nothing goes before the turn is over')
   t.ok((await Promise.all(due)).every((renewed) => renewed === true))
@@ -127,14 +130,14 @@ t.test('renewals of one turn go by one script, no more than 500 at once', async 
 })
 
 t.test('a renewal that is alone in its turn goes as well', async (t) => {
-  const { sent, client } = scripts(() => [1])
-  t.equal(await soon(new Renewals(client, false).renew('key', 'owner', 1_000)), true)
+  const { sent, connection } = scripts(() => [1])
+  t.equal(await soon(new Renewals(connection).renew('key', 'owner', 1_000)), true)
   t.strictSame(sent, [[RENEW.sha, ['key'], ['owner', '1000']]])
 })
 
 t.test('in a Cluster each renewal goes alone', async (t) => {
-  const { sent, client } = scripts((keys) => keys.map(() => 1))
-  const renewals = new Renewals(client, true)
+  const { sent, connection } = scripts((keys) => keys.map(() => 1), true)
+  const renewals = new Renewals(connection)
   t.strictSame(await Promise.all(numbered(3).map((key) => renewals.renew(key, 'owner', 1_000))), [true, true, true])
   t.strictSame(
     sent.map(([, keys]) => keys),
@@ -144,8 +147,8 @@ t.test('in a Cluster each renewal goes alone', async (t) => {
 
 t.test('a renewal counts, does not, or fails with its own words, whatever becomes of its neighbours', async (t) => {
   const told = [1, 0, Buffer.from('1'), Buffer.from('0'), Buffer.from('ERR 1'), Buffer.from('10'), undefined]
-  const { client } = scripts(() => told)
-  const renewals = new Renewals(client, false)
+  const { connection } = scripts(() => told)
+  const renewals = new Renewals(connection)
   t.match(await outcomes(told.map((_, n) => renewals.renew(`${n}`, 'owner', 1_000))), [
     true,
     false,
@@ -158,11 +161,11 @@ t.test('a renewal counts, does not, or fails with its own words, whatever become
 })
 
 t.test('a script that fails fails for all that went with it, and for no others', async (t) => {
-  const { client } = scripts((keys) => {
+  const { connection } = scripts((keys) => {
     if (keys.includes('key 0')) throw failure('lost')
     return keys.map(() => 1)
   })
-  const renewals = new Renewals(client, false)
+  const renewals = new Renewals(connection)
   const told = await outcomes(numbered(501).map((key) => renewals.renew(key, 'owner', 1_000)))
   t.ok(told.slice(0, 500).every((error) => error instanceof Error && error.message === 'lost'))
   t.equal(told[500], true)
@@ -170,13 +173,13 @@ t.test('a script that fails fails for all that went with it, and for no others',
 
 t.test('a script is named, and sent whole to a server that does not know it', async (t) => {
   const known = scripts(() => 'told')
-  t.equal(await runScript(known.client, WATCH, ['k'], ['a']), 'told')
+  t.equal(await runScript(known.connection, WATCH, ['k'], ['a']), 'told')
   t.strictSame(known.sent, [[WATCH.sha, ['k'], ['a']]])
   const forgotten = scripts((_keys, _args, command) => {
     if (command === 'evalsha') throw failure('NOSCRIPT No matching script. Please use EVAL.')
     return 'told'
   })
-  t.equal(await runScript(forgotten.client, WATCH, ['k'], ['a']), 'told')
+  t.equal(await runScript(forgotten.connection, WATCH, ['k'], ['a']), 'told')
   t.strictSame(forgotten.sent, [
     [WATCH.sha, ['k'], ['a']],
     [WATCH.source, ['k'], ['a']]
@@ -188,18 +191,18 @@ t.test('another failure of a script is not tried again, and says nothing of what
     [failure('OOM, not NOSCRIPT'), 'OOM, not NOSCRIPT'],
     ['NOSCRIPT', 'NOSCRIPT']
   ] as const) {
-    const { sent, client } = scripts(() => {
+    const { sent, connection } = scripts(() => {
       throw thrown
     })
-    const [error] = await outcomes([runScript(client, WATCH, ['k'], ['a'])])
+    const [error] = await outcomes([runScript(connection, WATCH, ['k'], ['a'])])
     t.equal((error as Error).message, message)
     t.notOk('command' in (error as Error))
     t.equal(sent.length, 1)
   }
-  const { client } = scripts((_keys, _args, command) => {
+  const { connection } = scripts((_keys, _args, command) => {
     throw failure(command === 'evalsha' ? 'NOSCRIPT' : 'READONLY')
   })
-  const [error] = await outcomes([runScript(client, WATCH, ['k'], ['a'])])
+  const [error] = await outcomes([runScript(connection, WATCH, ['k'], ['a'])])
   t.equal((error as Error).message, 'READONLY')
   t.notOk('command' in (error as Error))
 })

@@ -1,6 +1,7 @@
 import { EventEmitter, getEventListeners } from 'node:events'
 import t from 'tap'
-import type { RedisClient } from '../../lib/stores/redis/client.js'
+import type { IoredisClient } from '../../lib/stores/redis/client.js'
+import { IoredisConnection } from '../../lib/stores/redis/ioredis.js'
 import { RedisSubscriptions } from '../../lib/stores/redis/subscriptions.js'
 import { settle, waiter } from '../support/waiter.js'
 
@@ -37,7 +38,7 @@ function open(prepare: (connection: Connection) => void = () => {}) {
       return connection
     }
   }
-  const subscriptions = new RedisSubscriptions(client as unknown as RedisClient)
+  const subscriptions = new RedisSubscriptions(new IoredisConnection(client as unknown as IoredisClient))
   const wait = (channel: string, { watch = async () => true, signal = new AbortController().signal } = {}) =>
     waiter(subscriptions.changed(channel, watch, signal), signal)
   return { connections, subscriptions, wait }
@@ -269,7 +270,11 @@ t.test("the caller's limits on retries and its key prefix are not those of the l
     return new Connection()
   }
   const listen = (client: object) =>
-    new RedisSubscriptions(client as RedisClient).changed('a', async () => false, new AbortController().signal)
+    new RedisSubscriptions(new IoredisConnection(client as IoredisClient)).changed(
+      'a',
+      async () => false,
+      new AbortController().signal
+    )
   const own = { enableOfflineQueue: true, maxRetriesPerRequest: null, autoResubscribe: false, keyPrefix: '' }
   await listen({ duplicate })
   t.strictSame(calls.pop(), [{ ...own, lazyConnect: false }])

@@ -1,11 +1,9 @@
 import { Batch } from '../../util/batch.js'
-import type { RedisClient } from './client.js'
+import type { IoredisClient } from './client.js'
+import type { Result } from './connection.js'
 import { discreet } from './errors.js'
 
 /* Claims that are asked for in one turn of the event loop go to Redis in one pipeline. */
-
-/** What one command of a pipeline gave. */
-export type Result = [error: Error | null, result: unknown]
 
 /** The part of an ioredis pipeline that is used here. */
 export interface Pipeline {
@@ -28,10 +26,10 @@ type Answer = [set: Result, pttl: Result]
 
 /** Pipelines cost more than the commands in them: what is asked in one turn of the event loop goes by the same one. */
 export class ClaimBatches {
-  readonly #client: RedisClient
+  readonly #client: IoredisClient
   readonly #questions = new Batch<Question, Answer>((questions) => this.#send(questions))
 
-  constructor(client: RedisClient) {
+  constructor(client: IoredisClient) {
     this.#client = client
   }
 

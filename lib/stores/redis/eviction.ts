@@ -1,17 +1,15 @@
-import type { RedisClient } from './client.js'
+import type { RedisConnection } from './connection.js'
 
 /* A Redis that evicts keys forgets replies, and is warned of. */
-
-type Config = (command: 'GET', pattern: string) => Promise<unknown>
 
 /**
  * Warns when the server evicts keys as soon as it is full: who loses a claim or a reply runs its handler again. A
  * server that does not tell, as an ACL or a provider may have it, is left alone.
  */
-export async function warnOfEviction(client: RedisClient): Promise<void> {
+export async function warnOfEviction(connection: Pick<RedisConnection, 'config'>): Promise<void> {
   let settings: Map<unknown, unknown>
   try {
-    settings = settingsOf(await (client as unknown as { config: Config }).config('GET', 'maxmemory*'))
+    settings = settingsOf(await connection.config('maxmemory*'))
   } catch {
     return
   }

@@ -4,14 +4,17 @@ import { InvalidOption, UnreadableAnswer } from '../../errors.js'
 import { checked, DURATION, TEXT } from '../../option-rules.js'
 import { decodeRecord, encodeRecord } from '../record-codec.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
-import { ClaimBatches, type Pipeline, type Result } from './batches.js'
 import type { RedisClient } from './client.js'
+import type { Argument, Link, RedisConnection, Result } from './connection.js'
 import { claimFailure, discreet, isAborted, isWrongType } from './errors.js'
 import { warnOfEviction } from './eviction.js'
+import { connectionOf } from './recognise.js'
 import { Renewals } from './renewals.js'
-import { type Argument, runScript } from './run-script.js'
+import { runScript } from './run-script.js'
 import { ACQUIRE, COMPLETE, DELETE, RELEASE, type Script, STEP, WATCH } from './scripts.js'
 import { RedisSubscriptions } from './subscriptions.js'
+
+type Evaluator = Pick<Link, 'evaluate'>
 
 /** Options of a `RedisStore`. */
 export interface RedisStoreOptions {
@@ -59,13 +62,11 @@ const STEP_HEAD = 8
  * stays the caller's: it is never closed here.
  */
 export class RedisStore implements IdempotencyStore {
-  readonly #client: RedisClient
+  readonly #connection: RedisConnection
   readonly #prefix: string
   readonly #replicas: number
   readonly #replicaTimeout: number
   readonly #subscriptions: RedisSubscriptions
-  /** `null` in a Cluster, where the keys of a pipeline must be neighbours. */
-  readonly #batches: ClaimBatches | null
   readonly #renewals: Renewals
   /** Does the server take SET with NX and GET together? Redis does from 7.0 on. */
   #setNxGet = true
@@ -74,41 +75,29 @@ export class RedisStore implements IdempotencyStore {
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(client: RedisClient, options: RedisStoreOptions = {}) {
-    const methods = ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate'] as const
-    const given = client as Partial<Record<(typeof methods)[number], unknown>> | undefined | null
-    if (!methods.every((method) => typeof given?.[method] === 'function')) {
-      // Not what is in it, which may be a password.
-      const isNodeRedis = typeof (given as { sendCommand?: unknown } | undefined)?.sendCommand === 'function'
-      const got = isNodeRedis ? 'one that looks like a client of node-redis' : `a value of type ${typeof client}`
-      throw new InvalidOption(
-        'RedisStore takes an ioredis client, such as app.redis of @fastify/redis: new RedisStore(new Redis(url)), with ' +
-          `Redis of "ioredis"; got ${got}`
-      )
-    }
+    const connection = connectionOf(client)
     const { keyPrefix, replicas, replicaTimeout } = checked<RedisStoreOptions>(options, RULES, { owner: 'RedisStore ' })
-    const { isCluster = false } = client as { isCluster?: boolean }
-    if (replicas && isCluster) {
+    if (replicas && connection.isCluster) {
       throw new InvalidOption(
         'RedisStore option "replicas" takes no Cluster, where WAIT has no one connection to go to'
       )
     }
-    this.#client = client
+    this.#connection = connection
     this.#prefix = keyPrefix ?? 'idempotency:'
     this.#replicas = replicas ?? 0
     this.#replicaTimeout = replicaTimeout ?? 1_000
-    this.#subscriptions = new RedisSubscriptions(client)
-    this.#batches = isCluster ? null : new ClaimBatches(client)
-    this.#renewals = new Renewals(client, isCluster)
+    this.#subscriptions = new RedisSubscriptions(connection)
+    this.#renewals = new Renewals(connection)
   }
 
   // What is the caller's is read before anything is waited for: it may change meanwhile.
   async acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
     try {
-      this.#eviction ??= warnOfEviction(this.#client)
+      this.#eviction ??= warnOfEviction(this.#connection)
       const owner = ownerOf(CLAIM, token)
       const expiry = String(retainMs + leaseMs)
       if (this.#setNxGet) {
-        const [set, pttl] = await this.#setOrGet(
+        const [set, pttl] = await this.#connection.setOrGet(
           this.#prefix + key,
           join(owner, `01:${retainMs}::${fingerprint}`),
           expiry
@@ -131,7 +120,7 @@ export class RedisStore implements IdempotencyStore {
       const value = cheapest(encodeRecord(record, Buffer.from(ownerOf(RECORD, token))))
       const expiry = ttlMs === null ? '' : String(ttlMs)
       if (this.#replicas > 0) return this.#completeOnReplicas(key, token, value, expiry)
-      return this.#complete(key, token, value, expiry)
+      return this.#complete(key, token, value, expiry, this.#connection)
     } catch (error) {
       return Promise.reject(error)
     }
@@ -152,9 +141,7 @@ export class RedisStore implements IdempotencyStore {
   }
 
   async get(key: string): Promise<Acquisition | null> {
-    const [get, pttl] = await this.#pipeline((pipeline) =>
-      pipeline.getBuffer(this.#prefix + key).pttl(this.#prefix + key)
-    )
+    const [get, pttl] = await this.#connection.getWithTtl(this.#prefix + key)
     const error = get?.[0] ?? pttl?.[0]
     if (error) throw discreet(error)
     const value = get?.[1]
@@ -170,11 +157,6 @@ export class RedisStore implements IdempotencyStore {
   /** Closes the connection that listens for changes; the next duplicate that waits opens another. */
   close(): Promise<void> {
     return this.#subscriptions.close()
-  }
-
-  #setOrGet(name: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]> {
-    if (this.#batches !== null) return this.#batches.ask(name, value, expiry)
-    return this.#pipeline((pipeline) => pipeline.setBuffer(name, value, 'PX', expiry, 'NX', 'GET').pttl(name))
   }
 
   /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
@@ -210,43 +192,28 @@ export class RedisStore implements IdempotencyStore {
     return decode(value, Number(left), Number(abandoned) === 1)
   }
 
-  async #completeOnReplicas(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
-    const connection = this.#connection
-    const stored = await this.#complete(key, token, value, expiry)
-    if (stored) await this.#replicated(connection)
-    return stored
+  #completeOnReplicas(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
+    return this.#connection.hold(async (link) => {
+      const { identity } = link
+      const stored = await this.#complete(key, token, value, expiry, link)
+      if (stored) await this.#replicated(link, identity)
+      return stored
+    })
   }
 
-  #complete(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
-    return this.#test(COMPLETE, key, ownerOf(CLAIM, token), value, expiry, this.#prefix + key)
-  }
-
-  /** Changes whenever the client connects, perhaps to another server. */
-  get #connection(): unknown {
-    return (this.#client as { stream?: unknown }).stream
+  #complete(key: string, token: string, value: Argument, expiry: string, link: Evaluator): Promise<boolean> {
+    const name = this.#prefix + key
+    return runScript(link, COMPLETE, [name], [ownerOf(CLAIM, token), value, expiry, name]).then(isOne)
   }
 
   /** Rejects when not enough replicas have what was written until now, or when it was written by another connection. */
-  async #replicated(connection: unknown): Promise<void> {
+  async #replicated(link: Link, identity: unknown): Promise<void> {
     // WAIT is about the writes of its own connection, so there is one right before it: the record may have come by another.
-    const results = await this.#pipeline((pipeline) =>
-      pipeline
-        .set(`${this.#prefix}replicated`, '', 'PX', this.#replicaTimeout)
-        .wait(this.#replicas, this.#replicaTimeout)
-    )
+    const results = await link.setAndWait(`${this.#prefix}replicated`, this.#replicas, this.#replicaTimeout)
     for (const [error] of results) if (error) throw discreet(error)
-    if (this.#connection !== connection)
-      throw new Error('The connection to Redis was lost while replicas were waited for')
+    if (link.identity !== identity) throw new Error('The connection to Redis was lost while replicas were waited for')
     const reached = Number(results[1]?.[1])
     if (!(reached >= this.#replicas)) throw new Error(`${reached} of ${this.#replicas} replicas have the reply`)
-  }
-
-  async #pipeline(build: (pipeline: Pipeline) => Pipeline): Promise<Result[]> {
-    try {
-      return (await build(this.#client.pipeline() as Pipeline).exec()) ?? []
-    } catch (error) {
-      throw discreet(error)
-    }
   }
 
   /** Runs a script that answers yes or no. */
@@ -266,7 +233,7 @@ export class RedisStore implements IdempotencyStore {
   }
 
   #run(script: Script, key: string, ...args: Argument[]): Promise<unknown> {
-    return runScript(this.#client, script, [this.#prefix + key], args)
+    return runScript(this.#connection, script, [this.#prefix + key], args)
   }
 }
 

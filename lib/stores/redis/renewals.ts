@@ -1,6 +1,6 @@
 import { Batch } from '../../util/batch.js'
-import type { RedisClient } from './client.js'
-import { type Argument, runScript } from './run-script.js'
+import type { Argument, RedisConnection } from './connection.js'
+import { runScript } from './run-script.js'
 import { RENEW } from './scripts.js'
 
 /* Claims that are due together are renewed together. */
@@ -17,13 +17,13 @@ interface Renewal {
 
 /** Claims that are due together are renewed together: thousands of scripts would stall the process. */
 export class Renewals {
-  readonly #client: RedisClient
+  readonly #connection: Pick<RedisConnection, 'evaluate'>
   readonly #due: Batch<Renewal, boolean>
 
   /** In a Cluster each goes alone, because the keys of a script must share a slot. */
-  constructor(client: RedisClient, isCluster: boolean) {
-    this.#client = client
-    this.#due = new Batch((lot) => this.#renew(lot), isCluster ? 1 : MOST_AT_ONCE)
+  constructor(connection: Pick<RedisConnection, 'evaluate' | 'isCluster'>) {
+    this.#connection = connection
+    this.#due = new Batch((lot) => this.#renew(lot), connection.isCluster ? 1 : MOST_AT_ONCE)
   }
 
   renew(key: string, owner: Argument, leaseMs: number): Promise<boolean> {
@@ -33,7 +33,7 @@ export class Renewals {
   async #renew(lot: Renewal[]): Promise<(boolean | Error)[]> {
     const keys = lot.map(({ key }) => key)
     const args = lot.flatMap(({ owner, leaseMs }) => [owner, String(leaseMs)])
-    const results = (await runScript(this.#client, RENEW, keys, args)) as unknown[]
+    const results = (await runScript(this.#connection, RENEW, keys, args)) as unknown[]
     return lot.map((_, n) => isRenewed(results[n]))
   }
 }

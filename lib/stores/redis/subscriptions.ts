@@ -1,15 +1,7 @@
 import { listen } from '../../util/listen.js'
-import type { RedisClient } from './client.js'
+import type { RedisConnection, Subscriber } from './connection.js'
 
 /* Pub/sub: one connection that hears of changes to the keys somebody waits for. */
-
-/** The part of an ioredis connection that listens. */
-interface Subscriber {
-  on(event: string, listener: (...args: never[]) => void): unknown
-  subscribe(channel: string): Promise<unknown>
-  unsubscribe(channel: string): Promise<unknown>
-  disconnect(): void
-}
 
 /** Those who listen on one channel. */
 class Subscription {
@@ -26,12 +18,12 @@ class Subscription {
  * subscribed once, however many listen.
  */
 export class RedisSubscriptions {
-  readonly #client: RedisClient
+  readonly #connection: Pick<RedisConnection, 'listen'>
   readonly #channels = new Map<string, Subscription>()
   #subscriber: Subscriber | null = null
 
-  constructor(client: RedisClient) {
-    this.#client = client
+  constructor(connection: Pick<RedisConnection, 'listen'>) {
+    this.#connection = connection
   }
 
   /**
@@ -85,38 +77,22 @@ export class RedisSubscriptions {
   }
 
   #connect(): Subscriber {
-    const subscriber = duplicate(this.#client)
-    subscriber.on('message', (channel: string) => {
-      for (const listener of [...(this.#channels.get(channel)?.listeners ?? [])]) listener()
+    const subscriber = this.#connection.listen({
+      message: (channel) => {
+        for (const listener of [...(this.#channels.get(channel)?.listeners ?? [])]) listener()
+      },
+      // Until it is back nobody knows what they miss: all look again, and whoever still waits then listens anew.
+      lost: () => {
+        if (this.#subscriber !== subscriber) return
+        const lost = [...this.#channels.values()]
+        this.#channels.clear()
+        for (const { listeners } of lost) for (const listener of [...listeners]) listener()
+      },
+      // It is replaced with the next subscription.
+      ended: () => {
+        if (this.#subscriber === subscriber) void this.close()
+      }
     })
-    // Until it is back nobody knows what they miss: all look again, and whoever still waits then listens anew.
-    subscriber.on('close', () => {
-      if (this.#subscriber !== subscriber) return
-      const lost = [...this.#channels.values()]
-      this.#channels.clear()
-      for (const { listeners } of lost) for (const listener of [...listeners]) listener()
-    })
-    // A connection that is given up, by the caller's own rules, is replaced with the next subscription.
-    subscriber.on('end', () => {
-      if (this.#subscriber === subscriber) void this.close()
-    })
-    // Without a listener an error would end the process. Who waits polls meanwhile, and ioredis reconnects.
-    subscriber.on('error', () => {})
     return subscriber
   }
-}
-
-/** The caller's own limits on retries must not end the listening; a key prefix must not change the channels. */
-function duplicate(client: RedisClient): Subscriber {
-  const overrides = { enableOfflineQueue: true, maxRetriesPerRequest: null, autoResubscribe: false, keyPrefix: '' }
-  if ((client as { isCluster?: boolean }).isCluster === true) {
-    const cluster = client as unknown as {
-      options?: { redisOptions?: object }
-      duplicate(nodes: unknown[], options: object): Subscriber
-    }
-    const redisOptions = { ...cluster.options?.redisOptions, keyPrefix: '' }
-    return cluster.duplicate([], { enableOfflineQueue: true, keyPrefix: '', redisOptions })
-  }
-  const single = client as unknown as { duplicate(options: object): Subscriber }
-  return single.duplicate({ ...overrides, lazyConnect: false })
 }
