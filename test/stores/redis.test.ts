@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import t from 'tap'
-import { RedisStore } from '../../index.js'
+import { type RedisClient, RedisStore } from '../../index.js'
 import { endures } from '../support/bad-network.js'
-import { startRedis } from '../support/redis.js'
+import { type NodeRedisOptions, startRedis } from '../support/redis.js'
 import { conforms } from '../support/store-fixtures.js'
 
 /** Where the length of a record's head is: after the kind, the version, and a token of 36 bytes. */
@@ -12,14 +12,29 @@ const server = await startRedis()
 t.teardown(() => server.close())
 const admin = await server.client()
 
+interface Opened {
+  client: RedisClient
+  end(): void
+}
+
+async function ioredis(...options: Parameters<typeof server.client>): Promise<Opened> {
+  const client = await server.client(...options)
+  return { client, end: () => client.disconnect() }
+}
+
+async function nodeRedis(options: NodeRedisOptions): Promise<Opened> {
+  const client = await server.nodeRedis(options)
+  return { client, end: () => client.destroy() }
+}
+
 /** Two stores with clients of their own, on keys of their own. */
-async function stores(...options: Parameters<typeof server.client>) {
+async function stores(open: () => Promise<Opened> = ioredis, openSecond = open) {
   const keyPrefix = `${randomUUID()}:`
-  const clients = [await server.client(...options), await server.client(...options)] as const
-  const [store, second] = [new RedisStore(clients[0], { keyPrefix }), new RedisStore(clients[1], { keyPrefix })]
+  const clients = [await open(), await openSecond()] as const
+  const [store, second] = clients.map(({ client }) => new RedisStore(client, { keyPrefix })) as [RedisStore, RedisStore]
   const dispose = async () => {
     await Promise.all([store.close(), second.close()])
-    for (const client of clients) client.disconnect()
+    for (const client of clients) client.end()
   }
   const interrupt = async () => {
     await admin.call('CLIENT', 'KILL', 'TYPE', 'pubsub')
@@ -29,14 +44,30 @@ async function stores(...options: Parameters<typeof server.client>) {
   return { store, second, dispose, interrupt, spoil }
 }
 
-conforms(t, 'a RedisStore keeps every promise of a store', stores)
+conforms(t, 'a RedisStore keeps every promise of a store', () => stores())
 
-endures(t, 'a RedisStore behind a bad network', stores)
+endures(t, 'a RedisStore behind a bad network', () => stores())
 
 conforms(t, 'a RedisStore keeps every promise with a client that pipelines by itself', () =>
-  stores({ enableAutoPipelining: true })
+  stores(() => ioredis({ enableAutoPipelining: true }))
 )
 
 for (const protocol of [2, 3] as const) {
-  conforms(t, `a RedisStore keeps every promise with a client that speaks RESP${protocol}`, () => stores({ protocol }))
+  conforms(t, `a RedisStore keeps every promise with a client that speaks RESP${protocol}`, () =>
+    stores(() => ioredis({ protocol }))
+  )
 }
+
+for (const RESP of [2, 3] as const) {
+  const open = () => nodeRedis({ RESP })
+  conforms(t, `a RedisStore keeps every promise with node-redis, by RESP${RESP}`, () => stores(open))
+  endures(t, `a RedisStore with node-redis behind a bad network, by RESP${RESP}`, () => stores(open))
+}
+
+conforms(t, 'a RedisStore keeps every promise where one process has ioredis and another node-redis', () =>
+  stores(ioredis, () => nodeRedis({}))
+)
+
+endures(t, 'a RedisStore with ioredis here and node-redis there behind a bad network', () =>
+  stores(() => nodeRedis({}), ioredis)
+)

@@ -4,6 +4,7 @@ import { rm } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { join } from 'node:path'
 import { Redis, type RedisOptions } from 'ioredis'
+import { createClient } from 'redis'
 import { latch, until } from './latch.js'
 import { freePort, launch, makeFolder, type ServerProcess } from './process.js'
 
@@ -13,6 +14,14 @@ const services: { findRedis(): { server: string; env: Record<string, string> } |
 )
 
 type ClientOptions = RedisOptions & { replyMapping?: 'legacy' }
+
+/** A client of node-redis. */
+export type NodeRedis = ReturnType<typeof createClient>
+
+export interface NodeRedisOptions extends NonNullable<Parameters<typeof createClient>[0]> {
+  /** Whoever wants it connects it. */
+  lazyConnect?: boolean
+}
 
 export interface StartOptions {
   /** Keeps the data over `stop`, `kill` and `start`: each write is on the disk before it is answered. */
@@ -70,6 +79,7 @@ export class RedisServer {
   readonly #folder = makeFolder('redis')
   readonly #args: string[]
   readonly #clients = new Set<Redis>()
+  readonly #nodeRedis = new Set<NodeRedis>()
   #process: ServerProcess | undefined
 
   constructor(args: string[], port: number) {
@@ -141,9 +151,20 @@ export class RedisServer {
     return client
   }
 
+  /** The same of node-redis. */
+  async nodeRedis({ lazyConnect = false, ...options }: NodeRedisOptions = {}): Promise<NodeRedis> {
+    const client = createClient({ ...options, socket: { reconnectStrategy: 20, ...options.socket, path: this.path } })
+    this.#nodeRedis.add(client)
+    // Without a listener an error would end the process.
+    client.on('error', () => {})
+    if (!lazyConnect) await client.connect()
+    return client
+  }
+
   /** Ends the clients and the server, and removes its folder. */
   async close(): Promise<void> {
     for (const client of this.#clients) client.disconnect()
+    for (const client of this.#nodeRedis) client.destroy()
     await this.#end('SIGKILL')
     await rm(this.#folder, { recursive: true, force: true })
   }

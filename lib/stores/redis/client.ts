@@ -6,5 +6,14 @@ export interface IoredisClient {
   duplicate(...args: never[]): unknown
 }
 
-/** What a `RedisStore` needs of a client. */
-export type RedisClient = IoredisClient
+/** What `createClient()`, `createClientPool()`, `createSentinel()` or `createCluster()` of `redis` 5 and newer (node-redis) give. */
+export interface NodeRedisClient {
+  /** Since `connect()`. */
+  readonly isOpen: boolean
+  connect(): Promise<unknown>
+  sendCommand(...args: never[]): Promise<unknown>
+  withTypeMapping(...args: never[]): unknown
+}
+
+/** What a `RedisStore` takes for a client. */
+export type RedisClient = IoredisClient | NodeRedisClient

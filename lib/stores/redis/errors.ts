@@ -5,12 +5,18 @@ import { StoreFull } from '../../errors.js'
 /** The error without the command that it carries: the command's arguments are somebody's reply, and errors are logged. */
 export function discreet(error: unknown): Error {
   const { name = 'Error', message = String(error) } = error instanceof Error ? error : {}
-  return Object.assign(new Error(message), { name })
+  // So says a server of a command that it does not know, as one that is renamed: `unknown command 'SET', with args …`.
+  return Object.assign(new Error(message.replace(/,? with args beginning with:.*/s, '')), { name })
 }
 
 /** Before Redis 7 a script's error says first that it is one. */
 export function isWrongType(error: unknown): boolean {
   return /\bWRONGTYPE Operation\b/.test((error as Error).message)
+}
+
+/** Is it by which a server says that it does not know NX and GET together? */
+export function isSyntaxError(error: Error): boolean {
+  return /syntax error/i.test(error.message)
 }
 
 /** Was the command of a pipeline given up, because the connection was lost when others of it had been answered? */

@@ -6,7 +6,7 @@ import { decodeRecord, encodeRecord } from '../record-codec.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
 import type { RedisClient } from './client.js'
 import type { Argument, Link, RedisConnection, Result } from './connection.js'
-import { claimFailure, discreet, isAborted, isWrongType } from './errors.js'
+import { claimFailure, discreet, isAborted, isSyntaxError, isWrongType } from './errors.js'
 import { warnOfEviction } from './eviction.js'
 import { connectionOf } from './recognise.js'
 import { Renewals } from './renewals.js'
@@ -164,7 +164,7 @@ export class RedisStore implements IdempotencyStore {
     // The connection was lost between the answers of a pipeline: who asks again with the same token is recognised.
     if (isAborted(set) || isAborted(pttl)) return null
     if (set?.[0]) {
-      if (!/syntax error/i.test(set[0].message)) throw discreet(set[0])
+      if (!isSyntaxError(set[0])) throw discreet(set[0])
       this.#setNxGet = false
       return null
     }
