@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import t from 'tap'
-import { RedisStore } from '../../index.js'
+import { type RedisClient, RedisStore } from '../../index.js'
 import { endures } from '../support/bad-network.js'
 import { startCluster } from '../support/redis-cluster.js'
 import { claim, conforms, lapsed, newKey, reply, same, soon, take } from '../support/store-fixtures.js'
@@ -10,11 +10,17 @@ const AFTER_TOKEN = 3 + 36
 
 const cluster = await startCluster()
 t.teardown(() => cluster.close())
-const clients = [await cluster.client(), await cluster.client()] as const
 const admins = await Promise.all(cluster.nodes.map((node) => node.client()))
+const [ioredis, other] = [await cluster.client(), await cluster.client()]
+const nodeRedis = await cluster.nodeRedis()
+const CLIENTS: [name: string, clients: readonly [RedisClient, RedisClient]][] = [
+  ['a Cluster', [ioredis, other]],
+  ['a Cluster with node-redis', [nodeRedis, await cluster.nodeRedis({ RESP: 2, minimizeConnections: true })]],
+  ['a Cluster with ioredis here and node-redis there', [ioredis, nodeRedis]]
+]
 
 /** Two stores on keys of their own. */
-async function stores() {
+async function stores(clients: readonly [RedisClient, RedisClient]) {
   const prefix = `${randomUUID()}:`
   const [store, second] = clients.map((client) => new RedisStore(client, { keyPrefix: prefix })) as [
     RedisStore,
@@ -27,58 +33,60 @@ async function stores() {
     // Not those that listen: ioredis replaces them, and tells nobody what was missed meanwhile.
     for (const admin of admins) await admin.call('CLIENT', 'KILL', 'TYPE', 'normal')
   }
-  const spoil = (key: string) => clients[0].setrange(prefix + key, AFTER_TOKEN, '\x7f')
+  const spoil = (key: string) => ioredis.setrange(prefix + key, AFTER_TOKEN, '\x7f')
   return { store, second, dispose, interrupt, spoil, prefix }
 }
 
-conforms(t, 'a RedisStore on a Cluster keeps every promise of a store', stores)
+for (const [name, clients] of CLIENTS) {
+  conforms(t, `a RedisStore on ${name} keeps every promise of a store`, () => stores(clients))
 
-endures(t, 'a RedisStore on a Cluster behind a bad network', stores)
+  endures(t, `a RedisStore on ${name} behind a bad network`, () => stores(clients))
 
-t.test(
-  'every step of an operation works in each range of slots, before and after its scripts were flushed',
-  async (t) => {
-    const { store, second, dispose, prefix } = await stores()
-    t.teardown(dispose)
-    for (const flushed of [false, true]) {
-      const keys = Array.from({ length: 60 }, newKey)
-      if (flushed) {
-        for (const node of cluster.nodes) await (await node.client()).script('FLUSH')
-      }
-      await Promise.all(
-        keys.map(async (key, n) => {
-          const token = await take(store, key, { fingerprint: key })
-          t.match(await second.acquire(key, claim()), { state: 'running', fingerprint: key })
-          t.equal(await second.renew(key, token, 60_000), true)
-          const heard = second.changed(key, new AbortController().signal)
-          const record = reply({ fingerprint: key })
-          t.equal(
-            n % 2 === 0 ? await store.release(key, token) : await store.complete(key, token, record, 60_000),
-            true
-          )
-          await soon(heard, `the end of ${key}`)
-          if (n % 2 === 0) t.strictSame(await second.acquire(key, claim()), { state: 'acquired', attempt: 1 })
-          else same(t, await second.acquire(key, claim()), record)
-          t.equal(await store.delete(key), true)
-          await lapsed(store, key)
-          t.strictSame(await second.acquire(key, claim({ takeover: true })), { state: 'acquired', attempt: 2 })
-        })
-      )
-      for (const node of cluster.nodes) {
-        const client = await node.client()
-        const own = await client.keys(`${prefix}*`)
-        t.ok(own.length > 0, `${own.length} keys are on the node at port ${node.port}`)
+  t.test(
+    `on ${name} every step of an operation works in each range of slots, before and after its scripts were flushed`,
+    async (t) => {
+      const { store, second, dispose, prefix } = await stores(clients)
+      t.teardown(dispose)
+      for (const flushed of [false, true]) {
+        const keys = Array.from({ length: 60 }, newKey)
+        if (flushed) {
+          for (const node of cluster.nodes) await (await node.client()).script('FLUSH')
+        }
+        await Promise.all(
+          keys.map(async (key, n) => {
+            const token = await take(store, key, { fingerprint: key })
+            t.match(await second.acquire(key, claim()), { state: 'running', fingerprint: key })
+            t.equal(await second.renew(key, token, 60_000), true)
+            const heard = second.changed(key, new AbortController().signal)
+            const record = reply({ fingerprint: key })
+            t.equal(
+              n % 2 === 0 ? await store.release(key, token) : await store.complete(key, token, record, 60_000),
+              true
+            )
+            await soon(heard, `the end of ${key}`)
+            if (n % 2 === 0) t.strictSame(await second.acquire(key, claim()), { state: 'acquired', attempt: 1 })
+            else same(t, await second.acquire(key, claim()), record)
+            t.equal(await store.delete(key), true)
+            await lapsed(store, key)
+            t.strictSame(await second.acquire(key, claim({ takeover: true })), { state: 'acquired', attempt: 2 })
+          })
+        )
+        for (const node of cluster.nodes) {
+          const client = await node.client()
+          const own = await client.keys(`${prefix}*`)
+          t.ok(own.length > 0, `${own.length} keys are on the node at port ${node.port}`)
+        }
       }
     }
-  }
-)
+  )
 
-t.test('those who listen hear of keys on all nodes', async (t) => {
-  const { store, second, dispose } = await stores()
-  t.teardown(dispose)
-  const keys = Array.from({ length: 60 }, newKey)
-  const tokens = await Promise.all(keys.map((key) => take(store, key)))
-  const heard = keys.map((key) => second.changed(key, new AbortController().signal))
-  await Promise.all(keys.map((key, n) => store.complete(key, tokens[n] as string, reply(), 60_000)))
-  await soon(Promise.all(heard))
-})
+  t.test(`on ${name} those who listen hear of keys on all nodes`, async (t) => {
+    const { store, second, dispose } = await stores(clients)
+    t.teardown(dispose)
+    const keys = Array.from({ length: 60 }, newKey)
+    const tokens = await Promise.all(keys.map((key) => take(store, key)))
+    const heard = keys.map((key) => second.changed(key, new AbortController().signal))
+    await Promise.all(keys.map((key, n) => store.complete(key, tokens[n] as string, reply(), 60_000)))
+    await soon(Promise.all(heard))
+  })
+}

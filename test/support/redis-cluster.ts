@@ -1,9 +1,13 @@
 import { once } from 'node:events'
 import { Cluster } from 'ioredis'
+import { createCluster } from 'redis'
 import { until } from './latch.js'
 import { type RedisServer, startRedis } from './redis.js'
 
 type ClientOptions = NonNullable<ConstructorParameters<typeof Cluster<'legacy'>>[1]>
+
+type NodeRedisOptions = Parameters<typeof createCluster>[0]
+type NodeRedisCluster = ReturnType<typeof createCluster>
 
 export interface RedisCluster {
   /** Three masters, each with a third of the slots, in the order of the slots. */
@@ -12,6 +16,8 @@ export interface RedisCluster {
   readonly replicas: readonly (readonly RedisServer[])[]
   /** A client that is ready. It is disconnected by `close`. */
   client(options?: ClientOptions): Promise<Cluster>
+  /** The same of node-redis. */
+  nodeRedis(options?: Partial<NodeRedisOptions>): Promise<NodeRedisCluster>
   close(): Promise<void>
 }
 
@@ -36,8 +42,10 @@ export async function startCluster({ replicas = 0, config = [] }: ClusterOptions
   const nodes = all.slice(0, MASTERS)
   const replicasOf = nodes.map((_, n) => all.filter((_, m) => m >= MASTERS && m % MASTERS === n))
   const clients = new Set<Cluster>()
+  const nodeRedis = new Set<NodeRedisCluster>()
   const close = async () => {
     for (const client of clients) client.disconnect()
+    for (const client of nodeRedis) client.destroy()
     await Promise.all(all.map((node) => node.close()))
   }
   try {
@@ -58,6 +66,15 @@ export async function startCluster({ replicas = 0, config = [] }: ClusterOptions
       clients.add(client)
       client.on('error', () => {})
       if (!options.lazyConnect) await once(client, 'ready')
+      return client
+    },
+    async nodeRedis(options = {}) {
+      const rootNodes = all.map(({ host, port }) => ({ socket: { host, port } }))
+      const defaults = { ...options.defaults, socket: { reconnectStrategy: 20 } }
+      const client = createCluster({ rootNodes, ...options, defaults })
+      nodeRedis.add(client)
+      client.on('error', () => {})
+      await client.connect()
       return client
     }
   }
