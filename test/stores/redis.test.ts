@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto'
+import { createClientPool } from 'redis'
 import t from 'tap'
 import { type RedisClient, RedisStore } from '../../index.js'
 import { endures } from '../support/bad-network.js'
@@ -63,6 +64,15 @@ for (const RESP of [2, 3] as const) {
   conforms(t, `a RedisStore keeps every promise with node-redis, by RESP${RESP}`, () => stores(open))
   endures(t, `a RedisStore with node-redis behind a bad network, by RESP${RESP}`, () => stores(open))
 }
+
+conforms(t, 'a RedisStore keeps every promise with a pool of node-redis', () =>
+  stores(async () => {
+    const pool = createClientPool({ socket: { path: server.path, reconnectStrategy: 20 } }, { maximum: 3 })
+    pool.on('error', () => {})
+    await pool.connect()
+    return { client: pool, end: () => pool.destroy() }
+  })
+)
 
 conforms(t, 'a RedisStore keeps every promise where one process has ioredis and another node-redis', () =>
   stores(ioredis, () => nodeRedis({}))

@@ -19,6 +19,11 @@ export function isSyntaxError(error: Error): boolean {
   return /syntax error/i.test(error.message)
 }
 
+/** Is it by which a server says that it is a replica, as after a failover? */
+export function isReadOnly(error: unknown): error is Error {
+  return error instanceof Error && error.message.startsWith('READONLY')
+}
+
 /** Was the command of a pipeline given up, because the connection was lost when others of it had been answered? */
 export function isAborted(result: readonly [error: Error | null, ...unknown[]] | undefined): boolean {
   return /aborted due to connection close/i.test(result?.[0]?.message ?? '')

@@ -1,6 +1,6 @@
 import { Batch } from '../../util/batch.js'
 import type { Argument } from './connection.js'
-import { discreet } from './errors.js'
+import { discreet, isReadOnly } from './errors.js'
 
 /*
  * How commands go to a server by the four kinds of node-redis clients. What of them is used is the same in `redis` 5 and 6
@@ -11,6 +11,7 @@ import { discreet } from './errors.js'
 /** What `createClient` gives. */
 export interface Single {
   readonly isOpen: boolean
+  readonly isReady: boolean
   readonly options?: { readonly socket?: object }
   /** One more with each connection. */
   readonly socketEpoch?: number
@@ -30,12 +31,7 @@ export interface Pool {
 
 /** What `createSentinel` gives. */
 export interface Sentinel {
-  use<T>(use: (lease: Lease) => Promise<T>): Promise<T>
-}
-
-/** One connection to the master, for as long as it is lent. */
-interface Lease {
-  /** Its type is public, and its `multi()` is made of it. It looks for another master, and tries again, where that is of use. */
+  /** Waits for a master, and looks for another one upon READONLY. It is a public type, of which `multi()` is made. */
   _execute<T>(isReadonly: boolean, use: (client: Single) => Promise<T>): Promise<T>
 }
 
@@ -67,21 +63,53 @@ export interface Route {
 
 /** What is sent in one turn of the event loop, `createClient` writes at once: there is nothing to be gathered here. */
 export function single(client: Single): Route {
-  const send: Send = (args, options) => client.sendCommand(args, options)
+  const send = sendBy(client)
   return { isCluster: false, about: (_, use) => use(send), lend: (use) => use(client) }
 }
 
+/** One connection is lent to all who ask in one turn of the event loop: whoever has one has it alone. */
 export function pool(pool: Pool): Route {
-  return lent((uses) => pool.execute((client) => settled(uses.map(async (use) => use(client)))))
+  const due = new Batch<Use<unknown>, unknown>((uses) =>
+    pool.execute((client) => Promise.all(uses.map((use) => use(client).catch(discreet))))
+  )
+  return {
+    isCluster: false,
+    about: <T>(_: unknown, use: (send: Send) => Promise<T>) => due.ask((client) => use(sendBy(client))) as Promise<T>,
+    lend: (use) => pool.execute(use)
+  }
 }
 
 /**
- * By `use`, and never by the `sendCommand` of the whole: that shares a connection among those who come while it is in use,
- * so that who found none waits until nobody comes any more (`_execute` of sentinel/index.ts, 6.3). And two commands may
- * go by two of its connections.
+ * By one of the connections to the master, that others may use as well: like the `sendCommand` of the whole, but that one
+ * has two commands go by two connections, and whoever finds none waits until nobody else comes any more (`_execute` of
+ * sentinel/index.ts, 6.3). What fails because the master is gone is tried once more, with the next one.
  */
 export function sentinel(sentinel: Sentinel): Route {
-  return lent((uses) => sentinel.use((lease) => settled(uses.map((use) => lease._execute(false, use)))))
+  let current: Single | undefined
+  let looking: Promise<Single> | undefined
+  const look = (failed?: Single, error?: Error): Promise<Single> => {
+    looking ??= sentinel
+      ._execute(false, async (client) => {
+        if (client === failed && isReadOnly(error)) throw error
+        return client
+      })
+      .finally(() => {
+        looking = undefined
+      })
+    return looking
+  }
+  const lend = async <T>(use: Use<T>): Promise<T> => {
+    if (!current?.isReady) current = await look()
+    const client = current
+    try {
+      return await use(client)
+    } catch (error) {
+      if (client.isReady && !isReadOnly(error)) throw error
+      current = await look(client, error as Error)
+      return use(current)
+    }
+  }
+  return { isCluster: false, about: (_, use) => lend((client) => use(sendBy(client))), lend }
 }
 
 export function cluster(cluster: Cluster): Route {
@@ -95,18 +123,6 @@ export function cluster(cluster: Cluster): Route {
   }
 }
 
-/** One connection is lent to all who ask in one turn of the event loop. Each has it alone, and there may be one only. */
-function lent(lendAll: (uses: Use<unknown>[]) => Promise<unknown[]>): Route {
-  const due = new Batch<Use<unknown>, unknown>(lendAll)
-  const lend = <T>(use: Use<T>) => due.ask(use) as Promise<T>
-  return {
-    isCluster: false,
-    about: (_, use) => lend((client) => use((args, options) => client.sendCommand(args, options))),
-    lend
-  }
-}
-
-/** Answers, or errors in their place. */
-function settled(answers: Promise<unknown>[]): Promise<unknown[]> {
-  return Promise.all(answers.map((answer) => answer.catch(discreet)))
+function sendBy(client: Single): Send {
+  return (args, options) => client.sendCommand(args, options)
 }

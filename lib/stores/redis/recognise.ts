@@ -25,7 +25,7 @@ function routeOf(client: unknown): routes.Route | null {
   if (!can(client, 'sendCommand', 'withTypeMapping', 'connect')) return null
   const { masters, totalClients } = client as { masters?: unknown; totalClients?: unknown }
   if (Array.isArray(masters) && can(client, 'nodeClient')) return routes.cluster(client as routes.Cluster)
-  if (can(client, 'getSentinelNode', 'use', '_execute')) return routes.sentinel(client as routes.Sentinel)
+  if (can(client, 'getSentinelNode', '_execute')) return routes.sentinel(client as routes.Sentinel)
   if (typeof totalClients === 'number' && can(client, 'execute')) return routes.pool(client as routes.Pool)
   return can(client, 'duplicate', 'subscribe', 'destroy') ? routes.single(client as routes.Single) : null
 }

@@ -1,0 +1,49 @@
+import { randomUUID } from 'node:crypto'
+import t from 'tap'
+import { RedisStore } from '../../index.js'
+import { ioredis, nodeRedis, startSentinel } from '../support/redis-sentinel.js'
+import { claim, conforms, newKey, reply, soon, take } from '../support/store-fixtures.js'
+
+/* Clients of node-redis that ask a Sentinel for the master. Of ioredis they are like any other: see test/faults/sentinel.test.ts. */
+
+const { master, onReplica, port } = await startSentinel(t)
+const admin = await master.client()
+
+for (const options of [{ reserveClient: true }, { masterPoolSize: 3, RESP: 2 as const }]) {
+  const clients = [await nodeRedis(t, port, options), ioredis(t, port)] as const
+  conforms(t, `a RedisStore by Sentinel keeps every promise of a store, ${JSON.stringify(options)}`, () => {
+    const keyPrefix = `${randomUUID()}:`
+    const [store, second] = clients.map((client) => new RedisStore(client, { keyPrefix })) as [RedisStore, RedisStore]
+    const interrupt = async () => {
+      await admin.call('CLIENT', 'KILL', 'TYPE', 'pubsub')
+      await admin.call('CLIENT', 'KILL', 'TYPE', 'normal')
+    }
+    const dispose = async () => {
+      await Promise.all([store.close(), second.close()])
+    }
+    return { store, second, interrupt, dispose }
+  })
+}
+
+t.test('nobody waits for others, however many commands are under way at all times', async (t) => {
+  const client = await nodeRedis(t, port)
+  const store = new RedisStore(client)
+  const stop = new AbortController()
+  const busy = Array.from({ length: 20 }, async () => {
+    while (!stop.signal.aborted) await store.acquire(newKey(), claim())
+  })
+  await soon(Promise.all(Array.from({ length: 50 }, () => store.acquire(newKey(), claim()))))
+  stop.abort()
+  await Promise.all(busy)
+})
+
+t.test('a master that has become a replica is left for the new one, before Sentinel tells of it', async (t) => {
+  const client = await nodeRedis(t, port)
+  const store = new RedisStore(client)
+  const key = newKey()
+  const token = await take(store, key)
+  await admin.call('FAILOVER')
+  t.equal(await soon(store.complete(key, token, reply(), 60_000)), true)
+  t.match(await store.acquire(key, claim()), { state: 'completed' })
+  t.match(await onReplica.role(), ['master'])
+})
