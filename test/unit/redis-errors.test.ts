@@ -1,5 +1,12 @@
 import t from 'tap'
-import { claimFailure, discreet, isAborted, isWrongType } from '../../lib/stores/redis/errors.js'
+import {
+  claimFailure,
+  discreet,
+  isAborted,
+  isReadOnly,
+  isSyntaxError,
+  isWrongType
+} from '../../lib/stores/redis/errors.js'
 
 t.test('an error is passed on without the command that it carries', async (t) => {
   const error = Object.assign(new TypeError('READONLY'), { command: { name: 'set', args: ['key', 'secret'] } })
@@ -7,6 +14,23 @@ t.test('an error is passed on without the command that it carries', async (t) =>
   t.strictSame({ ...passed, message: passed.message }, { name: 'TypeError', message: 'READONLY' })
   t.match(discreet('away'), { name: 'Error', message: 'away' })
   t.match(discreet({ message: 'a', name: 'b' }), { name: 'Error', message: '[object Object]' })
+})
+
+t.test('what a server repeats of a command that it does not know is not passed on', async (t) => {
+  for (const words of [
+    "ERR unknown command 'EVALSHA', with args beginning with: 'key' 'se\ncret' ",
+    'ERR unknown command `set`, with args beginning with: `secret`, '
+  ]) {
+    t.match(discreet(new Error(words)).message, /^ERR unknown command .(EVALSHA|set).$/)
+  }
+})
+
+t.test('the words of a replica, and of a server that does not know NX with GET, are known', async (t) => {
+  t.equal(isReadOnly(new Error("READONLY You can't write against a read only replica.")), true)
+  t.equal(isReadOnly(new Error('ERR')), false)
+  t.equal(isReadOnly('READONLY'), false)
+  t.equal(isSyntaxError(new Error('ERR syntax error')), true)
+  t.equal(isSyntaxError(new Error('OOM')), false)
 })
 
 t.test('a key of another type is known by its error, be it that of a script', async (t) => {

@@ -101,21 +101,55 @@ const acquiring = (set: unknown, left: unknown = 1_200, scripted?: Setup['script
     ...(scripted && { scripted })
   })
 
-t.test('a client is what has the methods of ioredis that are used', async (t) => {
-  const refused = { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message: /takes an ioredis client, such as app\.redis/ }
-  const nodeRedis = { sendCommand() {}, options: { url: 'redis://:secret@host' } }
-  for (const given of ['redis://:secret@host', { url: 'redis://:secret@host' }, nodeRedis]) {
-    const error = t.throws(() => new RedisStore(given as never), refused) as Error
-    t.match(error.message, /new RedisStore\(new Redis\(url\)\)/)
-    t.notMatch(error.message, /secret/)
-    t.equal(error.message.includes('node-redis'), given === nodeRedis)
+t.test('a client is what has the methods of ioredis, or of a kind of node-redis', async (t) => {
+  const code = 'FST_IDEMPOTENCY_INVALID_OPTION'
+  const some = (...methods: string[]) => Object.fromEntries(methods.map((method) => [method, () => {}]))
+  const nodeRedis = some('sendCommand', 'withTypeMapping', 'connect')
+  const kinds = [
+    { ...nodeRedis, ...some('duplicate', 'subscribe', 'destroy') },
+    { ...nodeRedis, ...some('execute'), totalClients: 0 },
+    { ...nodeRedis, ...some('getSentinelNode', '_execute') },
+    { ...nodeRedis, ...some('nodeClient'), masters: [] }
+  ]
+  for (const kind of kinds) {
+    t.doesNotThrow(() => new RedisStore(kind as never))
+    for (const missing of Object.keys(kind)) {
+      t.throws(
+        () => new RedisStore({ ...kind, [missing]: undefined } as never),
+        { code },
+        `${Object.keys(kind)} - ${missing}`
+      )
+    }
   }
-  for (const client of [undefined, null, {}, 'redis://']) t.throws(() => new RedisStore(client as never), refused)
+  // Scripts and modules of the caller's are methods as well.
+  t.doesNotThrow(() => new RedisStore({ ...kinds[0], ...some('execute', 'nodeClient') } as never))
   for (const missing of ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate']) {
     const { client } = open()
-    t.throws(() => new RedisStore({ ...client, [missing]: undefined } as never), refused, missing)
+    t.throws(() => new RedisStore({ ...client, [missing]: undefined } as never), { code }, missing)
   }
 })
+
+t.test(
+  'a client that is none is refused, with words on what to take instead and nothing of what is in it',
+  async (t) => {
+    const none = (): void => {}
+    const secret = { url: 'redis://:secret@host' }
+    for (const [given, got] of [
+      ['redis://:secret@host', /a value of type string/],
+      [secret, /a value of type object/],
+      [undefined, /a value of type undefined/],
+      [null, /a value of type object/],
+      [{ sendCommand: none, multi: none, options: secret }, /node-redis 4, or like its legacy\(\) interface/],
+      [{ customCommand: none, invokeScript: none, config: secret }, /valkey-glide/],
+      [{ pipeline: none, evalsha: none, createScript: none, client: secret }, /Upstash: connect by its rediss:\/\//]
+    ] as const) {
+      const error = t.throws(() => new RedisStore(given as never), { code: 'FST_IDEMPOTENCY_INVALID_OPTION' }) as Error
+      t.match(error.message, /ioredis, iovalkey or node-redis.*new RedisStore\(new Redis\(url\)\).*; got /)
+      t.match(error.message, got)
+      t.notMatch(error.message, /secret/)
+    }
+  }
+)
 
 t.test('options that are unknown or invalid are refused, by name', async (t) => {
   for (const [options, message] of [
