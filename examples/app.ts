@@ -1,22 +1,15 @@
 import formbody from '@fastify/formbody'
-import postgres from '@fastify/postgres'
-import redis from '@fastify/redis'
 import Fastify, { type FastifyInstance, type FastifyServerOptions } from 'fastify'
 // In a project of your own: import idempotency, { … } from 'fastify-idempotency'
-import idempotency, {
-  type IdempotencyStore,
-  MemoryStore,
-  PostgresStore,
-  RedisStore,
-  type RequestIdempotency
-} from '../index.js'
-import { type Ledger, memoryLedger, type NewCharge, postgresLedger } from './ledger.js'
-import { memoryOrders, type Orders, type Partners, partnersAt, postgresOrders, pretendedPartners } from './orders.js'
+import idempotency, { type RequestIdempotency } from '../index.js'
+import { inMemory, openDatabase, openRedis } from './databases.js'
+import type { NewCharge } from './ledger.js'
+import { type Orders, type Partners, partnersAt, pretendedPartners } from './orders.js'
 
 /** Where the keys are: in memory, unless there is a URL. */
 export interface Services {
   redisUrl?: string | undefined
-  /** The charges are in this database as well, and every charge is one transaction with its key. */
+  /** Charges and orders are in this database as well, and are written exactly once. */
   databaseUrl?: string | undefined
   /** Where orders are paid and mails sent; otherwise that is only pretended. */
   partnersUrl?: string | undefined
@@ -38,7 +31,7 @@ const chargeSchema = {
 export async function buildApp(services: Services = {}, options: FastifyServerOptions = {}): Promise<FastifyInstance> {
   const app = Fastify(options) as unknown as FastifyInstance
   await app.register(formbody)
-  const { store, ledger, orders, transaction } = await open(app, services)
+  const { store, ledger, orders, transaction } = await databases(app, services)
   await app.register(idempotency, { store })
 
   app.post<{ Body: NewCharge }>(
@@ -46,8 +39,9 @@ export async function buildApp(services: Services = {}, options: FastifyServerOp
     { schema: chargeSchema, config: { idempotency: { required: true, transaction } } },
     async (request, reply) => {
       const { amount, currency } = request.body
-      const { attempt, transaction = null } = request.idempotency ?? {}
-      const id = `ch_${await ledger.charge(request.body, transaction)}`
+      const idempotency = request.idempotency as RequestIdempotency
+      const id = `ch_${await ledger.charge(request.body, idempotency)}`
+      const { attempt } = idempotency
       return reply.code(201).header('location', `/charges/${id}`).send({ id, amount, currency, attempt })
     }
   )
@@ -61,22 +55,10 @@ export async function buildApp(services: Services = {}, options: FastifyServerOp
   return app
 }
 
-/** The stores that the services allow, the safest first. */
-async function open(
-  app: FastifyInstance,
-  { redisUrl, databaseUrl }: Services
-): Promise<{ store: IdempotencyStore; ledger: Ledger; orders: Orders; transaction: boolean }> {
-  if (databaseUrl !== undefined) {
-    await app.register(postgres, { connectionString: databaseUrl })
-    const store = new PostgresStore({ pool: app.pg.pool, table: 'example_keys' })
-    await store.createTable()
-    const { pool } = app.pg
-    return { store, ledger: await postgresLedger(pool), orders: await postgresOrders(pool), transaction: true }
-  }
-  const books = { ledger: memoryLedger(), orders: memoryOrders(), transaction: false }
-  if (redisUrl === undefined) return { store: new MemoryStore(), ...books }
-  await app.register(redis, { url: redisUrl })
-  return { store: new RedisStore(app.redis), ...books }
+/** The safest first. */
+async function databases(app: FastifyInstance, { redisUrl, databaseUrl }: Services) {
+  if (databaseUrl !== undefined) return openDatabase(app, databaseUrl)
+  return redisUrl === undefined ? inMemory() : openRedis(app, redisUrl)
 }
 
 /** A page for people: the form carries its own key, so a double click, a reload or the back button orders once. */

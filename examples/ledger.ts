@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Pool } from 'pg'
-// In a project of your own: import type { TransactionClient } from 'fastify-idempotency'
-import type { TransactionClient } from '../index.js'
+// In a project of your own: import type { RequestIdempotency } from 'fastify-idempotency'
+import type { RequestIdempotency } from '../index.js'
 
 export interface NewCharge {
   amount: number
@@ -22,7 +22,7 @@ export interface Balance {
 /** Books in which every charge is two entries: one for the customer, one for the shop. */
 export interface Ledger {
   /** @returns the number of the charge */
-  charge(charge: NewCharge, transaction: TransactionClient | null): Promise<number>
+  charge(charge: NewCharge, idempotency: RequestIdempotency): Promise<number>
   balance(): Promise<Balance>
 }
 
@@ -57,7 +57,7 @@ export async function postgresLedger(pool: Pool): Promise<Ledger> {
   await pool.query(TABLES)
   const entry = 'INSERT INTO example_ledger (charge, account, amount) VALUES ($1, $2, $3)'
   return {
-    async charge({ amount, processingMs = 0 }, transaction) {
+    async charge({ amount, processingMs = 0 }, { transaction }) {
       if (transaction === null) throw new Error('A charge needs a transaction')
       const { rows } = await transaction.query("SELECT nextval('example_charges')::int AS charge")
       const { charge } = rows[0] as { charge: number }

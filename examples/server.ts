@@ -2,8 +2,12 @@ import { randomUUID } from 'node:crypto'
 import { subscribe } from 'node:diagnostics_channel'
 import type { IdempotencyEvent } from '../index.js'
 import { buildApp } from './app.js'
+import { hasSqlite, NODE_WITH_SQLITE } from './databases.js'
 
-const { REDIS_URL, DATABASE_URL, PARTNERS_URL, PORT = '3000', HOST = '127.0.0.1' } = process.env
+const { REDIS_URL, PARTNERS_URL, PORT = '3000', HOST = '127.0.0.1' } = process.env
+// Without any database: a file, where Node has SQLite.
+const file = REDIS_URL === undefined && hasSqlite ? 'sqlite:example.sqlite' : undefined
+const { DATABASE_URL = file } = process.env
 const app = await buildApp({ redisUrl: REDIS_URL, databaseUrl: DATABASE_URL, partnersUrl: PARTNERS_URL })
 const url = await app.listen({ host: HOST, port: Number(PORT) })
 
@@ -12,9 +16,15 @@ const curl = (key: string, body: object) =>
 const once = curl(randomUUID(), { amount: 4200, currency: 'EUR' })
 const slow = curl(randomUUID(), { amount: 100, currency: 'EUR', processingMs: 2000 })
 
-const place = DATABASE_URL !== undefined ? 'in PostgreSQL' : REDIS_URL !== undefined ? 'in Redis' : 'in memory'
+function place(): string {
+  if (DATABASE_URL?.startsWith('sqlite:'))
+    return `in the SQLite file ${DATABASE_URL.slice('sqlite:'.length)}, where they survive a restart`
+  if (DATABASE_URL !== undefined) return DATABASE_URL.startsWith('mysql:') ? 'in MySQL' : 'in PostgreSQL'
+  if (REDIS_URL !== undefined) return 'in Redis'
+  return `in memory, because Node ${process.versions.node} has no SQLite (Node ${NODE_WITH_SQLITE} does): a restart forgets them`
+}
 
-console.log(`A payments API, its keys ${place}. Paste these into another terminal:
+console.log(`A payments API, its keys ${place()}. Paste these into another terminal:
 
 # 1. The first request runs: 201
 ${once}
@@ -27,7 +37,7 @@ ${slow} -so /dev/null & sleep 0.5; ${slow}
 
 # 4. Two charges were made, however often you paste: 4300 in all, and the sum of all entries is 0
 curl -s ${url}/balance
-${place === 'in PostgreSQL' ? '# Kill this server in the middle of 3, start it again, repeat 3: still one charge for its key\n' : ''}
+${DATABASE_URL !== undefined ? '# Kill this server in the middle of 3, start it again, repeat 3: still one charge for its key\n' : ''}
 And a form that survives a double click: ${url}/`)
 
 // What an order does, and what it need not do again.

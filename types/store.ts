@@ -87,6 +87,12 @@ export type StoredRecord = StoredReply | Tombstone
  */
 export interface IdempotencyStore {
   /**
+   * May a transaction of the application keep the store from writing, until it ends? So it is where both are in one file of
+   * SQLite. A step in a transaction then tells the store what it has to know after the commit; what is before it rests on the
+   * lease.
+   */
+  readonly sharesLocks?: boolean
+  /**
    * Takes the key, or says what holds it. A repeated call with the token that holds the key is `acquired`
    * again, so that a caller who lost the answer can ask once more: lease, `retainMs` and fingerprint are those of the
    * newest call then, `attempt` stays.

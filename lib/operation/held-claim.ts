@@ -38,6 +38,8 @@ export interface HeldClaim {
    * once goes on in the background, and is `true`.
    */
   readonly keepStep: ((step: StoredStep) => Promise<boolean>) | null
+  /** May the store have to wait for the end of a transaction of the handler? Then it is not asked in the middle of one. */
+  readonly sharesLocks: boolean
   /** From now on it is kept. */
   hold(): void
   /** Ends it with a record. See `Operation.complete`. */

@@ -143,27 +143,36 @@ export class Steps {
     const expiresAt = policy.ttl === null ? null : Date.now() + policy.lease + policy.ttl
     const committed = await transactions.once({ operation, name, fingerprint, expiresAt }, async (tx) => {
       const result = this.#encodeUndoing(name, await run(tx, this.#context(name)))
-      await this.#keepBeforeCommit(name)
+      await this.#fence(name)
       return result
     })
     const differs = difference(committed.fingerprint, fingerprint)
     if (differs !== null) throw reused(this.#owner, differs)
+    if (this.#owner.held?.sharesLocks) await this.#mark(name)
     if (committed.resumed) return this.#resume(name, committed.result)
     tellStep(this.#owner, 'step-stored', name)
     return committed.result
   }
 
-  /**
-   * The fence of a step that is about to be committed: another attempt may be at it. The claim knows of it from now on, so
-   * that a release does not forget the attempt; whether it was committed, the database says.
-   */
-  async #keepBeforeCommit(name: string): Promise<void> {
+  /** A step is about to be committed: another attempt may be at it. The claim knows of it from now on. */
+  async #fence(name: string): Promise<void> {
     const { held: claim, signal } = this.#owner
     if (signal.aborted) throw claimLost()
-    if (claim === null || this.#owner.phase !== 'running') return
-    if (claim.keepStep !== null && this.#kept.get(name) !== IN_TRANSACTION)
-      await this.#keep(claim, name, IN_TRANSACTION)
-    else if (!(await claim.isOurs())) throw claimLost()
+    // The store would have to wait for the end of this transaction: it knows of the step afterwards.
+    if (!claim?.sharesLocks && (await this.#mark(name))) return
+    if (claim !== null && this.#owner.phase === 'running' && !(await claim.isOurs())) throw claimLost()
+  }
+
+  /**
+   * Tells the claim of a step whose result is in the database, so that a release does not forget the attempt.
+   * @returns whether the store was asked
+   */
+  async #mark(name: string): Promise<boolean> {
+    const { held: claim, phase } = this.#owner
+    if (claim === null || claim.keepStep === null || phase !== 'running') return false
+    if (this.#kept.get(name) === IN_TRANSACTION) return false
+    await this.#keep(claim, name, IN_TRANSACTION)
+    return true
   }
 
   async #keep(claim: HeldClaim, name: string, result: string): Promise<void> {

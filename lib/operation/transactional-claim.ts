@@ -21,6 +21,7 @@ export class TransactionalClaim implements HeldClaim, Renewable {
   isReleasing = false
   /** They would be rolled back with the rest. */
   readonly keepStep = null
+  readonly sharesLocks = false
   readonly #claimant: Claimant
   readonly #context: StoreContext
   readonly #transaction: ClaimTransaction

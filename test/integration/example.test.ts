@@ -1,15 +1,20 @@
 import { type ChildProcess, execFile, spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import t from 'tap'
 import { buildApp } from '../../examples/app.js'
+import { hasSqlite } from '../../examples/databases.js'
 import { codeOf, inject } from '../support/app.js'
 import { until } from '../support/latch.js'
+import { startMariadb } from '../support/mariadb.js'
 import { startPostgres } from '../support/postgres.js'
+import { makeFolder } from '../support/process.js'
 import { startRedis } from '../support/redis.js'
+import { nodeWithSqlite } from '../support/sqlite.js'
 
-/* What `npm start` runs, and what it prints, on the memory store, on Redis and on PostgreSQL. */
+/* What `npm start` runs, and what it prints, on each store. */
 
 const server = fileURLToPath(new URL('../../examples/server.js', import.meta.url))
 const shell = promisify(execFile)
@@ -20,9 +25,12 @@ interface Owner {
 
 async function launchExample(
   t: Owner,
-  env: Record<string, string>
-): Promise<{ child: ChildProcess; url: string; printed: string }> {
-  const child = spawn(process.execPath, [server], { env: { ...process.env, PORT: '0', ...env } })
+  env: Record<string, string>,
+  { node = process.execPath, cwd = makeFolder('example') } = {}
+): Promise<{ child: ChildProcess; url: string; printed: string; warned: () => string }> {
+  // What tap loads into its own processes has no business there.
+  const { NODE_OPTIONS: _, ...inherited } = process.env
+  const child = spawn(node, [server], { cwd, env: { ...inherited, PORT: '0', ...env } })
   t.teardown(async () => {
     child.kill()
     if (child.exitCode === null && child.signalCode === null) await once(child, 'exit')
@@ -31,14 +39,19 @@ async function launchExample(
   child.stdout.on('data', (chunk) => {
     printed += chunk
   })
-  child.stderr.pipe(process.stderr)
+  let warned = ''
+  child.stderr.on('data', (chunk) => {
+    warned += chunk
+  })
   const url = await until(() => /double click: (\S+)\//.exec(printed)?.[1], { timeout: 60_000 })
-  return { child, url: url as string, printed }
+  return { child, url: url as string, printed, warned: () => warned }
 }
 
-for (const store of ['memory', 'Redis', 'PostgreSQL']) {
+for (const store of ['memory', 'Redis', 'PostgreSQL', 'MariaDB', 'SQLite']) {
   t.test(`the printed lines show a first reply, its replay and a conflict, on ${store}`, async (t) => {
-    let env = {}
+    // Without any, it is a file where Node has SQLite, as in the next test.
+    let env: Record<string, string> = { DATABASE_URL: `sqlite:${join(makeFolder('example'), 'file')}` }
+    if (store === 'memory' && !hasSqlite) env = {}
     if (store === 'Redis') {
       const redis = await startRedis({ port: true })
       t.teardown(() => redis.close())
@@ -48,6 +61,11 @@ for (const store of ['memory', 'Redis', 'PostgreSQL']) {
       const postgres = await startPostgres()
       t.teardown(() => postgres.close())
       env = { DATABASE_URL: postgres.url }
+    }
+    if (store === 'MariaDB') {
+      const mariadb = await startMariadb()
+      t.teardown(() => mariadb.close())
+      env = { DATABASE_URL: mariadb.url }
     }
     const { printed } = await launchExample(t, env)
     const lines = printed.split('\n').filter((line) => line.startsWith('curl'))
@@ -101,6 +119,25 @@ t.test('a server that is killed after each step of an order: one order, one paym
   const { stdout } = await shell(process.execPath, [kill], { env })
   t.match(stdout, /\n1 order, 1 payment, 1 mail\n$/)
   for (const step of ['order', 'payment']) t.match(stdout, `step-resumed ${step}\n`)
+})
+
+t.test('without any database it runs with what Node has, and says which and why', async (t) => {
+  const cwd = makeFolder('example')
+  for (const [node, expected] of [
+    [
+      process.execPath,
+      hasSqlite ? /in the SQLite file example\.sqlite/ : /in memory, because Node \d+\S+ has no SQLite/
+    ],
+    [nodeWithSqlite, /in the SQLite file example\.sqlite, where they survive a restart/]
+  ] as const) {
+    const { printed, warned } = await launchExample(t, {}, { node, cwd })
+    t.match(printed, expected)
+    t.equal(warned(), '')
+  }
+})
+
+t.test('a database of another kind is refused by what there is', async (t) => {
+  await t.rejects(buildApp({ databaseUrl: 'mssql://a' }), { message: /begins with sqlite:, mysql: or postgresql:/ })
 })
 
 t.test('the API wants a key, and one key for one charge', async (t) => {

@@ -58,6 +58,7 @@ export class ScriptedStore {
     get: [null],
     begin: [undefined]
   }
+  sharesLocks = false
   /** Are answers shown at once, as by a store in memory? */
   readonly #shows: boolean
 

@@ -503,6 +503,34 @@ onBoth(t, 'before a step is committed the claim knows of it', async (t, s) => {
   t.strictSame(told(s), [T])
 })
 
+onBoth(
+  t,
+  'a store that shares its locks with the transaction is told after the commit, and not asked before',
+  async (t, s) => {
+    s.store.sharesLocks = true
+    const a = await atWork(s)
+    const { db, committed } = transactions()
+    s.store.answers.step = [
+      () => {
+        t.strictSame(committed, ['t'])
+        return true
+      },
+      () => {
+        t.strictSame(committed, ['t', 'u'])
+        return false
+      }
+    ]
+    t.equal(await a.operation.step('t', db, () => 1), 1)
+    t.strictSame(told(s), [T])
+    t.match(await outcome(() => a.operation.step('u', db, () => 2)), LOST, 'it is done, but not by an owner')
+    await lapse(s)
+    s.store.answers.renew = [false]
+    s.store.answers.get = [running()]
+    t.match(await outcome(() => a.operation.step('v', db, () => 3)), LOST)
+    t.strictSame(committed, ['t', 'u'])
+  }
+)
+
 onBoth(t, 'a step that the claim knows of is committed without a word, unless the lease has lapsed', async (t, s) => {
   const { db, committed } = transactions()
   const a = await atWork(s, [T, ['u', 'transaction'], ['v', 'transaction']])

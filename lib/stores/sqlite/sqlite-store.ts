@@ -67,6 +67,7 @@ function isConnection(value: unknown): value is SqliteConnection {
  * decided by the clock of the machine. Not for network file systems, on which SQLite cannot have a log (WAL).
  */
 export class SqliteStore extends CompareAndSetStore {
+  readonly sharesLocks = true
   readonly #driver: SqliteDriver
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
