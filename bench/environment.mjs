@@ -4,6 +4,7 @@ import { subjects } from './subjects/index.mjs'
 export function environmentOf(definition, servers) {
   return {
     redis: { path: servers.redisPath, db: 1 + subjects.indexOf(definition) },
-    postgres: servers.postgresAddress
+    postgres: servers.postgresAddress,
+    mysql: { socketPath: servers.mysqlSocket, database: 'test' }
   }
 }

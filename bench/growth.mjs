@@ -14,7 +14,14 @@ const PATHS = ['first', 'replay']
 
 export async function measureGrowth(servers, { quick, rounds, log }) {
   const rows = []
-  for (const name of ['memory', 'redis']) {
+  for (const name of ['memory', 'redis', 'sqlite', 'mysql']) {
+    // Filling a database takes its time.
+    if (name === 'sqlite' || name === 'mysql') {
+      rows.push(
+        ...(await steps(servers, name, 'stored keys', [1_000, quick ? 100_000 : 1_000_000], 'fill', { rounds, log }))
+      )
+      continue
+    }
     const keys = quick ? [1_000, 10_000, 100_000] : [1_000, 10_000, 100_000, 1_000_000]
     rows.push(...(await steps(servers, name, 'stored keys', keys, 'fill', { rounds, log })))
     const claims = quick ? [1, 1_000] : [1, 100, 1_000, 10_000]

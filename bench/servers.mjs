@@ -1,4 +1,5 @@
 import { readFileSync } from 'node:fs'
+import { startMariadb } from '../.build/test/support/mariadb.js'
 import { startPostgres } from '../.build/test/support/postgres.js'
 import { startRedis } from '../.build/test/support/redis.js'
 
@@ -6,16 +7,21 @@ import { startRedis } from '../.build/test/support/redis.js'
 export async function startServers() {
   const redis = await startRedis({ config: ['--databases', '64'] })
   const postgres = await startPostgres({ config: { log_statement: 'none', synchronous_commit: 'off' } })
+  const mariadb = await startMariadb()
   const control = await redis.client()
   const pool = postgres.pool({ max: 1 })
   const info = async (section) => parseInfo(await control.info(section))
 
+  const [[{ version }]] = await mariadb.pool({ connectionLimit: 1 }).query('SELECT version() AS version')
+
   return {
+    mysqlSocket: mariadb.socket,
     redisPath: redis.path,
     postgresAddress: { host: postgres.host, user: postgres.user, database: postgres.database },
     versions: {
       redis: (await info('server')).redis_version,
-      postgres: (await pool.query('SHOW server_version')).rows[0].server_version.split(' ')[0]
+      postgres: (await pool.query('SHOW server_version')).rows[0].server_version.split(' ')[0],
+      mariadb: version.split('-')[0]
     },
     control,
 
@@ -25,6 +31,7 @@ export async function startServers() {
         const { used_cpu_sys, used_cpu_user } = await info('cpu')
         return (Number(used_cpu_sys) + Number(used_cpu_user)) * 1e6
       }
+      if (store === 'mysql') return cpuOfProcess(mariadb.pid)
       if (store !== 'postgres') return 0
       const { rows } = await pool.query('SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()')
       return rows.reduce((sum, { pid }) => sum + cpuOfProcess(pid), 0)
@@ -51,6 +58,7 @@ export async function startServers() {
     async close() {
       await redis.close()
       await postgres.close()
+      await mariadb.close()
     }
   }
 }

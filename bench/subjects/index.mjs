@@ -2,7 +2,7 @@
  * Who takes part. Each is built in a process of its own, so that none pays for what another has done to the compiler's
  * assumptions; the modules are loaded there only.
  *
- *   store    what it needs: 'none', 'memory', 'redis' or 'postgres'
+ *   store    what it needs: 'none', 'memory', 'redis', 'postgres', 'sqlite' or 'mysql'
  *   marks    whether its replays carry the header that says so
  *   slow     takes that many times fewer requests per window; per request it is compared all the same
  */
@@ -97,6 +97,26 @@ export const subjects = [
     store: 'postgres',
     from: 'plugin.mjs',
     build: 'onPostgres',
+    marks: true,
+    ours: true,
+    slow: 4
+  },
+  {
+    name: 'sqlite',
+    title: 'fastify-idempotency, SQLite',
+    store: 'sqlite',
+    from: 'plugin.mjs',
+    build: 'onSqlite',
+    marks: true,
+    ours: true,
+    slow: 4
+  },
+  {
+    name: 'mysql',
+    title: 'fastify-idempotency, MariaDB',
+    store: 'mysql',
+    from: 'plugin.mjs',
+    build: 'onMysql',
     marks: true,
     ours: true,
     slow: 4

@@ -1,10 +1,16 @@
+import { randomUUID } from 'node:crypto'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import Fastify from 'fastify'
+import { createPool } from 'mysql2/promise'
 import * as idempotency from '../../.build/index.js'
+import { sqliteDrivers } from '../../.build/test/support/sqlite.js'
 import { postgresPool, redisClient } from './clients.mjs'
 import { COVERED, UNCOVERED, WAITING } from './route.mjs'
 import { served } from './served.mjs'
 
-const { idempotency: plugin, MemoryStore, RedisStore, PostgresStore, LocalCache } = idempotency
+const { idempotency: plugin, MemoryStore, RedisStore, PostgresStore, SqliteStore, MysqlStore, LocalCache } = idempotency
 
 export const hasLocalCache = LocalCache !== undefined
 
@@ -38,6 +44,24 @@ export async function onRedisWithCache({ route, redis }) {
 export async function onPostgres({ route, postgres }) {
   const pool = postgresPool(postgres)
   const store = new PostgresStore({ pool })
+  await store.createTable()
+  return build(route, store, () => pool.end())
+}
+
+/** `better-sqlite3`, or `node:sqlite` if that is what is asked for. What is answered is on the disk. */
+export async function onSqlite({ route }) {
+  const folder = await mkdtemp(join(tmpdir(), 'bench-'))
+  const [[, { open }]] = sqliteDrivers
+  const database = open(join(folder, 'keys'))
+  return build(route, new SqliteStore({ database }), async () => {
+    database.close()
+    await rm(folder, { recursive: true })
+  })
+}
+
+export async function onMysql({ route, mysql }) {
+  const pool = createPool({ ...mysql, connectionLimit: 10 })
+  const store = new MysqlStore({ pool, table: `keys_${randomUUID().replaceAll('-', '')}` })
   await store.createTable()
   return build(route, store, () => pool.end())
 }

@@ -61,6 +61,10 @@ class MariadbServer {
     }
   }
 
+  get pid(): number | undefined {
+    return this.#process?.pid
+  }
+
   /** For programs that take a URL. */
   get url(): string {
     return `mysql://root@localhost/test?socketPath=${encodeURIComponent(this.socket)}`
