@@ -25,7 +25,7 @@ export async function raise(
 ): Promise<Acquisition> {
   const heir = { ...claim, retainMs: Math.max(claim.retainMs, REMEMBERED_MS), takeover: true }
   let found: Acquisition = held
-  while (found.attempt < attempt) {
+  for (let missing = attempt - held.attempt; missing > 0; missing--) {
     // Of a first attempt without steps this leaves nothing, of any other one what can be taken over at once.
     await store.release(key, claim.token)
     if (found.attempt === 1 && found.steps === undefined) {

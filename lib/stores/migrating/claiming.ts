@@ -127,21 +127,24 @@ export class DoubleClaims {
    * takes over in one of them alone goes on from there.
    */
   async #align(key: string, claim: Readonly<Claim>, inFrom: Acquired, inTo: Acquired): Promise<Acquisition | null> {
-    const attempt = Math.max(inFrom.attempt, inTo.attempt)
-    if (inFrom.attempt < attempt) {
-      const raised = await raise(this.#from, key, claim, inFrom, attempt)
-      if (raised.state !== 'acquired') return this.#lostFrom(key, claim)
-      return this.#align(key, claim, raised, inTo)
+    if (inFrom.attempt < inTo.attempt) {
+      const raised = await raise(this.#from, key, claim, inFrom, inTo.attempt)
+      return raised.state === 'acquired' ? this.#copySteps(key, claim, raised, inTo) : this.#lostFrom(key, claim)
     }
-    if (inTo.attempt < attempt) {
-      const raised = await raise(this.#to, key, claim, inTo, attempt)
-      if (raised.state !== 'acquired') return this.#concede(key, claim, raised)
-      return this.#align(key, claim, inFrom, raised)
+    if (inFrom.attempt > inTo.attempt) {
+      const raised = await raise(this.#to, key, claim, inTo, inFrom.attempt)
+      return raised.state === 'acquired'
+        ? this.#copySteps(key, claim, inFrom, raised)
+        : this.#concede(key, claim, raised)
     }
+    return this.#copySteps(key, claim, inFrom, inTo)
+  }
+
+  async #copySteps(key: string, claim: Readonly<Claim>, inFrom: Acquired, inTo: Acquired): Promise<Acquisition | null> {
     const steps = mergedSteps(inFrom.steps, inTo.steps)
     if (!(await copySteps(this.#to, key, claim, inTo, steps))) return null
     if (!(await copySteps(this.#from, key, claim, inFrom, steps))) return this.#lostFrom(key, claim)
-    return withSteps<Acquisition>({ state: 'acquired', attempt }, steps)
+    return withSteps<Acquisition>({ state: 'acquired', attempt: Math.max(inFrom.attempt, inTo.attempt) }, steps)
   }
 
   /** The key was lost in `from` on the way: who has it there must not wait for the rest in `to`. */
