@@ -62,7 +62,8 @@ const SECTIONS = [
       'EncryptedStoreOptions',
       'EncryptionKey',
       'LocalCache',
-      'LocalCacheOptions'
+      'LocalCacheOptions',
+      'MigratingStore'
     ]
   },
   {

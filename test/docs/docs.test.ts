@@ -1,16 +1,10 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import Fastify, { type FastifyInstance } from 'fastify'
 import t from 'tap'
-import idempotency, {
-  type Acquisition,
-  type IdempotencyOptions,
-  type IdempotencyStore,
-  MemoryStore
-} from '../../index.js'
+import idempotency, { type IdempotencyOptions, MemoryStore } from '../../index.js'
 import { type IdempotentFetch, type IdempotentResponse, idempotentFetch } from '../../lib/client.js'
 import * as errors from '../../lib/errors.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
-import { storeConformance } from '../../lib/testkit.js'
 import { build, codeOf, REPLAYED } from '../support/app.js'
 import { latch } from '../support/latch.js'
 import type { Given } from './given.js'
@@ -138,52 +132,6 @@ t.test('documentation-url: the errors say where they are documented', async (t) 
   t.match(refused.json(), { type: 'https://example.com/errors', code: 'FST_IDEMPOTENCY_KEY_MISSING' })
 })
 
-type Moving = { moving(from: MemoryStore, to: IdempotencyStore): IdempotencyStore }
-
-t.test('moving: the new store has the replies of the old one, and a store it is', async (t) => {
-  const { moving } = await snippet<Moving>('moving')
-  const [from, to] = [new MemoryStore(), new MemoryStore()]
-  let runs = 0
-  const open = async (store: IdempotencyStore) => {
-    const app = await build(t, { store })
-    app.post('/', { config: { idempotency: true } }, async () => ({ run: ++runs }))
-    return (key: string) => app.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': key } })
-  }
-  await (await open(from))('a')
-  const send = await open(moving(from, to))
-  t.match([(await send('a')).json(), (await send('a')).headers[REPLAYED]], [{ run: 1 }, 'true'])
-  t.same([(await send('b')).json(), (await send('b')).json()], [{ run: 2 }, { run: 2 }])
-  const later = await open(to)
-  t.equal((await later('a')).headers[REPLAYED], 'true', 'the old store is not needed any more')
-  t.equal(runs, 2)
-  for (const { name, about, run } of storeConformance(() => moving(new MemoryStore(), new MemoryStore()))) {
-    if (about !== 'wake-ups') await t.resolves(run(), name)
-  }
-})
-
-t.test('moving: claims that the old store still has count', async (t) => {
-  const { moving } = await snippet<Moving>('moving')
-  const [from, to] = [new MemoryStore(), new MemoryStore()]
-  const claim = { token: 'a', fingerprint: 'f', leaseMs: 60_000, retainMs: 60_000, takeover: false }
-  const store = moving(from, to)
-  await from.acquire('running', claim)
-  await from.acquire('dead', { ...claim, leaseMs: 1 })
-  await new Promise((resolve) => setTimeout(resolve, 5))
-  t.match(await store.acquire('running', { ...claim, token: 'b' }), { state: 'running' })
-  t.match(await store.acquire('dead', { ...claim, token: 'b' }), { state: 'abandoned', attempt: 1 })
-  t.same([await to.get('running'), await to.get('dead')], [null, null])
-  const taken: Acquisition = await store.acquire('dead', { ...claim, token: 'b', takeover: true })
-  t.same(taken, { state: 'acquired', attempt: 2 })
-  await from.acquire('begun', claim)
-  await from.step('begun', 'a', ['charge', 'paid'])
-  await from.release('begun', 'a')
-  for (let n = 0; n < 2; n++) {
-    const begun = await store.acquire('begun', { ...claim, token: 'b', takeover: true })
-    t.same(begun, { state: 'acquired', attempt: 2, steps: [['charge', 'paid']] })
-  }
-  t.match(await to.get('begun'), { steps: [['charge', 'paid']] })
-})
-
 t.test('run: a message is worked off once, behind the steps that are finished', async (t) => {
   const app = await build(t)
   const done: string[] = []
@@ -279,9 +227,9 @@ t.test('a deploy changes what the table of operations.md says', async (t) => {
 })
 
 t.test('no snippet was left out', async (t) => {
-  // Those that need a server are run by transactions.test.ts and orms/whole-request.test.ts.
+  // Those that need a server are run by transactions.test.ts, orms/whole-request.test.ts and stores/migrating.test.ts.
   const all = readdirSync(new URL('snippets/', import.meta.url)).filter((file) =>
-    /^(?!transactions-|whole-request-).*\.js$/.test(file)
+    /^(?!transactions-|whole-request-|moving).*\.js$/.test(file)
   )
   t.same([...tried].sort(), all.map((file) => file.replace('.js', '')).sort())
 })

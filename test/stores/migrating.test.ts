@@ -1,6 +1,14 @@
 import { randomUUID } from 'node:crypto'
+import Fastify, { type FastifyInstance } from 'fastify'
 import t from 'tap'
-import { type IdempotencyStore, MemoryStore, MigratingStore, PostgresStore, RedisStore } from '../../index.js'
+import idempotency, {
+  type IdempotencyStore,
+  MemoryStore,
+  MigratingStore,
+  PostgresStore,
+  RedisStore
+} from '../../index.js'
+import { build, REPLAYED } from '../support/app.js'
 import { endures } from '../support/bad-network.js'
 import { FlakyStore } from '../support/flaky-store.js'
 import { startPostgres } from '../support/postgres.js'
@@ -70,6 +78,37 @@ for (const [from, to] of moves) {
   conforms(t, `a MigratingStore from ${from} to ${to} keeps every promise of a store`, stores)
   if (from !== 'postgres') endures(t, `a MigratingStore from ${from} to ${to} behind a bad network`, stores)
 }
+
+/* In an application */
+
+t.test('an application moves from Redis to PostgreSQL: its replies are replayed in each deploy', async (t) => {
+  const server = await startRedis({ port: true })
+  t.teardown(() => server.close())
+  process.env.REDIS_URL = server.url
+  process.env.DATABASE_URL = postgres.url
+  let runs = 0
+  const serve = (app: FastifyInstance) => {
+    t.teardown(() => app.close())
+    app.post('/', { config: { idempotency: true } }, async () => ({ run: ++runs }))
+    return (key: string) => app.inject({ method: 'POST', url: '/', headers: { 'idempotency-key': key } })
+  }
+  const opened = async (store: IdempotencyStore) => serve(await build(t, { store }))
+  const app = Fastify() as unknown as FastifyInstance
+  const { run } = (await import(`../docs/snippets/${'moving'}.js`)) as { run(given: object): Promise<object> }
+  const first = await opened(new RedisStore(await server.client()))
+  t.same((await first('before')).json(), { run: 1 })
+  await run({ app, idempotency })
+  const moving = serve(app)
+  const replay = await moving('before')
+  t.same([replay.json(), replay.headers[REPLAYED]], [{ run: 1 }, 'true'])
+  t.same((await moving('meanwhile')).json(), { run: 2 })
+  t.equal((await first('meanwhile')).headers[REPLAYED], 'true', 'in the first deploy')
+  const last = await opened(new PostgresStore({ pool }))
+  t.equal((await last('meanwhile')).headers[REPLAYED], 'true', 'in the second deploy')
+  t.same((await last('after')).json(), { run: 3 })
+  t.equal((await moving('after')).headers[REPLAYED], 'true')
+  t.equal(runs, 3)
+})
 
 /* Deploys */
 

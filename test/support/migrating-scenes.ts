@@ -232,17 +232,21 @@ export async function allDeaths(phase: Who[], sabotage?: Sabotage): Promise<{ br
     broken.push(...scene.told.broken.map((what) => `${what} (${where})`))
     return life.isOver && (sabotage === undefined || broken.length === 0)
   }
+  const dieEverywhere = async (before: string, who: Who, deed: string, after: string, order: Who[]) => {
+    for (const isLost of PARALLEL.includes(deed) ? [false, true] : [false]) {
+      for (let calls = 0; await die(before, who, deed, after, order, new Life(calls, isLost)); calls++) {}
+    }
+  }
+  const orders = [phase, phase.toReversed()]
   for (const before of Object.keys(befores)) {
     for (const who of phase) {
       for (const deed of Object.keys(deeds)) {
         if (sabotage !== undefined && broken.length > 0) return { broken, deaths }
-        for (const after of Object.keys(afters)) {
-          for (const order of [phase, phase.toReversed()]) {
-            for (const isLost of PARALLEL.includes(deed) ? [false, true] : [false]) {
-              for (let calls = 0; await die(before, who, deed, after, order, new Life(calls, isLost)); calls++) {}
-            }
-          }
-        }
+        // Each has a key and stores of its own, and mostly waits.
+        const all = Object.keys(afters).flatMap((after) =>
+          orders.map((order) => dieEverywhere(before, who, deed, after, order))
+        )
+        await Promise.all(all)
       }
     }
   }
