@@ -41,7 +41,7 @@ t.test(
   async (t) => {
     const redis = [...cluster.nodes, ...cluster.replicas.flat()].map(({ host, port }) => ({ host, port }))
     const scene = await Scene.open(t, {
-      workers: [{ redis }, { redis }],
+      workers: [{ redis }, { redis, client: 'node-redis' }],
       options: { storeTimeout: 2_000, lease: 10_000 },
       load: { wants: isConcerned, patience: 60_000 }
     })

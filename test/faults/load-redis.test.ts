@@ -21,7 +21,7 @@ import { type RedisServer, type StartOptions, startRedis } from '../support/redi
 
 /* The Redis itself is killed, frozen, emptied of scripts, made read-only and filled, under load. */
 
-/** Two workers on a Redis of their own. */
+/** Two workers on a Redis of their own, one with ioredis and one with node-redis. */
 async function open(
   t: Test,
   redis: StartOptions = {},
@@ -29,7 +29,8 @@ async function open(
 ): Promise<{ server: RedisServer; scene: Scene }> {
   const server = await startRedis(redis)
   t.teardown(() => server.close())
-  const workers = Array.from({ length: 2 }, () => ({ redis: { path: server.path } }))
+  const redisOf = { redis: { path: server.path } }
+  const workers = [redisOf, { ...redisOf, client: 'node-redis' as const }]
   return { server, scene: await Scene.open(t, { workers, ...options }) }
 }
 

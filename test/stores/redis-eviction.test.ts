@@ -31,13 +31,15 @@ async function warnings(use: () => Promise<unknown>): Promise<string[]> {
 for (const protocol of [2, 3] as const) {
   t.test(`of a Redis that evicts keys the store warns, once, in RESP${protocol}`, async (t) => {
     const redis = await server(t, '--maxmemory', '64mb', '--maxmemory-policy', 'volatile-lru')
-    const store = new RedisStore(await redis.client({ protocol }))
-    const warned = once(process, 'warning')
-    const heard = await warnings(async () => {
-      for (let n = 0; n < 3; n++) await store.acquire(newKey(), claim())
-      await warned
-    })
-    t.strictSame(heard, ['Redis evicts keys when it is full (maxmemory-policy volatile-lru)'])
+    for (const client of [await redis.client({ protocol }), await redis.nodeRedis({ RESP: protocol })]) {
+      const store = new RedisStore(client)
+      const warned = once(process, 'warning')
+      const heard = await warnings(async () => {
+        for (let n = 0; n < 3; n++) await store.acquire(newKey(), claim())
+        await warned
+      })
+      t.strictSame(heard, ['Redis evicts keys when it is full (maxmemory-policy volatile-lru)'])
+    }
   })
 }
 

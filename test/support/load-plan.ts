@@ -10,6 +10,8 @@ export interface WorkerSetup {
   /** The file that its runs are written to: not to the Redis that is under fault. */
   runs: string
   redis: (RedisOptions & { replyMapping?: 'legacy' }) | { host: string; port: number }[]
+  /** Of which library its client is; ioredis by default. */
+  client?: 'node-redis' | undefined
   options: IdempotencyOptions
   /** Removes a safeguard. */
   sabotage?: 'no owner check' | undefined

@@ -3,6 +3,7 @@ import { appendFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import Fastify, { type FastifyReply, type FastifyRequest } from 'fastify'
 import { Cluster, Redis } from 'ioredis'
+import { createClient, createCluster } from 'redis'
 import idempotency, { type IdempotencyStore, RedisStore } from '../../index.js'
 import { encodeRecord } from '../../lib/stores/record-codec.js'
 import { now } from './http-history.js'
@@ -27,14 +28,23 @@ const STALL = 700
 
 const note = (line: RunLine) => appendFileSync(setup.runs, `${JSON.stringify(line)}\n`)
 
-function connect(): Redis | Cluster {
+async function connect() {
   const { redis } = setup
+  if (setup.client === 'node-redis') {
+    const socket = { reconnectStrategy: 30 }
+    const client = Array.isArray(redis)
+      ? createCluster({ rootNodes: redis.map((socket) => ({ socket })), defaults: { socket } })
+      : createClient({ socket: { ...socket, ...(redis as { path: string }) } })
+    client.on('error', () => {})
+    await client.connect()
+    return client
+  }
   const retryStrategy = () => 30
   if (!Array.isArray(redis)) return new Redis({ retryStrategy, ...redis })
   return new Cluster(redis, { clusterRetryStrategy: retryStrategy, slotsRefreshInterval: 1_000 })
 }
 
-const redis = connect()
+const redis = await connect()
 // Without a listener ioredis prints each failure to connect.
 redis.on('error', () => {})
 
@@ -84,7 +94,7 @@ setInterval(() => {
 
 process.on('SIGTERM', async () => {
   await app.close()
-  redis.disconnect()
+  await redis.disconnect()
   process.exit(0)
 })
 

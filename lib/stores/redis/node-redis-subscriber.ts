@@ -18,7 +18,8 @@ export class NodeRedisSubscriber implements Subscriber {
   constructor(create: (duplicate: (client: Single) => Single) => Promise<Single>, events: SubscriberEvents) {
     this.#events = events
     this.#client = this.#connect(create)
-    this.#client.catch(() => this.#end())
+    // Not before whoever subscribes has heard that it fails: who is told of an end looks again at once.
+    this.#client.catch(() => setImmediate(() => this.#end()))
   }
 
   subscribe(channel: string): Promise<void> {
@@ -43,8 +44,12 @@ export class NodeRedisSubscriber implements Subscriber {
   async #connect(create: (duplicate: (client: Single) => Single) => Promise<Single>): Promise<Single> {
     const client = await create(duplicate)
     // Without a listener an error would end the process. It is the one sign of a loss that all versions give.
-    client.on('error', () => this.#end())
+    let stands = false
+    client.on('error', () => {
+      if (stands) this.#end()
+    })
     await client.connect()
+    stands = true
     return client
   }
 
