@@ -24,7 +24,7 @@ function adviceFor(value: unknown): string | null {
     return typeof prototype?.acquire === 'function' ? `write new ${name}(…)` : null
   }
   if (has('pipeline', 'duplicate', 'evalsha')) return 'a client of ioredis; write new RedisStore(client)'
-  if (has('sendCommand', 'multi')) return 'a client of node-redis; write new RedisStore(new Redis(…)) with ioredis'
+  if (has('sendCommand', 'multi')) return 'a client of node-redis; write new RedisStore(client)'
   const { pool } = value as { pool?: unknown }
   if (has('query', 'connect', 'transact') && pool !== undefined) {
     return 'what @fastify/postgres decorates; write new PostgresStore({ pool: app.pg.pool })'

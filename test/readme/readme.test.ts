@@ -197,6 +197,18 @@ t.test('testkit: the store of the README keeps every promise', async (t) => {
   t.match(output, new RegExp(`^# pass ${storeConformance(() => new MemoryStore()).length}$`, 'm'))
 })
 
+t.test('node-redis: replies are in Redis', async (t) => {
+  const server = await startRedis({ port: true })
+  t.teardown(() => server.close())
+  process.env.REDIS_URL = server.url
+  const app = await bare(t)
+  await snippet('node-redis', { app, idempotency })
+  app.post('/', { config: { idempotency: true } }, async () => 'done')
+  t.equal(await replays(app, '/'), true)
+  const client = await server.client()
+  t.equal((await client.keys('idempotency:*')).length, 1)
+})
+
 t.test('local-cache, encrypted: a reply on Redis is replayed from here, or cannot be read there', async (t) => {
   const redis = await startRedis()
   t.teardown(() => redis.close())

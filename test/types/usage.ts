@@ -3,6 +3,7 @@ import redis from '@fastify/redis'
 import Fastify, { type FastifyInstance } from 'fastify'
 import { Cluster, Redis } from 'ioredis'
 import { Pool, type PoolClient } from 'pg'
+import { createClient, createClientPool, createCluster, createSentinel, RESP_TYPES } from 'redis'
 import idempotency, {
   type Acquisition,
   type IdempotencyOptions,
@@ -86,6 +87,14 @@ export async function usage(): Promise<void> {
     request.idempotency?.transaction.query('SELECT')
     return { id, client }
   })
+
+  new RedisStore(createClient())
+  new RedisStore(createClient({ RESP: 2 }).withTypeMapping({ [RESP_TYPES.BLOB_STRING]: Buffer }), { replicas: 1 })
+  new RedisStore(createClientPool())
+  new RedisStore(createSentinel({ name: 'main', sentinelRootNodes: [] }))
+  new RedisStore(createCluster({ rootNodes: [] }))
+  // @ts-expect-error: its legacy interface is none
+  new RedisStore(createClient().legacy())
 
   // @ts-expect-error: a client is needed
   new RedisStore()

@@ -6,7 +6,7 @@ export interface IoredisClient {
   duplicate(...args: never[]): unknown
 }
 
-/** What `createClient()`, `createClientPool()`, `createSentinel()` or `createCluster()` of `redis` 5 and newer (node-redis) give. */
+/** A client of node-redis, of any kind. */
 export interface NodeRedisClient {
   /** Since `connect()`. */
   readonly isOpen: boolean
@@ -15,5 +15,8 @@ export interface NodeRedisClient {
   withTypeMapping(...args: never[]): unknown
 }
 
-/** What a `RedisStore` takes for a client. */
+/**
+ * What a `RedisStore` takes for a client: `Redis` or `Cluster` of `ioredis` or `iovalkey`, or what `createClient()`,
+ * `createClientPool()`, `createSentinel()` or `createCluster()` of `redis` 5 and newer give.
+ */
 export type RedisClient = IoredisClient | NodeRedisClient

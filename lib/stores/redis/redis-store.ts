@@ -57,9 +57,10 @@ const ABANDONED = 0x41 // A
 const STEP_HEAD = 8
 
 /**
- * Claims and replies in Redis (6.2 and newer, Valkey), by an ioredis client: single, Sentinel or Cluster. One
- * round trip to acquire and one to complete; the lease is decided by the clock of Redis alone. The client
- * stays the caller's: it is never closed here.
+ * Claims and replies in Redis (6.2 and newer, Valkey), by a client of `ioredis`, `iovalkey` or `redis` (node-redis, 5 and
+ * newer): single, Sentinel, Cluster, or a pool. One round trip to acquire and one to complete; the lease is decided by the
+ * clock of Redis alone. The client stays the caller's: it is never connected or closed here. Processes may have different
+ * ones.
  */
 export class RedisStore implements IdempotencyStore {
   readonly #connection: RedisConnection
