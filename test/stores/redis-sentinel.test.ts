@@ -1,12 +1,13 @@
 import { randomUUID } from 'node:crypto'
 import t from 'tap'
 import { RedisStore } from '../../index.js'
+import { until } from '../support/latch.js'
 import { ioredis, nodeRedis, startSentinel } from '../support/redis-sentinel.js'
 import { claim, conforms, newKey, reply, soon, take } from '../support/store-fixtures.js'
 
 /* Clients of node-redis that ask a Sentinel for the master. Of ioredis they are like any other: see test/faults/sentinel.test.ts. */
 
-const { master, onReplica, port } = await startSentinel(t)
+const { master, onReplica, observer, port } = await startSentinel(t)
 const admin = await master.client()
 
 for (const options of [{ reserveClient: true }, { masterPoolSize: 3, RESP: 2 as const }]) {
@@ -37,13 +38,25 @@ t.test('nobody waits for others, however many commands are under way at all time
   await Promise.all(busy)
 })
 
-t.test('a master that has become a replica is left for the new one, before Sentinel tells of it', async (t) => {
+t.test('stores share what they know of the master, so that none takes a connection from another', async (t) => {
+  for (const masterPoolSize of [1, 3]) {
+    const client = await nodeRedis(t, port, { masterPoolSize })
+    const stores = Array.from(
+      { length: 8 },
+      (_, n) => new RedisStore(n % 2 === 0 ? client : client.withTypeMapping({}))
+    )
+    await soon(Promise.all(stores.map((store) => store.acquire(newKey(), claim()))))
+    await soon(client.use((lease) => lease.ping()))
+  }
+})
+
+t.test('the store goes on with the new master when Sentinel makes another one', async (t) => {
   const client = await nodeRedis(t, port)
   const store = new RedisStore(client)
   const key = newKey()
   const token = await take(store, key)
-  await admin.call('FAILOVER')
-  t.equal(await soon(store.complete(key, token, reply(), 60_000)), true)
+  await observer.call('SENTINEL', 'FAILOVER', 'main')
+  await until(async () => /role:master/.test(await onReplica.info('replication')), { timeout: 60_000 })
+  await until(() => store.complete(key, token, reply(), 60_000).catch(() => false), { timeout: 60_000 })
   t.match(await store.acquire(key, claim()), { state: 'completed' })
-  t.match(await onReplica.role(), ['master'])
 })

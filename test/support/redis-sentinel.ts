@@ -45,7 +45,7 @@ sentinel failover-timeout main 3000
   t.teardown(() => observer.disconnect())
   const knowsReplica = async () => ((await observer.call('SENTINEL', 'replicas', 'main')) as unknown[]).length === 1
   await until(() => knowsReplica().catch(() => false), { timeout: 60_000, message: 'Sentinel to see the replica' })
-  return { master, onReplica, port }
+  return { master, onReplica, observer, port }
 }
 
 /** A client of ioredis. */

@@ -51,6 +51,9 @@ export interface Cluster {
 /** Sends one command. */
 export type Send = (args: readonly Argument[], options: object) => Promise<unknown>
 
+/** Who comes later than that does not join who looks for a master, but looks anew. */
+const LONGEST_LOOK_MS = 1_000
+
 type Use<T> = (client: Single) => Promise<T>
 
 export interface Route {
@@ -79,24 +82,44 @@ export function pool(pool: Pool): Route {
   }
 }
 
+const sentinels = new WeakMap<object, Route>()
+
 /**
  * By one of the connections to the master, that others may use as well: like the `sendCommand` of the whole, but that one
- * has two commands go by two connections, and whoever finds none waits until nobody else comes any more (`_execute` of
- * sentinel/index.ts, 6.3). What fails because the master is gone is tried once more, with the next one.
+ * may have two commands go by two connections. What fails because the master is gone is tried once more, with the next one.
+ *
+ * It is the same for all stores on one client: when several ask a Sentinel client at once that has nothing under way, each
+ * takes a connection, and all but the last are never given back (`#masterClientInfo ??= await` in `_execute` of
+ * sentinel/index.ts, 6.3). Who comes when none is left waits for ever.
  */
 export function sentinel(sentinel: Sentinel): Route {
+  const { _self: self = sentinel } = sentinel as { _self?: object }
+  let route = sentinels.get(self)
+  if (route === undefined) {
+    route = followed(sentinel)
+    sentinels.set(self, route)
+  }
+  return route
+}
+
+function followed(sentinel: Sentinel): Route {
   let current: Single | undefined
   let looking: Promise<Single> | undefined
-  const look = (failed?: Single, error?: Error): Promise<Single> => {
-    looking ??= sentinel
-      ._execute(false, async (client) => {
-        if (client === failed && isReadOnly(error)) throw error
-        return client
-      })
-      .finally(() => {
-        looking = undefined
-      })
-    return looking
+  const look = (failed?: Single, error?: unknown): Promise<Single> => {
+    if (looking !== undefined) return looking
+    const look = sentinel._execute(false, async (client) => {
+      if (client === failed && isReadOnly(error)) throw error
+      return client
+    })
+    looking = look
+    const isOver = () => {
+      clearTimeout(timer)
+      if (looking === look) looking = undefined
+    }
+    // It may be one that waits for ever, as above, for what others send by the client.
+    const timer = setTimeout(isOver, LONGEST_LOOK_MS).unref()
+    look.then(isOver, isOver)
+    return look
   }
   const lend = async <T>(use: Use<T>): Promise<T> => {
     if (!current?.isReady) current = await look()
@@ -105,7 +128,7 @@ export function sentinel(sentinel: Sentinel): Route {
       return await use(client)
     } catch (error) {
       if (client.isReady && !isReadOnly(error)) throw error
-      current = await look(client, error as Error)
+      current = await look(client, error)
       return use(current)
     }
   }
