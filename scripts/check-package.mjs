@@ -62,7 +62,8 @@ const use = `
   assert.equal((await send(url + '/orders', { method: 'POST', idempotencyKey: 'k2' })).idempotency.replayed, true)
   await app.close()
 `
-const named = 'EncryptedStore, LocalCache, MemoryStore, PostgresStore, RedisStore, openapiTransform, payloadFingerprint'
+const named =
+  'EncryptedStore, LocalCache, MemoryStore, MysqlStore, PostgresStore, RedisStore, openapiTransform, payloadFingerprint'
 const transactions =
   'libsqlTransactions, mongoTransactions, mysqlTransactions, pgTransactions, sqliteTransactions, sqlTransactions'
 const functions = `
@@ -72,14 +73,14 @@ for (const it of [${named}, ${transactions}]) assert.equal(typeof it, 'function'
 const types = `
 import type {
   Acquisition, EncryptedStoreOptions, EncryptionKey, IdempotencyEvent, IdempotencyOptions, IdempotencyStore,
-  LocalCacheOptions, MemoryStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord, Transactions
+  LocalCacheOptions, MemoryStoreOptions, MysqlStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord, Transactions
 } from '${name}'
 import type { IdempotentFetch, IdempotentFetchOptions } from '${name}/client'
 import type { ConformanceCase, StoreFactory } from '${name}/testkit'
 import type { SqlTransactions, SqlTransactionsOptions } from '${name}/transactions'
 export type All = [
   Acquisition, EncryptedStoreOptions, EncryptionKey, IdempotencyEvent, IdempotencyOptions, IdempotencyStore,
-  LocalCacheOptions, MemoryStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord,
+  LocalCacheOptions, MemoryStoreOptions, MysqlStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord,
   IdempotentFetch, IdempotentFetchOptions, ConformanceCase, StoreFactory,
   SqlTransactions<unknown>, SqlTransactionsOptions<unknown>, Transactions<unknown>
 ]

@@ -26,6 +26,11 @@ function adviceFor(value: unknown): string | null {
   if (has('pipeline', 'duplicate', 'evalsha')) return 'a client of ioredis; write new RedisStore(client)'
   if (has('sendCommand', 'multi')) return 'a client of node-redis; write new RedisStore(client)'
   const { pool } = value as { pool?: unknown }
+  if (has('query', 'execute', 'getConnection')) {
+    return has('on')
+      ? 'a pool of mysql2; write new MysqlStore({ pool })'
+      : 'what @fastify/mysql decorates; write new MysqlStore({ pool: app.mysql.pool })'
+  }
   if (has('query', 'connect', 'transact') && pool !== undefined) {
     return 'what @fastify/postgres decorates; write new PostgresStore({ pool: app.pg.pool })'
   }

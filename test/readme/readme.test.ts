@@ -5,6 +5,7 @@ import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import type { FastifyInstance } from 'fastify'
+import type { Pool as MysqlPool, RowDataPacket } from 'mysql2/promise'
 import type { OpenAPIV3_1 } from 'openapi-types'
 import type { Pool, PoolClient } from 'pg'
 import t from 'tap'
@@ -15,6 +16,7 @@ import { PostgresSql } from '../../lib/stores/postgres/statements.js'
 import { storeConformance } from '../../lib/testkit.js'
 import type { SqlTransactions } from '../../lib/transactions.js'
 import { build, inject, REPLAYED } from '../support/app.js'
+import { startMariadb } from '../support/mariadb.js'
 import { nodeTest } from '../support/node-test.js'
 import { startPostgres } from '../support/postgres.js'
 import { startRedis } from '../support/redis.js'
@@ -226,6 +228,19 @@ t.test('local-cache, encrypted: a reply on Redis is replayed from here, or canno
     const again = await inject(app, { method: 'POST', url: '/', headers: { 'idempotency-key': 'k' } })
     t.equal(again.headers[REPLAYED] === 'true', name === 'local-cache')
   }
+})
+
+t.test('mysql: a reply in MariaDB is replayed', async (t) => {
+  const server = await startMariadb()
+  t.teardown(() => server.close())
+  process.env.DATABASE_URL = server.url
+  const app = await bare(t)
+  const { pool } = (await snippet('mysql', { app })) as { pool: MysqlPool }
+  t.teardown(() => pool.end())
+  app.post('/', { config: { idempotency: true } }, async () => 'kept')
+  t.equal(await replays(app, '/'), true)
+  const [[row] = []] = await pool.query<RowDataPacket[]>('SELECT state FROM idempotency_keys')
+  t.match(row, { state: 'completed' })
 })
 
 t.test('client: one operation, whatever its client has to repeat', async (t) => {

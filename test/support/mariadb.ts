@@ -9,9 +9,12 @@ import { launch, makeFolder, type ServerProcess } from './process.js'
 const services: { findMariadb(): { server: string; args: string[]; env: Record<string, string> } | null } =
   await import(new URL('../../../scripts/services.mjs', import.meta.url).href)
 
-/** A MariaDB server of the test's own, on a unix socket, with a database `test`. */
-export async function startMariadb(): Promise<MariadbServer> {
-  const server = new MariadbServer()
+/**
+ * A MariaDB server of the test's own, on a unix socket, with a database `test`.
+ * @param settings arguments of the server
+ */
+export async function startMariadb(...settings: string[]): Promise<MariadbServer> {
+  const server = new MariadbServer(settings)
   try {
     await server.start()
     return server
@@ -31,19 +34,24 @@ const SETTINGS = [
   '--innodb-use-native-aio=0'
 ]
 
-class MariadbServer {
+export class MariadbServer {
+  readonly #settings: readonly string[]
   readonly #folder = makeFolder('mariadb')
   /** The path of the unix socket. */
   readonly socket = join(this.#folder, 'socket')
   readonly #pools = new Set<Pool>()
   #process: ServerProcess | undefined
 
+  constructor(settings: readonly string[]) {
+    this.#settings = settings
+  }
+
   async start(): Promise<void> {
     const mariadb = services.findMariadb()
     if (!mariadb) throw new Error('There is no MariaDB: run `node scripts/services.mjs`')
     const data = `--datadir=${this.#folder}`
     const own = [data, `--socket=${this.socket}`, `--pid-file=${this.#folder}/pid`, `--user=${userInfo().username}`]
-    const args = ['--no-defaults', ...mariadb.args, ...own, ...SETTINGS]
+    const args = ['--no-defaults', ...mariadb.args, ...own, ...SETTINGS, ...this.#settings]
     const log = join(this.#folder, 'log')
     const server = await launch(mariadb.server, args, { env: mariadb.env, log })
     this.#process = server

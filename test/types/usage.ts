@@ -2,6 +2,8 @@ import '@fastify/postgres'
 import redis from '@fastify/redis'
 import Fastify, { type FastifyInstance } from 'fastify'
 import { Cluster, Redis } from 'ioredis'
+import * as mysql from 'mysql2'
+import * as mysqlPromise from 'mysql2/promise'
 import { Pool, type PoolClient } from 'pg'
 import { createClient, createClientPool, createCluster, createSentinel, RESP_TYPES } from 'redis'
 import idempotency, {
@@ -9,6 +11,7 @@ import idempotency, {
   type IdempotencyOptions,
   type IdempotencyStore,
   MemoryStore,
+  MysqlStore,
   idempotency as named,
   PostgresStore,
   RedisStore,
@@ -95,6 +98,22 @@ export async function usage(): Promise<void> {
   new RedisStore(createCluster({ rootNodes: [] }))
   // @ts-expect-error: its legacy interface is none
   new RedisStore(createClient().legacy())
+  await app.register(idempotency, { store: new MysqlStore({ pool: mysql.createPool('mysql://localhost') }) })
+  new MysqlStore({ pool: mysqlPromise.createPool({}), table: 'shop.keys', sweepInterval: null })
+  // As @fastify/mysql declares what it decorates.
+  type Decorated = Pick<mysql.Pool, 'query' | 'execute' | 'getConnection'> & { pool: mysql.Pool }
+  type DecoratedPromise = Pick<mysqlPromise.Pool, 'query' | 'execute' | 'getConnection'> & { pool: mysqlPromise.Pool }
+  const decorated = {} as { mysql: Decorated; promise: DecoratedPromise }
+  new MysqlStore({ pool: decorated.mysql.pool })
+  new MysqlStore({ pool: decorated.promise.pool })
+  // @ts-expect-error: that is not the pool
+  new MysqlStore({ pool: decorated.promise })
+  // @ts-expect-error: a pool is needed
+  new MysqlStore({})
+  // @ts-expect-error: one connection is no pool
+  new MysqlStore({ pool: mysql.createConnection('mysql://localhost') })
+  // @ts-expect-error: one connection is no pool
+  new MysqlStore({ pool: await mysqlPromise.createConnection('mysql://localhost') })
 
   // @ts-expect-error: a client is needed
   new RedisStore()

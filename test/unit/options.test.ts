@@ -1,6 +1,7 @@
 import { inspect } from 'node:util'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { Redis } from 'ioredis'
+import { createPool } from 'mysql2'
 import t from 'tap'
 import { isFinal } from '../../lib/http/finality.js'
 import {
@@ -403,12 +404,15 @@ t.test('what is taken for a store is told what to write', async (t) => {
   const redis = new Redis({ lazyConnect: true, password: 'secret' })
   const nodeRedis = { sendCommand() {}, multi() {}, isOpen: true }
   const decorated = { pool: new Pool(), query() {}, connect() {}, transact() {} }
+  const mysqlDecorated = { pool: {}, query() {}, execute() {}, getConnection() {} }
   const values: [unknown, RegExp][] = [
     [redis, /got \[\w+\] \(object\): .*write new RedisStore\(client\)$/],
     [nodeRedis, /node-redis; write new RedisStore\(client\)$/],
     [new Pool(), /a pool of pg; write new PostgresStore\(\{ pool \}\)$/],
     [new PgClient(), /a client of pg; write new PostgresStore\(\{ pool \}\) with a pool$/],
     [decorated, /write new PostgresStore\(\{ pool: app\.pg\.pool \}\)$/],
+    [createPool('mysql://user:secret@localhost/db'), /a pool of mysql2; write new MysqlStore\(\{ pool \}\)$/],
+    [mysqlDecorated, /write new MysqlStore\(\{ pool: app\.mysql\.pool \}\)$/],
     [RedisStore, /\[class RedisStore\] \(function\): write new RedisStore\(…\)$/],
     [MemoryStore, /write new MemoryStore\(…\)$/],
     ['redis://localhost', /write new RedisStore\(new Redis\(…\)\) with ioredis$/],
