@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import Fastify from 'fastify'
 import { createPool } from 'mysql2/promise'
 import * as idempotency from '../../.build/index.js'
-import { sqliteDrivers } from '../../.build/test/support/sqlite.js'
+import { openSqlite } from '../../.build/test/support/sqlite.js'
 import { postgresPool, redisClient } from './clients.mjs'
 import { COVERED, UNCOVERED, WAITING } from './route.mjs'
 import { served } from './served.mjs'
@@ -51,8 +51,7 @@ export async function onPostgres({ route, postgres }) {
 /** `better-sqlite3`, or `node:sqlite` if that is what is asked for. What is answered is on the disk. */
 export async function onSqlite({ route }) {
   const folder = await mkdtemp(join(tmpdir(), 'bench-'))
-  const [[, { open }]] = sqliteDrivers
-  const database = open(join(folder, 'keys'))
+  const database = openSqlite(join(folder, 'keys'))
   return build(route, new SqliteStore({ database }), async () => {
     database.close()
     await rm(folder, { recursive: true })

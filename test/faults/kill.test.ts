@@ -1,4 +1,5 @@
 import { randomUUID } from 'node:crypto'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import t, { type Test } from 'tap'
@@ -12,6 +13,7 @@ import {
   type Kill,
   type Mode,
   PLAIN_POINTS,
+  PLAIN_STORES,
   type Point,
   type Sabotage,
   SCHEMA,
@@ -20,6 +22,7 @@ import {
 } from '../support/kill-plan.js'
 import { until } from '../support/latch.js'
 import { countBy, shuffled, some } from '../support/lists.js'
+import { startMariadb } from '../support/mariadb.js'
 import { startPostgres } from '../support/postgres.js'
 import { makeFolder } from '../support/process.js'
 import { newSeed, Random } from '../support/random.js'
@@ -42,6 +45,8 @@ const postgres = await startPostgres()
 t.teardown(() => postgres.close())
 const redis = await startRedis()
 t.teardown(() => redis.close())
+const mariadb = await startMariadb()
+t.teardown(() => mariadb.close())
 /** Another connection than those of the workers. */
 const pool = postgres.pool()
 await pool.query(SCHEMA)
@@ -55,15 +60,16 @@ const LONG_LEASE_MS = 180_000
 interface FleetOptions {
   options: IdempotencyOptions
   sabotage?: Sabotage
-  withRedis?: boolean
+  /** With what is not PostgreSQL as well. */
+  withAll?: boolean
 }
 
 type Workers = Fleet<Kill>
 
-function startFleet(t: Test, count: number, { options, sabotage, withRedis }: FleetOptions): Promise<Workers> {
+function startFleet(t: Test, count: number, { options, sabotage, withAll }: FleetOptions): Promise<Workers> {
   const env = {
     POSTGRES: postgres.host,
-    ...(withRedis && { REDIS_PATH: redis.path }),
+    ...(withAll && { REDIS_PATH: redis.path, MARIADB: mariadb.url, SQLITE: join(folder, 'sqlite') }),
     ...(sabotage && { SABOTAGE: sabotage })
   }
   return Fleet.start(t, count, { args: [script, JSON.stringify(options)], env, folder, random })
@@ -390,7 +396,6 @@ t.test('the check fails where a claim is made outside of the transaction', async
 
 /** Handlers take some 50 ms. */
 const LEASE_MS = 1_000
-const STORES = ['postgres', 'redis'] as const
 /** Where a kill leaves a claim without a reply. */
 const CUTTING: Point[] = ['after the claim', 'between the writes', 'after the writes']
 
@@ -433,9 +438,9 @@ interface History {
 
 t.test('without a transaction', async (t) => {
   const options = { lease: LEASE_MS, storeTimeout: 10_000 }
-  const fleet = await startFleet(t, 3, { options, withRedis: true })
+  const fleet = await startFleet(t, 3, { options, withAll: true })
   const histories: History[] = []
-  const modes = STORES.flatMap((store) => [`${store}-rerun`, `${store}-reject`] as const)
+  const modes = PLAIN_STORES.flatMap((store) => [`${store}-rerun`, `${store}-reject`] as const)
   const plans = modes.flatMap((mode) => plansFor(mode, PLAIN_POINTS, 4, [1]))
   requests = 0
   await some(shuffled(plans, random), 16, async (plan) => {
@@ -454,7 +459,7 @@ t.test('without a transaction', async (t) => {
   t.comment(`${plans.length} keys, ${requests} requests`)
   checkKills(t, kills, PLAIN_POINTS, 1)
 
-  for (const store of STORES) {
+  for (const store of PLAIN_STORES) {
     await t.test(`${store}, 'rerun': each key has at least one effect, and never two owners at a time`, async (t) => {
       let reruns = 0
       for (const { plan, answers, runs, entries } of histories) {
@@ -497,7 +502,7 @@ t.test('without a transaction', async (t) => {
     })
   }
 
-  for (const store of STORES) {
+  for (const store of PLAIN_STORES) {
     await t.test(`${store}, 'rerun': a kill between effect and completion gives two effects`, async (t) => {
       const plan: Plan = { key: randomUUID(), mode: `${store}-rerun`, kill: 'after the writes', kills: 1 }
       await t.rejects(send(fleet.any() as Worker, plan))

@@ -2,10 +2,14 @@ import { randomUUID } from 'node:crypto'
 import { type Pool as CallbackPool, createPool, type PoolConnection, type PoolOptions } from 'mysql2'
 import type { RowDataPacket } from 'mysql2/promise'
 import t from 'tap'
-import { type Mysql2Pool, MysqlStore } from '../../index.js'
+import { type IdempotencyStore, type Mysql2Pool, MysqlStore } from '../../index.js'
 import { endures } from '../support/bad-network.js'
+import { Lost } from '../support/flaky-store.js'
 import { startMariadb } from '../support/mariadb.js'
+import { newSeed, Random } from '../support/random.js'
 import { conforms } from '../support/store-fixtures.js'
+import { exclusiveHistory, takeoverHistory } from '../support/store-histories.js'
+import { TcpProxy } from '../support/tcp-proxy.js'
 
 const server = await startMariadb()
 t.teardown(() => server.close())
@@ -40,6 +44,19 @@ function callbackPools(options: PoolOptions, ...statements: string[]): readonly 
     })
   }
   return [open(), open()]
+}
+
+/** Whatever fails got lost, before it was done or behind it: nobody knows. */
+function lossy(store: IdempotencyStore): IdempotencyStore {
+  const lost = ({ message }: Error) => {
+    throw new Lost(message)
+  }
+  return {
+    acquire: (key, claim) => store.acquire(key, claim).catch(lost),
+    renew: (key, token, leaseMs) => store.renew(key, token, leaseMs).catch(lost),
+    complete: (key, token, record, ttlMs) => store.complete(key, token, record, ttlMs).catch(lost),
+    release: (key, token, unused) => store.release(key, token, unused).catch(lost)
+  }
 }
 
 const stores = await newStores([server.pool(), server.pool()])
@@ -78,3 +95,22 @@ for (const [n, options] of ODD.entries()) {
 }
 
 endures(t, 'a MysqlStore whose answers get lost', stores)
+
+t.test('a MysqlStore whose connections are cut, before a statement or behind it', async (t) => {
+  const random = new Random(newSeed())
+  t.comment(`SEED=${random.seed}`)
+  const proxy = await TcpProxy.to({ path: server.socket }, random)
+  t.teardown(() => proxy.close())
+  const { host, port } = proxy
+  const pools = callbackPools({ host, port, user: 'root', socketPath: '' })
+  const make = await newStores(pools)
+  const { store, second, dispose } = make()
+  t.teardown(dispose)
+  proxy.trouble = { delay: 2, loseCommands: 0.03, loseAnswers: 0.03 }
+  const clients = [store, second].map(lossy)
+  await exclusiveHistory(t, clients, random)
+  await takeoverHistory(t, clients, random)
+  proxy.heal()
+  t.comment(JSON.stringify(proxy.struck))
+  t.ok(proxy.struck.lostCommands > 10 && proxy.struck.lostAnswers > 10)
+})

@@ -33,7 +33,8 @@ export type Point = (typeof TRANSACTION_POINTS | typeof PLAIN_POINTS)[number]
 /** The routes of a worker: what holds the claims, and what becomes of duplicates, or of claims whose owner has died. */
 export type Mode = TransactionMode | PlainMode
 export type TransactionMode = 'transaction' | 'transaction-wait'
-export type PlainMode = `${'postgres' | 'redis'}-${'rerun' | 'reject'}`
+export type PlainMode = `${(typeof PLAIN_STORES)[number]}-${'rerun' | 'reject'}`
+export const PLAIN_STORES = ['postgres', 'redis', 'mysql', 'sqlite'] as const
 
 /** What a request asks of the worker besides its work. Not in the body: duplicates may differ in it. */
 export const KILL = 'x-kill'

@@ -8,18 +8,30 @@ import idempotency, {
   type IdempotencyOptions,
   type IdempotencyRouteOptions,
   type IdempotencyStore,
+  MysqlStore,
   PostgresStore,
-  RedisStore
+  RedisStore,
+  SqliteStore
 } from '../../index.js'
 import { killOnce } from './kill-note.js'
-import { HOLD, KILL, KILLS, type Kill, type Mode, type Point, type Sabotage, type Transfer } from './kill-plan.js'
+import {
+  HOLD,
+  KILL,
+  KILLS,
+  type Kill,
+  type Mode,
+  type PLAIN_STORES,
+  type Point,
+  type Sabotage,
+  type Transfer
+} from './kill-plan.js'
 
 // A server as a process of its own that kills itself at a point that the request names: `node kill-worker.js <options
-// as JSON>`. It prints its URL on a line. POSTGRES and REDIS_PATH say where the servers are (without Redis, its routes
-// are missing), KILLS_FOLDER where to note a kill, WORKER under which name. SABOTAGE removes one of the safeguards.
+// as JSON>`. It prints its URL on a line. POSTGRES, REDIS_PATH, MARIADB and SQLITE say where the servers and the file are (without
+// one of the last three, its routes are missing), KILLS_FOLDER where to note a kill, WORKER under which name. SABOTAGE removes one of the safeguards.
 
 const options: IdempotencyOptions = JSON.parse(process.argv[2] ?? '{}')
-const { POSTGRES, REDIS_PATH, KILLS_FOLDER = '', WORKER = '' } = process.env
+const { POSTGRES, REDIS_PATH, MARIADB, SQLITE, KILLS_FOLDER = '', WORKER = '' } = process.env
 const sabotage = process.env.SABOTAGE as Sabotage | undefined
 
 /** What is known of a request, wherever its asynchronous ways lead. */
@@ -172,20 +184,33 @@ pool.on('connect', watch)
 for (const each of [plain, pool]) each.on('error', () => {})
 
 const transactional = new PostgresStore({ pool })
-const postgres = watched(new PostgresStore({ pool: plain, table: 'plain_keys' }))
+const postgres = new PostgresStore({ pool: plain, table: 'plain_keys' })
 await transactional.createTable()
 await postgres.createTable()
 
 const routes: Partial<Record<Mode, IdempotencyRouteOptions>> = {
   transaction: { store: transactional, transaction: true },
-  'transaction-wait': { store: transactional, transaction: true, onConflict: 'wait' },
-  'postgres-rerun': { store: postgres },
-  'postgres-reject': { store: postgres, onAbandoned: 'reject' }
+  'transaction-wait': { store: transactional, transaction: true, onConflict: 'wait' }
 }
+addRoutes('postgres', postgres)
 if (REDIS_PATH !== undefined) {
   const { Redis } = await import('ioredis')
-  const store = watched(new RedisStore(new Redis({ path: REDIS_PATH })))
-  Object.assign(routes, { 'redis-rerun': { store }, 'redis-reject': { store, onAbandoned: 'reject' } })
+  addRoutes('redis', new RedisStore(new Redis({ path: REDIS_PATH })))
+}
+if (MARIADB !== undefined) {
+  const { createPool } = await import('mysql2')
+  const store = new MysqlStore({ pool: createPool(MARIADB) })
+  await store.createTable()
+  addRoutes('mysql', store)
+}
+if (SQLITE !== undefined) {
+  const { openSqlite } = await import('./sqlite.js')
+  addRoutes('sqlite', new SqliteStore({ database: openSqlite(SQLITE) }))
+}
+
+function addRoutes(name: (typeof PLAIN_STORES)[number], plain: IdempotencyStore): void {
+  const store = watched(plain)
+  Object.assign(routes, { [`${name}-rerun`]: { store }, [`${name}-reject`]: { store, onAbandoned: 'reject' } })
 }
 
 // ---- The server

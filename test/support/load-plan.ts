@@ -1,4 +1,5 @@
 import type { RedisOptions } from 'ioredis'
+import type { PoolOptions } from 'mysql2'
 import type { IdempotencyOptions } from '../../index.js'
 import type { Absence, Run } from './http-history.js'
 
@@ -9,8 +10,10 @@ export interface WorkerSetup {
   name: string
   /** The file that its runs are written to: not to the Redis that is under fault. */
   runs: string
-  redis: (RedisOptions & { replyMapping?: 'legacy' }) | { host: string; port: number }[]
-  /** Of which library its client is; ioredis by default. */
+  /** Where the claims are: in Redis, or in MariaDB. */
+  mysql?: PoolOptions
+  redis?: (RedisOptions & { replyMapping?: 'legacy' }) | { host: string; port: number }[]
+  /** Of which library its client of Redis is; ioredis by default. */
   client?: 'node-redis' | undefined
   options: IdempotencyOptions
   /** Removes a safeguard. */

@@ -3,8 +3,9 @@ import { appendFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import Fastify, { type FastifyReply, type FastifyRequest } from 'fastify'
 import { Cluster, Redis } from 'ioredis'
+import { createPool } from 'mysql2'
 import { createClient, createCluster } from 'redis'
-import idempotency, { type IdempotencyStore, RedisStore } from '../../index.js'
+import idempotency, { type IdempotencyStore, MysqlStore, RedisStore } from '../../index.js'
 import { encodeRecord } from '../../lib/stores/record-codec.js'
 import { now } from './http-history.js'
 import { type Job, ROUTES, type RunLine, type WorkerSetup } from './load-plan.js'
@@ -28,8 +29,7 @@ const STALL = 700
 
 const note = (line: RunLine) => appendFileSync(setup.runs, `${JSON.stringify(line)}\n`)
 
-async function connect() {
-  const { redis } = setup
+async function connect(redis: NonNullable<WorkerSetup['redis']>) {
   if (setup.client === 'node-redis') {
     const socket = { reconnectStrategy: 30 }
     const client = Array.isArray(redis)
@@ -44,11 +44,21 @@ async function connect() {
   return new Cluster(redis, { clusterRetryStrategy: retryStrategy, slotsRefreshInterval: 1_000 })
 }
 
-const redis = await connect()
-// Without a listener ioredis prints each failure to connect.
-redis.on('error', () => {})
+/** A store, and what ends its connections. */
+async function open(): Promise<{ store: IdempotencyStore; end: () => unknown }> {
+  if (setup.mysql === undefined) {
+    const redis = await connect(setup.redis ?? [])
+    // Without a listener ioredis prints each failure to connect.
+    redis.on('error', () => {})
+    return { store: storeOn(redis), end: () => redis.disconnect() }
+  }
+  const pool = createPool(setup.mysql)
+  const store = new MysqlStore({ pool })
+  await store.createTable()
+  return { store, end: () => pool.end() }
+}
 
-function storeOf(): IdempotencyStore {
+function storeOn(redis: Awaited<ReturnType<typeof connect>>): IdempotencyStore {
   const store = new RedisStore(redis)
   if (setup.sabotage === 'no owner check') {
     store.complete = async (key, token, record, ttl) => {
@@ -61,7 +71,8 @@ function storeOf(): IdempotencyStore {
 }
 
 const app = Fastify()
-await app.register(idempotency, { store: storeOf(), ...setup.options })
+const { store, end } = await open()
+await app.register(idempotency, { store, ...setup.options })
 
 for (const [name, idempotency] of Object.entries(ROUTES)) app.post(`/${name}`, { config: { idempotency } }, work)
 
@@ -94,7 +105,7 @@ setInterval(() => {
 
 process.on('SIGTERM', async () => {
   await app.close()
-  await redis.disconnect()
+  await end()
   process.exit(0)
 })
 

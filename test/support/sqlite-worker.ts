@@ -1,13 +1,12 @@
 import { randomUUID } from 'node:crypto'
 import { SqliteStore } from '../../index.js'
-import { sqliteDrivers } from './sqlite.js'
+import { openSqlite } from './sqlite.js'
 import { claim, reply } from './store-fixtures.js'
 
 /* A process that claims and completes keys in a file until it is killed, and prints each of them once that is answered. */
 
 const [, , path = ''] = process.argv
-const [driver] = sqliteDrivers
-const store = new SqliteStore({ database: (driver as NonNullable<typeof driver>)[1].open(path) })
+const store = new SqliteStore({ database: openSqlite(path) })
 for (;;) {
   const [key, mine] = [randomUUID(), claim()]
   await store.acquire(key, mine)

@@ -64,6 +64,12 @@ export const sqliteDrivers = (SQLITE_DRIVER === undefined ? here : [SQLITE_DRIVE
   (name) => [name, all[name]?.() ?? missing(`driver ${name}`)] as const
 )
 
+/** A connection of whichever driver there is. */
+export function openSqlite(path: string): OpenSqlite {
+  const [[, driver] = missing('SQLite')] = sqliteDrivers
+  return driver.open(path)
+}
+
 /** Runs a test file of this folder's parent once more, with `node:sqlite`, where this version of Node has none. */
 export function alsoWithNodeSqlite(t: Test, file: string): void {
   if (!isElsewhere || SQLITE_DRIVER !== undefined) return

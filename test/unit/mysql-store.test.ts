@@ -7,7 +7,9 @@ import t from 'tap'
 import { type Mysql2Pool, MysqlStore } from '../../index.js'
 import { claimFailure, explain, isContention } from '../../lib/stores/mysql/errors.js'
 import { MysqlDriver } from '../../lib/stores/mysql/mysql-driver.js'
+import { latch } from '../support/latch.js'
 import { claim, reply } from '../support/store-fixtures.js'
+import { VirtualTime } from '../support/virtual-time.js'
 
 const ADDRESS = 'mysql://user:secret@localhost/db'
 
@@ -16,7 +18,7 @@ const failure = (errno: number, code = `ER_${errno}`, message = 'x') =>
 
 /** A pool with one connection, which gives the next of some answers, or is lost for the next of some errors. */
 class FakePool extends EventEmitter {
-  readonly answers: (object | Error)[] = []
+  readonly answers: (object | Error | Promise<object>)[] = []
   readonly sent: { sql: string; values: unknown[] }[] = []
   readonly ends: string[] = []
 
@@ -32,7 +34,7 @@ class FakePool extends EventEmitter {
         this.sent.push(statement)
         const answer = this.answers.shift() ?? { affectedRows: 1, serverStatus: 2 }
         if (answer instanceof Error) throw answer
-        return [answer]
+        return [await answer]
       },
       release: () => this.ends.push('released'),
       destroy: () => this.ends.push('destroyed')
@@ -129,6 +131,26 @@ t.test('a connection to a server that does not write, or that takes no more, is 
     await t.rejects(store.acquire('k', claim()), { code: `ER_${errno}` })
     t.strictSame(pool.ends, ['destroyed'])
   }
+})
+
+t.test('a connection that is silent for a minute is not given back, and its late answer changes nothing', async (t) => {
+  const { pool, store } = open()
+  const answer = latch<object>()
+  pool.answers.push(answer.promise)
+  const time = new VirtualTime()
+  time.install()
+  t.teardown(() => time.uninstall())
+  const claimed = store.acquire('k', claim())
+  const outcome = claimed.then(
+    () => 'acquired',
+    ({ message }) => message
+  )
+  await time.pass(59_999)
+  t.strictSame(pool.ends, [])
+  await time.pass(1)
+  t.equal(await outcome, 'The idempotency store did not answer within 60000 ms')
+  t.strictSame(pool.ends, ['destroyed'])
+  answer.open({ affectedRows: 1, serverStatus: 2 })
 })
 
 t.test('a server that says itself that a reply is too large is not asked how much it takes', async (t) => {

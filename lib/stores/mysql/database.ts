@@ -1,4 +1,6 @@
 import type { EventEmitter } from 'node:events'
+import { StoreTimeout } from '../../errors.js'
+import { withTimeout } from '../../util/timeout.js'
 import { explain, isContention, isReadOnly, isTooLarge } from './errors.js'
 
 /* Statements on connections of a pool of mysql2, each a transaction of its own. */
@@ -37,6 +39,12 @@ export type Columns = Readonly<Record<string, unknown>>
 
 /** How often a statement is repeated that has lost against others. */
 const MOST_TRIES = 20
+
+/**
+ * How long an answer is waited for: longer than the server waits for a lock, by default. Callers have given up long before; it is the
+ * pool that would never have a connection back whose other end is gone without a word.
+ */
+const MOST_MS = 60_000
 
 /** Against what a pool may be set to, which would change what is read. */
 const AS_IT_IS = {
@@ -77,23 +85,28 @@ export class Database {
 
   async #attempt(statement: object): Promise<Columns[] | Header> {
     const connection = await this.#pool.getConnection()
-    let isUsable = false
+    let end = () => connection.release()
     try {
-      const [result] = await connection.execute(statement)
+      const [result] = await withTimeout(MOST_MS, () => connection.execute(statement))
       if ('serverStatus' in result) refuseTransaction(result)
-      isUsable = true
       return result
     } catch (error) {
-      isUsable = !(error instanceof OpenTransaction || isReadOnly(error) || isTooLarge(error))
+      if (UNUSABLE.some((isSo) => isSo(error))) end = () => connection.destroy()
       throw error
     } finally {
-      if (isUsable) connection.release()
-      else connection.destroy()
+      end()
     }
   }
 }
 
 class OpenTransaction extends Error {}
+
+/** Errors behind which a connection is not given back to the pool. */
+const UNUSABLE = [
+  (error: unknown) => error instanceof OpenTransaction || error instanceof StoreTimeout,
+  isReadOnly,
+  isTooLarge
+]
 
 /**
  * What was written in a transaction that somebody has left open would be undone with it, or never be committed. Whoever is handed a
