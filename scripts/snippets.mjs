@@ -80,9 +80,13 @@ function commonJsOf(code) {
 
 /** @param {string} line */
 function toSource(line) {
-  return line
-    .replace("'fastify-idempotency'", "'../../../index.js'")
-    .replace("'fastify-idempotency/testkit'", "'../../../lib/testkit.js'")
-    .replace("'fastify-idempotency/client'", "'../../../lib/client.js'")
-    .replace("'fastify-idempotency/transactions'", "'../../../lib/transactions.js'")
+  return (
+    line
+      .replace("'fastify-idempotency'", "'../../../index.js'")
+      // It has the interface, and need not be compiled.
+      .replace("'better-sqlite3'", "'libsql'")
+      .replace("'fastify-idempotency/testkit'", "'../../../lib/testkit.js'")
+      .replace("'fastify-idempotency/client'", "'../../../lib/client.js'")
+      .replace("'fastify-idempotency/transactions'", "'../../../lib/transactions.js'")
+  )
 }

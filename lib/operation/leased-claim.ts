@@ -1,6 +1,5 @@
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../types/index.js'
 import { UnreadableAnswer } from '../errors.js'
-import { innermost } from '../stores/innermost.js'
 import { type MaybePromise, peek } from '../util/sync-promise.js'
 import { promiseTry } from '../util/timeout.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
@@ -64,7 +63,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
   }
 
   get sharesLocks(): boolean {
-    return innermost(this.#claimant.policy.store).some((store) => store.sharesLocks === true)
+    return this.#claimant.policy.store.sharesLocks === true
   }
 
   /** Does the handler run, or its reply wait to be stored, under a claim that counts? */

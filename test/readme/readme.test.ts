@@ -19,6 +19,7 @@ import { build, inject, REPLAYED } from '../support/app.js'
 import { startMariadb } from '../support/mariadb.js'
 import { nodeTest } from '../support/node-test.js'
 import { startPostgres } from '../support/postgres.js'
+import { makeFolder } from '../support/process.js'
 import { startRedis } from '../support/redis.js'
 import { bare, handled, RECIPES, snippet, tried } from './snippet.js'
 
@@ -241,6 +242,19 @@ t.test('mysql: a reply in MariaDB is replayed', async (t) => {
   t.equal(await replays(app, '/'), true)
   const [[row] = []] = await pool.query<RowDataPacket[]>('SELECT state FROM idempotency_keys')
   t.match(row, { state: 'completed' })
+})
+
+t.test('sqlite: a reply in a file is replayed after a restart', async (t) => {
+  process.env.IDEMPOTENCY_FILE = join(makeFolder('readme'), 'file')
+  const replies = []
+  for (const run of ['first', 'second']) {
+    const app = await bare(t)
+    await snippet('sqlite', { app })
+    app.post('/', { config: { idempotency: true } }, async () => run)
+    replies.push((await inject(app, { method: 'POST', url: '/', headers: { 'idempotency-key': 'k' } })).body)
+    await app.close()
+  }
+  t.same(replies, ['first', 'first'])
 })
 
 t.test('client: one operation, whatever its client has to repeat', async (t) => {

@@ -47,6 +47,7 @@ const OUTSIDE = { kind: 'reply', createdAt: 0, statusCode: 200, headers: [], tex
  */
 export class EncryptedStore implements IdempotencyStore {
   // What a store need not have, this one has where the other has it.
+  readonly sharesLocks: boolean
   readonly step?: NonNullable<IdempotencyStore['step']>
   readonly changed?: NonNullable<IdempotencyStore['changed']>
   readonly get?: NonNullable<IdempotencyStore['get']>
@@ -66,6 +67,7 @@ export class EncryptedStore implements IdempotencyStore {
     isInFrontOf(this, store)
     this.#records = new Records(new Keyring(secretsOf(keys)))
     const { step, changed, get, delete: forget, begin, close } = store
+    this.sharesLocks = store.sharesLocks === true
     if (step) this.step = async (key, token, done) => step.call(store, key, token, this.#records.sealedStep(key, done))
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)
     if (get) this.get = async (key) => this.#records.open(key, await get.call(store, key))

@@ -64,6 +64,7 @@ type Completed = Extract<Acquisition, { state: 'completed' }>
  */
 export class LocalCache implements IdempotencyStore {
   // What a store need not have, this one has where the other has it.
+  readonly sharesLocks: boolean
   readonly step?: NonNullable<IdempotencyStore['step']>
   readonly changed?: NonNullable<IdempotencyStore['changed']>
   readonly get?: NonNullable<IdempotencyStore['get']>
@@ -92,6 +93,7 @@ export class LocalCache implements IdempotencyStore {
     this.#maxBytes = maxBytes ?? 33_554_432
     this.#maxAge = maxAge ?? 10_000
     const { step, changed, get, delete: forget, begin, close } = store
+    this.sharesLocks = store.sharesLocks === true
     if (step) this.step = (key, token, done) => step.call(store, key, token, done)
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)
     // Who looks, an operator for instance, wants to see what is there.

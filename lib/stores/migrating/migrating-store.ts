@@ -33,6 +33,7 @@ type Step = NonNullable<IdempotencyStore['step']>
  */
 export class MigratingStore implements IdempotencyStore {
   // What a store need not have, this one has where both have it.
+  readonly sharesLocks: boolean
   readonly step?: Step
   readonly changed?: NonNullable<IdempotencyStore['changed']>
   readonly get?: NonNullable<IdempotencyStore['get']>
@@ -60,6 +61,7 @@ export class MigratingStore implements IdempotencyStore {
     this.#to = to
     this.#claims = new DoubleClaims(from, to, this.#known)
     isInFrontOf(this, from, to)
+    this.sharesLocks = from.sharesLocks === true || to.sharesLocks === true
     if (from.step && to.step) {
       const steps = [from.step.bind(from), to.step.bind(to)] as const
       this.step = (key, token, [name, result]) => this.#step(...steps, key, token, [name, result])
