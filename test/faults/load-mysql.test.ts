@@ -23,7 +23,8 @@ async function open(t: Test, options: Omit<SceneOptions, 'workers'> = {}) {
 }
 
 t.test('MariaDB is killed and comes back: all guarantees hold', async (t) => {
-  const { server, scene } = await open(t)
+  // Longer than it takes to start on a busy machine.
+  const { server, scene } = await open(t, { options: { lease: 60_000 }, load: { patience: 60_000 } })
   await scene.load.during(async () => {
     for (let n = 0; n < 2 * FACTOR; n++) {
       await scene.load.more(scene.random.between(10, 40))

@@ -153,11 +153,11 @@ t.test('a first claim is one statement, a completion one, and everything else tw
 t.test('whatever the number of keys that are waited for, a connection prepares few statements', async (t) => {
   const { store, second, pool } = await open(t, { pool: { connectionLimit: 1 } })
   const before = await status(pool, 'Com_stmt_prepare')
-  for (let n = 1; n <= 40; n++) {
+  for (let n = 1; n <= 60; n++) {
     const key = newKey()
     await take(second, key)
     void store.changed(key, never())
-    await sleep(15)
+    await sleep(25)
   }
   await sleep(200)
   const prepared = (await status(pool, 'Com_stmt_prepare')) - before

@@ -41,8 +41,8 @@ export type Columns = Readonly<Record<string, unknown>>
 const MOST_TRIES = 20
 
 /**
- * How long an answer is waited for: longer than the server waits for a lock, by default. Callers have given up long before; it is the
- * pool that would never have a connection back whose other end is gone without a word.
+ * How long an answer is waited for: longer than the server waits for a lock, by default. Callers have given up long before; it
+ * is the pool that would never have a connection back whose other end is gone without a word.
  */
 const MOST_MS = 60_000
 
@@ -109,8 +109,8 @@ const UNUSABLE = [
 ]
 
 /**
- * What was written in a transaction that somebody has left open would be undone with it, or never be committed. Whoever is handed a
- * connection by a pool is alone with it: closing it undoes what was written for certain, and the pool makes another one.
+ * What was written in a transaction that somebody has left open would be undone with it, or never be committed. Whoever is handed
+ * a connection by a pool is alone with it: closing it undoes what was written for certain, and the pool makes another one.
  */
 function refuseTransaction({ serverStatus }: Header): void {
   if ((serverStatus & IN_TRANSACTION) === 0) return

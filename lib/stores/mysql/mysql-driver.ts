@@ -3,16 +3,16 @@ import { type Columns, type CorePool, Database } from './database.js'
 import { claimFailure, isDuplicate, isTooLarge } from './errors.js'
 
 /*
- * Rows in a table of MySQL or MariaDB. What is compared is bytes, so that no collation has a say; times are those of the server, as
- * numbers, so that no time zone has one.
+ * Rows in a table of MySQL or MariaDB. What is compared is bytes, so that no collation has a say; times are those of the server,
+ * as numbers, so that no time zone has one.
  */
 
 /** The server's clock, in milliseconds since the epoch. The divisor makes it a DOUBLE, which every pool reads alike. */
 const NOW = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) / 1e3"
 
 /**
- * For statements that look at `expires_at` too: by its index, or reading the table from end to end, they would lock the gaps
- * that claims are inserted into.
+ * For statements that look at `expires_at` too: by its index, or reading the table from end to end, they would lock the gaps that
+ * claims are inserted into.
  */
 const BY_KEY = 'FORCE INDEX (PRIMARY)'
 
@@ -66,7 +66,7 @@ VALUES (?, 'running', ?, ?, ${NOW} + ?, ${NOW} + ?, ?)`,
     }
   }
 
-  /** A locking read, since verdicts rest on it: another one may be of the past, in a transaction that somebody has left open. */
+  /** Verdicts rest on it, so it is a locking read: in a transaction that somebody has left open, another one is of the past. */
   async find(key: string): Promise<Row | null> {
     const [row] = await this.#database.rows(
       `SELECT state, token, revision, lease_end, expires_at, value, ${NOW} AS looked_at
