@@ -1,4 +1,5 @@
 import t from 'tap'
+import { MigratingStore } from '../../index.js'
 import { EncryptedStore } from '../../lib/stores/encrypted/encrypted-store.js'
 import { LocalCache } from '../../lib/stores/memory/local-cache.js'
 import { MemoryStore } from '../../lib/stores/memory/memory-store.js'
@@ -28,4 +29,21 @@ t.test('a MemoryStore in a process with siblings is told once, whatever is in fr
   for (const store of [shared(), sealed(shared()), new LocalCache(shared())]) t.strictSame(await told(store), [])
   t.match(await told(new LocalCache(sealed(new MemoryStore()))), [/a retry that comes to another one/])
   t.strictSame(await told(new MemoryStore()), [])
+})
+
+t.test('what is in front of a store that shares its locks with transactions shares them too', async (t) => {
+  const plain = () => new MemoryStore()
+  const sharing = () => Object.assign(new MemoryStore(), { sharesLocks: true })
+  const keys = [Buffer.alloc(32, 1)]
+  for (const [store, shares] of [
+    [new LocalCache(sharing()), true],
+    [new EncryptedStore(sharing(), { keys }), true],
+    [new MigratingStore(sharing(), plain()), true],
+    [new MigratingStore(plain(), new LocalCache(sharing())), true],
+    [new LocalCache(plain()), false],
+    [new EncryptedStore(plain(), { keys }), false],
+    [new MigratingStore(plain(), plain()), false]
+  ] as const) {
+    t.equal(store.sharesLocks, shares, store.constructor.name)
+  }
 })
