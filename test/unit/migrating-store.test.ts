@@ -107,9 +107,19 @@ t.test('a route with a transaction does not boot on it, and hears why', async (t
 })
 
 t.test('closing closes both, even when one of them cannot', async (t) => {
-  const { store, from, callsOf } = scene()
+  const { store, from, to } = scene()
+  const closed = latch()
   from.next.close = fail('stuck')
-  t.strictSame(await callsOf(() => t.rejects(store.close(), { message: 'stuck' })), ['from.close', 'to.close'])
+  to.next.close = () => closed.promise
+  let isOver = false
+  const closing = store.close().finally(() => {
+    isOver = true
+  })
+  closing.catch(() => {})
+  await new Promise<void>((resolve) => setImmediate(resolve))
+  t.equal(isOver, false)
+  closed.open()
+  await t.rejects(closing, { message: 'stuck' })
 })
 
 /* Claims */
@@ -264,7 +274,107 @@ t.test('what the caller changes after its call is not stored', async (t) => {
   for (const side of [from, to]) same(t, await side.get(key), reply({ headers: [['x-a', ['1']]] }))
 })
 
+t.test('who gets `from` while a record is put there is what is found', async (t) => {
+  const { store, from, to, key } = scene()
+  await finish(to, key)
+  const mine = claim()
+  from.next.complete = async () => {
+    await from.release(key, mine.token)
+    await take(from, key, { fingerprint: 'faster' })
+  }
+  t.match(await store.acquire(key, mine), { state: 'running', fingerprint: 'faster' })
+})
+
+t.test('a record that has less than a millisecond left is put into `from` for a whole one', async (t) => {
+  const { from, to, key } = scene()
+  await finish(to, key)
+  const ttls: unknown[] = []
+  const complete = from.complete.bind(from)
+  from.complete = (key, token, record, ttl) => {
+    ttls.push(ttl)
+    return complete(key, token, record, ttl)
+  }
+  const acquire = to.acquire.bind(to)
+  to.acquire = async (...args) => ({ ...(await acquire(...args)), ttlMs: 0.4 }) as never
+  await new MigratingStore(from, to).acquire(key, claim())
+  t.strictSame(ttls, [1])
+})
+
+t.test('who loses `from` while its attempt is raised there lets go of `to`', async (t) => {
+  const { store, from, to, key } = scene()
+  await lapsed(to, key)
+  to.next.acquire = () => {
+    from.next.acquire = () => take(from, key, { fingerprint: 'faster' })
+  }
+  t.match(await store.acquire(key, claim({ takeover: true })), { state: 'running', fingerprint: 'faster' })
+  t.match(await to.get(key), { state: 'abandoned', attempt: 1 })
+})
+
+t.test('a claim that leaves nothing behind leaves what it has taken over in order to put a record there', async (t) => {
+  const { store, from, to, key } = scene()
+  await lapsed(from, key)
+  await finish(to, key)
+  from.next.complete = fail('down')
+  await t.rejects(store.acquire(key, claim({ leaseMs: 1, retainMs: 0 })), { message: 'down' })
+  await lapse()
+  t.match(await from.get(key), { state: 'abandoned', attempt: 2 })
+})
+
+t.test('a claim that leaves nothing behind is raised all the same, and leaves nothing', async (t) => {
+  const store = new MemoryStore()
+  const [key, mine] = [newKey(), claim({ leaseMs: 500, retainMs: 0 })]
+  await store.acquire(key, mine)
+  t.strictSame(await raise(store, key, mine, { state: 'acquired', attempt: 1 }, 3), { state: 'acquired', attempt: 3 })
+  await store.renew(key, mine.token, 1)
+  await lapse()
+  t.equal(await store.get(key), null)
+})
+
+t.test('what has ended in one store and has lapsed in the other has not ended', async (t) => {
+  for (const ended of ['from', 'to'] as const) {
+    const scenery = scene()
+    const { store, key } = scenery
+    const token = await take(store, key)
+    await store.step(key, token, ['a', '1'])
+    for (const side of ['from', 'to'] as const) {
+      if (side === ended) await scenery[side].release(key, token)
+      else await scenery[side].renew(key, token, 1)
+    }
+    await lapse()
+    t.strictSame(await store.acquire(key, claim()), {
+      state: 'abandoned',
+      fingerprint: 'fingerprint',
+      attempt: 1,
+      steps: [['a', '1']]
+    })
+  }
+})
+
 /* Leases */
+
+t.test('what its owner has given back in one store is not claimed there anew', async (t) => {
+  for (const given of ['from', 'to'] as const) {
+    const scenery = scene()
+    const { store, key } = scenery
+    const token = await take(store, key)
+    await scenery[given].release(key, token)
+    t.equal(await store.renew(key, token, 60_000), false)
+    t.equal(await scenery[given].get(key), null)
+  }
+})
+
+t.test('a lapsed claim that was taken over in `to` does not hold `from` when it is renewed or completed', async (t) => {
+  for (const asked of [
+    (store: IdempotencyStore, key: string, token: string) => store.renew(key, token, 60_000),
+    (store: IdempotencyStore, key: string, token: string) => store.complete(key, token, reply(), null)
+  ]) {
+    const { store, from, to, key } = scene()
+    const token = await lapsed(store, key)
+    await to.acquire(key, claim({ takeover: true }))
+    t.equal(await asked(new MigratingStore(from, to), key, token), false)
+    t.equal(await from.get(key), null)
+  }
+})
 
 t.test('a lease that holds is renewed in both, and one that may have lapsed in `from` first', async (t) => {
   const { store, from, key, callsOf } = scene()
@@ -293,6 +403,7 @@ for (const lost of ['from', 'to'] as const) {
     await scenery[lost].delete(key)
     t.equal(await store.step(key, token, ['step', '1']), true)
     t.match(await scenery[lost].get(key), { state: 'running', steps: [['step', '1']] })
+    await store.renew(key, token, 3_000)
     await scenery[lost].delete(key)
     t.equal(await store.complete(key, token, reply(), null), true)
     for (const side of [scenery.from, scenery.to]) same(t, await side.get(key), reply())
@@ -387,8 +498,9 @@ t.test('a completion that `from` did not hear of is whole when it is repeated', 
   await t.rejects(store.complete(key, token, reply(), null), { message: 'down' })
   t.match(await store.acquire(key, claim({ takeover: true })), { state: 'running' }, 'it is shown to nobody')
   t.equal(await store.renew(key, token, 60_000), true, 'and kept, although `to` has no claim any more')
-  t.equal(await store.complete(key, token, reply(), null), true)
+  for (let n = 0; n < 2; n++) t.equal(await store.complete(key, token, reply(), null), true)
   for (const side of [from, to]) same(t, await side.get(key), reply())
+  t.equal(await new MigratingStore(from, to).complete(key, token, reply(), null), true)
 })
 
 t.test("a record that another has put into `from` for its owner is the owner's", async (t) => {
@@ -396,7 +508,7 @@ t.test("a record that another has put into `from` for its owner is the owner's",
   const token = await take(store, key)
   from.next.complete = fail('down')
   await t.rejects(store.complete(key, token, reply(), null), { message: 'down' })
-  await from.renew(key, token, 1)
+  t.equal(await store.renew(key, token, 1), true)
   await lapse()
   same(t, await new MigratingStore(from, to).acquire(key, claim({ takeover: true })), reply())
   t.equal(await store.complete(key, token, reply(), null), true)
@@ -423,6 +535,25 @@ t.test('a step is kept in `from`, then in `to`', async (t) => {
   const token = await take(store, key)
   t.strictSame(await callsOf(() => store.step(key, token, ['a', '1'])), ['from.step', 'to.step'])
 })
+
+t.test(
+  'a step of a lapsed claim is kept when who takes over has got it, and is not when that is in `to` alone',
+  async (t) => {
+    for (const heirs of ['both', 'to'] as const) {
+      const { store, from, to, key, callsOf } = scene()
+      const token = await lapsed(store, key)
+      const heir = claim({ takeover: true })
+      let found: unknown
+      to.next.step = async () => {
+        found = await (heirs === 'to' ? to : new MigratingStore(from, to)).acquire(key, heir)
+      }
+      const kept = heirs === 'both'
+      const calls = await callsOf(async () => t.equal(await store.step(key, token, ['a', '1']), kept))
+      t.strictSame(found, { state: 'acquired', attempt: 2, ...(kept && { steps: [['a', '1']] }) })
+      if (!kept) t.strictSame(calls, ['from.step', 'to.step', 'to.acquire', 'from.step'])
+    }
+  }
+)
 
 t.test('a release is heard by both when one of them fails, and is whole when it is repeated', async (t) => {
   for (const down of ['from', 'to'] as const) {

@@ -8,7 +8,7 @@ import { innermost, isInFrontOf } from '../innermost.js'
 import { A_STORE, isStore } from '../is-store.js'
 import { copyOf, seen } from './answers.js'
 import { COMPLETION_MS, DoubleClaims, PATIENCE_MS, PAUSE_MS } from './claiming.js'
-import { KnownClaims, leaseLeft } from './known-claims.js'
+import { type KnownClaim, KnownClaims, leaseLeft } from './known-claims.js'
 
 /** A lease that has longer to go does not lapse while a claim is completed in both stores. */
 const SAFE_MS = 5_000
@@ -95,10 +95,7 @@ export class MigratingStore implements IdempotencyStore {
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
     const known = this.#known.get(key, token)
     const askedAt = performance.now()
-    // What is completed in `to` is no claim there any more, and needs the one in `from` until it is there as well.
-    if (known?.isCompleting) return (await this.#inBoth((store) => store.renew(key, token, leaseMs)))[0]
-    const isHeld = leaseLeft(known) > 0 ? this.#renewBoth(key, token, leaseMs) : this.#renewInTurn(key, token, leaseMs)
-    if (!(await isHeld)) return false
+    if (!(await this.#renew(key, token, leaseMs, known))) return false
     if (known !== undefined) this.#known.add(key, { ...known.claim, leaseMs }, askedAt)
     return true
   }
@@ -122,15 +119,18 @@ export class MigratingStore implements IdempotencyStore {
     return Promise.all(asked)
   }
 
-  async #renewBoth(key: string, token: string, leaseMs: number): Promise<boolean> {
+  async #renew(key: string, token: string, leaseMs: number, known: KnownClaim | undefined): Promise<boolean> {
+    if (leaseLeft(known) <= 0) return this.#renewInTurn(key, token, leaseMs)
     const [inFrom, inTo] = await this.#inBoth((store) => store.renew(key, token, leaseMs))
-    return inFrom === inTo ? inFrom : this.#claims.mend(key, token, inFrom ? this.#to : this.#from)
+    // What is completed in `to` is no claim there any more, and needs the one in `from` until it is there as well.
+    if (inFrom === inTo || known?.isCompleting) return inFrom
+    return this.#claims.mend(key, token, inFrom ? this.#to : this.#from)
   }
 
   /** What may have lapsed is `from`'s to decide: renewed in `to` at once, it would stand in the way of who takes it over. */
   async #renewInTurn(key: string, token: string, leaseMs: number): Promise<boolean> {
     if (!(await this.#from.renew(key, token, leaseMs))) return false
-    if (await this.#to.renew(key, token, leaseMs)) return true
+    if ((await this.#to.renew(key, token, leaseMs)) || this.#known.get(key, token)?.isCompleting) return true
     await this.#from.release(key, token)
     return false
   }
