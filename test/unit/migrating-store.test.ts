@@ -514,6 +514,14 @@ t.test("a record that another has put into `from` for its owner is the owner's",
   t.equal(await store.complete(key, token, reply(), null), true)
 })
 
+t.test('a record is put into `from` although it has just lost its data', async (t) => {
+  const { store, from, key } = scene()
+  const token = await take(store, key)
+  from.next.complete = () => from.delete(key)
+  t.equal(await store.complete(key, token, reply(), null), true)
+  same(t, await from.get(key), reply())
+})
+
 t.test('a record is not stored when another one is in `from` by then', async (t) => {
   const { store, from, key } = scene()
   const token = await take(store, key)

@@ -1,9 +1,11 @@
 import t from 'tap'
 import { MigratingStore } from '../../index.js'
 import { EncryptedStore } from '../../lib/stores/encrypted/encrypted-store.js'
+import { innermost } from '../../lib/stores/innermost.js'
 import { LocalCache } from '../../lib/stores/memory/local-cache.js'
 import { MemoryStore } from '../../lib/stores/memory/memory-store.js'
 import { hasSiblings, warnOfSiblings } from '../../lib/stores/memory/siblings.js'
+import { MigratingStore } from '../../lib/stores/migrating/migrating-store.js'
 import { PostgresStore } from '../../lib/stores/postgres/postgres-store.js'
 import type { IdempotencyStore } from '../../types/index.js'
 import { warningsOf } from '../support/warnings.js'
@@ -11,6 +13,14 @@ import { warningsOf } from '../support/warnings.js'
 const shared = () => new PostgresStore({ pool: { query() {}, connect() {}, on() {} } as never })
 const sealed = (store: IdempotencyStore) => new EncryptedStore(store, { keys: [Buffer.alloc(32, 1)] })
 const told = (store: IdempotencyStore) => warningsOf('FST_IDEMPOTENCY_MEMORY_STORE', () => warnOfSiblings(store))
+
+t.test('a MemoryStore is found on either side of a move', (t) => {
+  const memory = new MemoryStore()
+  const other = shared()
+  t.same(innermost(new LocalCache(new MigratingStore(sealed(memory), other))), [memory, other])
+  t.same(innermost(new MigratingStore(new LocalCache(other), memory)), [other, memory])
+  t.end()
+})
 
 t.test('a worker of node:cluster has siblings, and what pm2 started as one of several', async (t) => {
   t.equal(hasSiblings(true, {}), true)
@@ -26,7 +36,10 @@ t.test('a MemoryStore in a process with siblings is told once, whatever is in fr
   t.teardown(() => {
     delete process.env.NODE_APP_INSTANCE
   })
-  for (const store of [shared(), sealed(shared()), new LocalCache(shared())]) t.strictSame(await told(store), [])
+  const moving = new MigratingStore(shared(), sealed(shared()))
+  for (const store of [shared(), sealed(shared()), new LocalCache(shared()), moving]) {
+    t.strictSame(await told(store), [])
+  }
   t.match(await told(new LocalCache(sealed(new MemoryStore()))), [/a retry that comes to another one/])
   t.strictSame(await told(new MemoryStore()), [])
 })
