@@ -300,6 +300,30 @@ t.test('a record that has less than a millisecond left is put into `from` for a 
   t.strictSame(ttls, [1])
 })
 
+t.test('an attempt that others have raised further meanwhile is raised in the other store too', async (t) => {
+  for (const behind of ['from', 'to'] as const) {
+    const scenery = scene()
+    const { store, from, to, key } = scenery
+    await lapsed(scenery[behind === 'from' ? 'to' : 'from'], key)
+    to.next.acquire = () => {
+      scenery[behind].next.release = () => {
+        // While nobody has it.
+        scenery[behind].next.acquire = async () => {
+          await lapsed(scenery[behind], key)
+          await scenery[behind].acquire(key, claim({ takeover: true, leaseMs: 1 }))
+          await lapse()
+        }
+      }
+    }
+    const heir = claim({ takeover: true })
+    const found = await store.acquire(key, heir)
+    t.match(found, { state: 'acquired' })
+    const attempts = await Promise.all([from, to].map((side) => side.acquire(key, heir)))
+    t.strictSame(attempts, [found, found])
+    t.ok((found as { attempt: number }).attempt > 2)
+  }
+})
+
 t.test('who loses `from` while its attempt is raised there lets go of `to`', async (t) => {
   const { store, from, to, key } = scene()
   await lapsed(to, key)

@@ -129,13 +129,14 @@ export class DoubleClaims {
   async #align(key: string, claim: Readonly<Claim>, inFrom: Acquired, inTo: Acquired): Promise<Acquisition | null> {
     if (inFrom.attempt < inTo.attempt) {
       const raised = await raise(this.#from, key, claim, inFrom, inTo.attempt)
-      return raised.state === 'acquired' ? this.#copySteps(key, claim, raised, inTo) : this.#lostFrom(key, claim)
+      if (raised.state !== 'acquired') return this.#lostFrom(key, claim)
+      // Others have been there meanwhile.
+      return raised.attempt > inTo.attempt ? null : this.#copySteps(key, claim, raised, inTo)
     }
     if (inFrom.attempt > inTo.attempt) {
       const raised = await raise(this.#to, key, claim, inTo, inFrom.attempt)
-      return raised.state === 'acquired'
-        ? this.#copySteps(key, claim, inFrom, raised)
-        : this.#concede(key, claim, raised)
+      if (raised.state !== 'acquired') return this.#concede(key, claim, raised)
+      return raised.attempt > inFrom.attempt ? null : this.#copySteps(key, claim, inFrom, raised)
     }
     return this.#copySteps(key, claim, inFrom, inTo)
   }
