@@ -3,6 +3,8 @@ import type { NodeRedisClient } from '../../lib/stores/redis/client.js'
 import { NodeRedisConnection } from '../../lib/stores/redis/node-redis.js'
 import { cluster, pool, type Route, type Single, sentinel, single } from '../../lib/stores/redis/node-redis-routes.js'
 
+import { VirtualTime } from '../support/virtual-time.js'
+
 /* What is said to clients of node-redis, and what is made of their answers. The clients are fakes: they may lie. */
 
 interface Options {
@@ -218,4 +220,34 @@ t.test('what is lost with its connection goes once more, and any other error is 
   const failing = client(fails('OOM'))
   await t.rejects(masters(failing.single).connection.evaluate('EVALSHA', 'sha', ['k'], []), { message: 'OOM' })
   t.equal(failing.sent.length, 1)
+})
+
+t.test('who comes later does not wait for a look that nobody answers', async (t) => {
+  const time = new VirtualTime()
+  time.install()
+  t.teardown(() => time.uninstall())
+  const master = client()
+  let looks = 0
+  const fake = {
+    _execute: <T>(_: boolean, use: (client: Single) => Promise<T>): Promise<T> =>
+      ++looks === 1 ? new Promise<never>(() => {}) : use(master.single)
+  }
+  const connection = connectionBy(sentinel(fake))
+  let answers = 0
+  const ask = () => void connection.getWithTtl('k').then(() => answers++)
+  ask()
+  await time.pass(900)
+  ask()
+  await time.pass(200)
+  t.same([looks, answers], [1, 0])
+  ask()
+  await time.pass(0)
+  t.same([looks, answers], [2, 1])
+})
+
+t.test('all stores on one client of Sentinel have the same way, be it by another view of it', async (t) => {
+  const fake = { _execute: () => new Promise<never>(() => {}) }
+  t.equal(sentinel(fake), sentinel(fake))
+  t.equal(sentinel(Object.assign(Object.create(fake), { _self: fake })), sentinel(fake))
+  t.not(sentinel({ ...fake }), sentinel(fake))
 })
