@@ -61,6 +61,15 @@ export const subjects = [
     ours: true
   },
   {
+    name: 'redis-by-node-redis',
+    title: 'fastify-idempotency, Redis by node-redis',
+    store: 'redis',
+    from: 'plugin.mjs',
+    build: 'onNodeRedis',
+    marks: true,
+    ours: true
+  },
+  {
     name: 'floor-redis-unsafe',
     title: 'by hand, Redis, no owner check',
     store: 'redis',

@@ -6,7 +6,7 @@ import Fastify from 'fastify'
 import { createPool } from 'mysql2/promise'
 import * as idempotency from '../../.build/index.js'
 import { openSqlite } from '../../.build/test/support/sqlite.js'
-import { postgresPool, redisClient } from './clients.mjs'
+import { nodeRedisClient, postgresPool, redisClient } from './clients.mjs'
 import { COVERED, UNCOVERED, WAITING } from './route.mjs'
 import { served } from './served.mjs'
 
@@ -33,6 +33,11 @@ export async function inMemory({ route }) {
 export async function onRedis({ route, redis }) {
   const client = await redisClient(redis)
   return build(route, new RedisStore(client), async () => client.disconnect())
+}
+
+export async function onNodeRedis({ route, redis }) {
+  const client = await nodeRedisClient(redis)
+  return build(route, new RedisStore(client), async () => client.destroy())
 }
 
 export async function onRedisWithCache({ route, redis }) {

@@ -164,7 +164,7 @@ t.test('a client with options of its own for some commands serves as well', asyn
   }
 })
 
-t.test('limits of the caller do not end the listening, nor does silence', async (t) => {
+t.test('limits of the caller do not end the listening', async (t) => {
   const own = await startRedis()
   t.teardown(() => own.close())
   const watcher = await own.client()

@@ -10,6 +10,7 @@ import { VirtualTime } from '../support/virtual-time.js'
 interface Options {
   typeMapping: object
   asap: boolean
+  timeout: undefined
   chainId?: symbol
 }
 
@@ -58,7 +59,10 @@ t.test('two commands in a row are a chain of their own, and neither may overtake
     chains.map((chain) => chains.indexOf(chain)),
     [0, 0, 2, 2, 4, 4]
   )
-  for (const [, { asap, typeMapping }] of sent) t.strictSame([asap, typeMapping], [false, { 36: Buffer }])
+  // With a timeout of the caller's each command would have a timer.
+  for (const [, { chainId: _, ...options }] of sent) {
+    t.strictSame(options, { typeMapping: { 36: Buffer }, asap: false, timeout: undefined })
+  }
 })
 
 t.test('when the first fails both do, without what the error carries, but where it is not understood', async (t) => {
@@ -93,7 +97,9 @@ t.test('scripts have their keys behind their number, and what is read of the ser
       ['CONFIG', 'GET', 'maxmemory*']
     ]
   )
-  t.strictSame(sent[2]?.[1], { typeMapping: {}, asap: false })
+  t.strictSame(sent[2]?.[1], { typeMapping: {}, asap: false, timeout: undefined })
+  await connectionBy(single(only), { _keyPrefix: Buffer.from([255]) }).evaluate('EVAL', 'source', ['é'], [])
+  t.strictSame(sent[3]?.[0], ['EVAL', 'source', '1', Buffer.from([255, 0xc3, 0xa9])], 'a prefix that is no text')
 })
 
 t.test('a connection is known by its number; a client that has none is an error', async (t) => {
