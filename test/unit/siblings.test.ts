@@ -1,5 +1,4 @@
 import t from 'tap'
-import { MigratingStore } from '../../index.js'
 import { EncryptedStore } from '../../lib/stores/encrypted/encrypted-store.js'
 import { innermost } from '../../lib/stores/innermost.js'
 import { LocalCache } from '../../lib/stores/memory/local-cache.js'
