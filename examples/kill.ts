@@ -1,22 +1,23 @@
 // Orders one book from the example's server, which is killed after each of its steps and started again, and counts what came of it:
 //
-//   DATABASE_URL=postgresql://… npm run kill
+//   npm run kill
+//
+// The orders are in a file of SQLite, or in the database of DATABASE_URL.
 
 import { spawn } from 'node:child_process'
 import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import Fastify from 'fastify'
-import { Pool } from 'pg'
 import idempotency from '../index.js'
 
-const { DATABASE_URL } = process.env
-if (DATABASE_URL === undefined) {
-  console.error('DATABASE_URL=postgresql://… is needed: what a dead server has done is there')
-  process.exit(1)
-}
+const folder = await mkdtemp(join(tmpdir(), 'example-'))
+const { DATABASE_URL = `sqlite:${join(folder, 'orders')}` } = process.env
 
 /** What stands for the services that the shop calls: they know keys, and count what they do. */
 const done: Record<string, number> = { payments: 0, mails: 0 }
@@ -31,18 +32,15 @@ for (const what of ['payments', 'mails']) {
 }
 const partnersUrl = await partners.listen({ host: '127.0.0.1', port: 0 })
 
-const pool = new Pool({ connectionString: DATABASE_URL })
-const count = async () => {
-  const { rows } = await pool.query('SELECT count(*)::int AS orders FROM example_orders')
-  return (rows[0] as { orders: number }).orders
-}
+/** How many orders the shop's page shows. */
+const count = async (url: string) => (await (await fetch(url)).text()).split('<li>').length - 1
 
 /** Each server listens where the first one did: another host or port would be another service. */
 let port = '0'
 
 /** Starts the server, and kills it when it has stored this step. Gives its URL. */
 async function serve(killedAfter: string | null): Promise<{ url: string; end: Promise<unknown>; kill(): void }> {
-  const env = { ...process.env, PORT: port, PARTNERS_URL: partnersUrl }
+  const env = { ...process.env, DATABASE_URL, PORT: port, PARTNERS_URL: partnersUrl }
   const server = spawn(process.execPath, [fileURLToPath(new URL('server.js', import.meta.url))], { env })
   const end = once(server, 'exit')
   server.stderr.pipe(process.stderr)
@@ -78,11 +76,13 @@ async function answerOf(url: string): Promise<number | undefined> {
 }
 
 let before = 0
+let orders = 0
 for (const step of ['order', 'payment', 'mail', null]) {
   console.log(step === null ? 'A server that lives:' : `A server that is killed after the step "${step}":`)
   const server = await serve(step)
-  if (step === 'order') before = await count()
+  if (step === 'order') before = await count(server.url)
   const status = await answerOf(server.url)
+  if (status !== undefined) orders = (await count(server.url)) - before
   server.kill()
   await server.end
   if (status === undefined) continue
@@ -90,7 +90,7 @@ for (const step of ['order', 'payment', 'mail', null]) {
   break
 }
 
-const orders = (await count()) - before
 console.log(`${orders} order, ${done.payments} payment, ${done.mails} mail`)
-await Promise.all([pool.end(), partners.close()])
+await partners.close()
+await rm(folder, { recursive: true })
 process.exitCode = orders === 1 && done.payments === 1 && done.mails === 1 ? 0 : 1

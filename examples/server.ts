@@ -35,7 +35,7 @@ ${once}
 # 3. A duplicate while the first still runs: 409, with retry-after
 ${slow} -so /dev/null & sleep 0.5; ${slow}
 
-# 4. Two charges were made, however often you paste: 4300 in all, and the sum of all entries is 0
+# 4. Two charges were made, however often you paste: 4300 in all${DATABASE_URL === undefined ? '' : ', for each time that this server was started'}, and the sum of all entries is 0
 curl -s ${url}/balance
 ${DATABASE_URL !== undefined ? '# Kill this server in the middle of 3, start it again, repeat 3: still one charge for its key\n' : ''}
 And a form that survives a double click: ${url}/`)

@@ -111,15 +111,23 @@ t.test('the form page, submitted twice at once and once more later, makes one or
   t.equal((await app.inject('/')).body.match(/<li>/g)?.length, 1)
 })
 
-t.test('a server that is killed after each step of an order: one order, one payment, one mail', async (t) => {
-  const postgres = await startPostgres()
-  t.teardown(() => postgres.close())
-  const kill = fileURLToPath(new URL('../../examples/kill.js', import.meta.url))
-  const env = { ...process.env, DATABASE_URL: postgres.url }
-  const { stdout } = await shell(process.execPath, [kill], { env })
-  t.match(stdout, /\n1 order, 1 payment, 1 mail\n$/)
-  for (const step of ['order', 'payment']) t.match(stdout, `step-resumed ${step}\n`)
-})
+for (const place of ['PostgreSQL', 'a file of SQLite']) {
+  t.test(
+    `a server that is killed after each step of an order: one order, one payment, one mail, in ${place}`,
+    async (t) => {
+      const kill = fileURLToPath(new URL('../../examples/kill.js', import.meta.url))
+      const env = { ...process.env }
+      if (place === 'PostgreSQL') {
+        const postgres = await startPostgres()
+        t.teardown(() => postgres.close())
+        env.DATABASE_URL = postgres.url
+      }
+      const { stdout } = await shell(process.execPath, [kill], { env })
+      t.match(stdout, /\n1 order, 1 payment, 1 mail\n$/)
+      for (const step of ['order', 'payment']) t.match(stdout, `step-resumed ${step}\n`)
+    }
+  )
+}
 
 t.test('without any database it runs with what Node has, and says which and why', async (t) => {
   const cwd = makeFolder('example')
