@@ -9,7 +9,7 @@ const services: { findBetterSqlite(): Constructor | null; findNodeWithSqlite(): 
 
 /** A connection that can be closed. */
 export interface OpenSqlite extends SqliteConnection {
-  prepare(text: string): { all(...values: unknown[]): Record<string, unknown>[] }
+  prepare(text: string): { all(...values: unknown[]): Record<string, unknown>[]; run(...values: unknown[]): unknown }
   close(): unknown
 }
 

@@ -1,45 +1,24 @@
 import { randomUUID } from 'node:crypto'
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { type Client, createClient } from '@libsql/client'
 import Libsql from 'libsql'
 import t, { type Test } from 'tap'
 import { libsqlTransactions, type SqliteDatabase, sqliteTransactions } from '../../lib/transactions.js'
 import { latch } from '../support/latch.js'
 import { makeFolder } from '../support/process.js'
+import { alsoWithNodeSqlite, type OpenSqlite, sqliteDrivers } from '../support/sqlite.js'
 import { ORDERS, scenes, stepOf, type TestDatabase } from '../support/transaction-scenes.js'
 
 /* Steps in transactions of SQLite, with each of its drivers. */
 
-const [version = 0] = process.versions.node.split('.').map(Number)
 const folder = makeFolder('sqlite')
 
-type Row = Record<string, unknown>
-interface Database extends SqliteDatabase {
-  close(): unknown
-  prepare(text: string): { all(...values: never[]): Row[]; run(...values: never[]): unknown }
-}
+type Database = OpenSqlite
 type Open = (path: string) => Database
 
-/** Names are computed, so that the compiler does not look for their types. */
-async function imported(name: string): Promise<Record<string, new (path: string) => Database>> {
-  return (await import(name)) as never
-}
-
-const drivers: Record<string, () => Promise<Open>> = {
-  // It has the interface of better-sqlite3, and runs on every version of Node.
-  libsql: async () => (path) => new Libsql(path) as unknown as Database
-}
-// Before that Node has none.
-if (version >= 22) {
-  drivers['node:sqlite'] = async () => {
-    const { DatabaseSync } = await imported('node:sqlite')
-    return (path) => new (DatabaseSync as new (path: string) => Database)(path)
-  }
-}
-
-for (const [name, driver] of Object.entries(drivers)) {
+for (const [name, { open }] of sqliteDrivers) {
   t.test(name, async (t) => {
-    const open = await driver()
     const path = join(folder, randomUUID())
     const database = opened(t, open, path)
     const other = opened(t, open, path)
@@ -85,6 +64,8 @@ for (const [name, driver] of Object.entries(drivers)) {
     })
   })
 }
+
+alsoWithNodeSqlite(t, fileURLToPath(import.meta.url))
 
 t.test('@libsql/client', async (t) => {
   const path = join(folder, randomUUID())
