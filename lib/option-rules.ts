@@ -31,6 +31,10 @@ export const BOOLEAN: Rule = { takes: 'true or false', accepts: (value) => typeo
 export const DURATION: Rule = { takes: 'a positive integer of milliseconds', accepts: isPositiveInteger }
 /** What is checked elsewhere. */
 export const ANYTHING: Rule = { takes: 'anything', accepts: () => true }
+export const SWEEP_INTERVAL: Rule = {
+  takes: 'a positive integer of milliseconds, or null for never',
+  accepts: (value) => value === null || isPositiveInteger(value)
+}
 export const TEXT: Rule = { takes: 'a string', accepts: (value) => typeof value === 'string' }
 export const COUNT: Rule = { takes: 'a positive integer', accepts: isPositiveInteger }
 export const BYTES: Rule = { takes: 'a positive integer of bytes', accepts: isPositiveInteger }

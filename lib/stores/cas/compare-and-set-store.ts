@@ -1,5 +1,6 @@
 import { randomBytes } from 'node:crypto'
 import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../../types/index.js'
+import { limited } from '../longest-time.js'
 import { toKey, toText } from '../storable-text.js'
 import { Sweeper } from '../sweeper.js'
 import { encodeClaim, encodeValue } from './claim-codec.js'
@@ -9,9 +10,6 @@ import { Watch } from './watch.js'
 
 /** How often a decision is made anew because the row has changed meanwhile. */
 const MOST_TRIES = 20
-
-/** The longest lease, and the longest memory of a claim: their sum still has a date, in the year 280,000 or so. */
-const LONGEST_MS = 4e15
 
 /**
  * A store on a table of rows that are replaced as a whole, and only by who has seen them: for databases that can insert, find and
@@ -139,8 +137,4 @@ export class CompareAndSetStore implements IdempotencyStore {
 
 function changesHands(): Error {
   return new Error('The idempotency key changes hands too fast')
-}
-
-function limited(ms: number): number {
-  return Math.min(ms, LONGEST_MS)
 }

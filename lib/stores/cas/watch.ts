@@ -53,6 +53,7 @@ export class Watch {
   }
 
   readonly #poll = async (): Promise<void> => {
+    const timer = this.#timer
     const keys = [...this.#listeners.keys()]
     for (let at = 0; at < keys.length; at += AT_ONCE) {
       const asked = keys.slice(at, at + AT_ONCE)
@@ -63,8 +64,8 @@ export class Watch {
         // Who waits looks for itself from time to time, and sees what is wrong.
       }
     }
-    // Closed meanwhile: who waits now has started another timer.
-    if (this.#timer === null) return
+    // Closed meanwhile: who waits now has started another.
+    if (this.#timer !== timer) return
     this.#timer = this.#listeners.size === 0 ? null : setTimeout(this.#poll, POLL_MS).unref()
   }
 }

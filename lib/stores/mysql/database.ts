@@ -37,7 +37,7 @@ export type Value = string | number | Buffer | null
 /** Columns by their names. */
 export type Columns = Readonly<Record<string, unknown>>
 
-/** How often a statement is repeated that has lost against others. */
+/** How often a statement is repeated that has lost against others, if it does not take too long. */
 const MOST_TRIES = 20
 
 /**
@@ -74,11 +74,13 @@ export class Database {
   }
 
   async #execute(sql: string, values: Value[]): Promise<Columns[] | Header> {
+    const start = performance.now()
     for (let tries = 1; ; tries++) {
       try {
         return await this.#attempt({ ...AS_IT_IS, sql, values })
       } catch (error) {
-        if (tries === MOST_TRIES || !isContention(error)) throw explain(error)
+        const isOver = tries === MOST_TRIES || performance.now() - start > MOST_MS
+        if (isOver || !isContention(error)) throw explain(error)
       }
     }
   }

@@ -1,5 +1,5 @@
 import { InvalidOption } from '../../errors.js'
-import { ANYTHING, checked, isPositiveInteger } from '../../option-rules.js'
+import { ANYTHING, checked, SWEEP_INTERVAL } from '../../option-rules.js'
 import { describe } from '../../util/describe.js'
 import { CompareAndSetStore } from '../cas/compare-and-set-store.js'
 import type { CorePool, Mysql2Pool } from './database.js'
@@ -33,10 +33,7 @@ const RULES = {
     takes: 'a name of letters, digits and underscores, at most 64, perhaps after a database and a dot',
     accepts: (value: unknown) => typeof value === 'string' && TABLE.test(value)
   },
-  sweepInterval: {
-    takes: 'a positive integer of milliseconds, or null for never',
-    accepts: (value: unknown) => value === null || isPositiveInteger(value)
-  }
+  sweepInterval: SWEEP_INTERVAL
 }
 
 const WANTED = 'new MysqlStore({ pool: createPool(uri) }), with createPool of "mysql2"'

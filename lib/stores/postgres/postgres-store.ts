@@ -10,8 +10,9 @@ import type {
   TransactionClient
 } from '../../../types/index.js'
 import { InvalidOption } from '../../errors.js'
-import { ANYTHING, checked, isPositiveInteger } from '../../option-rules.js'
+import { ANYTHING, checked, SWEEP_INTERVAL } from '../../option-rules.js'
 import { describe } from '../../util/describe.js'
+import { limited } from '../longest-time.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
 import { toKey, toText } from '../storable-text.js'
 import { Sweeper } from '../sweeper.js'
@@ -50,10 +51,7 @@ const RULES = {
     takes: 'a name of letters, digits and underscores, at most 52, perhaps after a schema and a dot',
     accepts: (value: unknown) => typeof value === 'string' && TABLE.test(value)
   },
-  sweepInterval: {
-    takes: 'a positive integer of milliseconds, or null for never',
-    accepts: (value: unknown) => value === null || isPositiveInteger(value)
-  }
+  sweepInterval: SWEEP_INTERVAL
 }
 
 const WANTED = 'new PostgresStore({ pool: new Pool({ connectionString }) }), with Pool of "pg"'
@@ -86,9 +84,6 @@ function checkedPool(pool: PostgresPool): PostgresPool {
 
 /** How often a statement is repeated that has lost against others. */
 const MOST_TRIES = 20
-
-/** The longest lease, and the longest memory of a claim: their sum still has a date, in the year 280,000 or so. */
-const LONGEST_MS = 4e15
 
 /**
  * Claims and replies in a table of PostgreSQL (12 and newer). One statement to acquire and one to complete; the
@@ -221,8 +216,4 @@ function survive(pool: PostgresPool): void {
   if (survivors.has(pool)) return
   survivors.add(pool)
   ;(pool as unknown as EventEmitter).on('error', () => {})
-}
-
-function limited(ms: number): number {
-  return Math.min(ms, LONGEST_MS)
 }

@@ -74,6 +74,9 @@ export class IoredisConnection implements RedisConnection, Link {
     const subscriber = duplicate(this.#client)
     subscriber.on('message', (channel: string) => events.message(channel))
     subscriber.on('close', () => events.lost())
+    // A Cluster replaces the connection that it listens by when it gives up the node, and tells of nothing but that
+    // (`selectSubscriber` of cluster/ClusterSubscriber.ts).
+    subscriber.on('-node', () => events.lost())
     // It is given up by the caller's own rules.
     subscriber.on('end', () => events.ended())
     // Without a listener an error would end the process. Who waits polls meanwhile, and ioredis reconnects.

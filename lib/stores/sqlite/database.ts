@@ -59,9 +59,22 @@ export class Database {
     })
   }
 
+  /** The same when they are on the disk, as far as this process has written them: a verdict rests on what is found. */
+  async kept(text: string, ...values: Value[]): Promise<Columns[]> {
+    const rows = await this.all(text, ...values)
+    await this.#log?.written()
+    return rows
+  }
+
   /** Changes something, for which the statement has to return rows: drivers differ in the rest. `true` when it did, and that is on the disk. */
   async change(text: string, ...values: Value[]): Promise<boolean> {
-    const changed = (await this.all(text, ...values)).length > 0
+    const changed = await this.#patiently(() => {
+      this.#refuseTransactions()
+      const changed = this.#prepared(text).all(...values).length > 0
+      // At once: who reads it next has to know.
+      if (changed) this.#log?.grown()
+      return changed
+    })
     if (changed) await this.#log?.written()
     return changed
   }

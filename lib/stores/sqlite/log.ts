@@ -13,36 +13,53 @@ import { type FileHandle, open } from 'node:fs/promises'
 export class Log {
   readonly #path: string
   #file: Promise<FileHandle> | null = null
-  /** Settles with the writing to disk that is going on. */
-  #current: Promise<unknown> = Promise.resolve()
+  /** The writing to disk that is going on. */
+  #current: Promise<void> | null = null
   /** The one that begins behind it. */
   #next: Promise<void> | null = null
+  /** Is there something in the log for which none has begun, or the last has failed? */
+  #isBehind = false
 
   constructor(path: string) {
     this.#path = path
   }
 
-  /** Resolves when all that is in the log now is on the disk. */
+  /** Something was written to it. */
+  grown(): void {
+    this.#isBehind = true
+  }
+
+  /** Resolves when all that was written to it by now is on the disk: at once where it is. */
   written(): Promise<void> {
-    this.#next ??= this.#current.then(() => {
-      const writing = this.#sync()
-      this.#current = writing.catch(() => {})
-      this.#next = null
-      return writing
-    })
+    if (!this.#isBehind) return this.#current ?? Promise.resolve()
+    this.#next ??= this.#begin()
     return this.#next
   }
 
   /** Lets go of the file, until it is used again. */
   async close(): Promise<void> {
-    await this.#next?.catch(() => {})
-    await this.#current
+    await this.written().catch(() => {})
     const file = this.#file
     this.#file = null
     await file?.then(
       (file) => file.close(),
       () => {}
     )
+  }
+
+  async #begin(): Promise<void> {
+    await this.#current?.catch(() => {})
+    this.#current = this.#next
+    this.#next = null
+    this.#isBehind = false
+    try {
+      await this.#sync()
+    } catch (error) {
+      this.#isBehind = true
+      throw error
+    } finally {
+      if (this.#next === null) this.#current = null
+    }
   }
 
   async #sync(): Promise<void> {

@@ -8,6 +8,7 @@ import { type Columns, claimFailure, Database, type SqliteConnection } from './d
 const SWEEP_MS = 1
 const SWEEP_PAUSE_MS = 10
 const SWEEP_ROWS = 100
+
 export class SqliteDriver implements CasDriver {
   readonly claimFailure = claimFailure
   readonly #database: Database
@@ -58,7 +59,7 @@ VALUES (?, 'running', ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING RETURNING 1`,
 
   async find(key: string): Promise<Row | null> {
     await this.create()
-    const [row] = await this.#database.all(
+    const [row] = await this.#database.kept(
       `SELECT state, token, revision, lease_end, expires_at, value FROM ${this.#table} WHERE key = ?`,
       key
     )
