@@ -152,28 +152,31 @@ t.test('no listener is left on a signal', async (t) => {
   t.equal(getEventListeners(signal, 'abort').length, 0)
 })
 
-t.test('when the connection is lost all look again, and who still waits subscribes anew', async (t) => {
-  const { connections, wait } = open()
-  const waiters = [wait('a'), wait('a'), wait('b')]
-  await settle()
-  first(connections).emit('close')
-  const anew = wait('a')
-  await settle()
-  t.same(
-    waiters.map(({ is }) => is),
-    ['woken', 'woken', 'woken']
-  )
-  t.equal(anew.is, 'waiting')
-  t.equal(connections.length, 1, 'ioredis connects again by itself')
-  t.strictSame(
-    first(connections).calls,
-    ['subscribe a', 'subscribe b', 'subscribe a'],
-    'and is not given up by the old'
-  )
-  first(connections).emit('message', 'a')
-  await settle()
-  t.equal(anew.is, 'woken')
-})
+// A Cluster says no more of it than that it has given up a node.
+for (const lost of ['close', '-node']) {
+  t.test(`when the connection is lost (${lost}) all look again, and who still waits subscribes anew`, async (t) => {
+    const { connections, wait } = open()
+    const waiters = [wait('a'), wait('a'), wait('b')]
+    await settle()
+    first(connections).emit(lost)
+    const anew = wait('a')
+    await settle()
+    t.same(
+      waiters.map(({ is }) => is),
+      ['woken', 'woken', 'woken']
+    )
+    t.equal(anew.is, 'waiting')
+    t.equal(connections.length, 1, 'ioredis connects again by itself')
+    t.strictSame(
+      first(connections).calls,
+      ['subscribe a', 'subscribe b', 'subscribe a'],
+      'and is not given up by the old'
+    )
+    first(connections).emit('message', 'a')
+    await settle()
+    t.equal(anew.is, 'woken')
+  })
+}
 
 t.test('a connection that is given up is replaced, and its late events harm nobody', async (t) => {
   const { connections, wait } = open()
