@@ -60,8 +60,8 @@ function isConnection(value: unknown): value is SqliteConnection {
  * survives restarts, and needs no server. The table is created at first use.
  *
  * What was answered survives a crash of the process and a loss of power. SQLite works inside of the process, which does nothing
- * else meanwhile, but does not wait for the disk: that is done beside it, once for all that is written at the same time. Leases are
- * decided by the clock of the machine. Not for network file systems, on which SQLite cannot have a log (WAL).
+ * else meanwhile; answers wait for the disk beside it, once for all that is written at the same time. Leases are decided by the
+ * clock of the machine. Not for network file systems, on which SQLite cannot have a log (WAL).
  */
 export class SqliteStore extends CompareAndSetStore {
   readonly sharesLocks = true
