@@ -1,12 +1,12 @@
-import { setTimeout as sleep } from 'node:timers/promises'
 import { isDeepStrictEqual } from 'node:util'
-import t from 'tap'
+import t, { type Test } from 'tap'
 import { decodeClaim, decodeValue, encodeClaim, type StoredClaim } from '../../lib/stores/cas/claim-codec.js'
 import { CompareAndSetStore } from '../../lib/stores/cas/compare-and-set-store.js'
 import type { Claim, IdempotencyStore, StoredRecord } from '../../types/index.js'
-import { until } from '../support/latch.js'
+import { latch, until } from '../support/latch.js'
 import { MemoryDriver } from '../support/memory-driver.js'
 import { reply, tombstone } from '../support/store-fixtures.js'
+import { VirtualTime } from '../support/virtual-time.js'
 
 /* What holds of every store on the core of compare-and-set, whatever its database. The conformance kit says the rest. */
 
@@ -310,19 +310,54 @@ t.test('a question that fails is asked again', async () => {
   await heard
 })
 
-t.test('when nobody waits, nothing is asked', async (t) => {
+/** The moment at which time stands still, until it is let pass. */
+function still(t: Test): VirtualTime {
+  const time = new VirtualTime()
+  time.install()
+  t.teardown(() => time.uninstall())
+  return time
+}
+
+const asked = ({ driver }: Scene) => driver.calls.filter((call) => call === 'running').length
+
+t.test('when nobody waits any more, nothing is asked', async (t) => {
+  const time = still(t)
   const scene = open()
   const [key = ''] = await running(scene, 1)
   const stop = new AbortController()
   const heard = scene.store.changed(key, stop.signal)
-  await until(() => scene.driver.calls.includes('running'))
+  await time.pass(250)
+  t.equal(asked(scene), 3, 'at once, and twice since')
   stop.abort()
   await heard
-  // The question that was due may come; none follows it.
-  await sleep(120)
-  const before = scene.driver.calls.length
-  await sleep(250)
-  t.equal(scene.driver.calls.length, before)
+  await time.pass(100)
+  const before = asked(scene)
+  await time.pass(1_000)
+  t.equal(asked(scene), before)
+})
+
+t.test('a question that is under way when the store is closed is not followed by others', async (t) => {
+  const time = still(t)
+  const scene = open()
+  const [key = ''] = await running(scene, 1)
+  const heard = scene.store.changed(key, never)
+  await time.pass(0)
+  const gate = latch()
+  const ask = scene.driver.running.bind(scene.driver)
+  scene.driver.running = (keys) => gate.promise.then(() => ask(keys))
+  await time.pass(100)
+  await scene.store.close()
+  await heard
+  scene.driver.running = ask
+  const again = scene.store.changed(key, never)
+  await time.pass(0)
+  gate.open()
+  await time.pass(0)
+  const before = asked(scene)
+  await time.pass(1_000)
+  t.equal(asked(scene) - before, 10, 'ten times a second, as if there had been none before')
+  await scene.store.close()
+  await again
 })
 
 t.test('closing ends all waiting, and the store can be used again', async () => {
