@@ -32,7 +32,7 @@ export async function buildApp(services: Services = {}, options: FastifyServerOp
   const app = Fastify(options) as unknown as FastifyInstance
   await app.register(formbody)
   const { store, ledger, orders, transaction } = await databases(app, services)
-  await app.register(idempotency, { store })
+  await app.register(idempotency, { store, documentationUrl: 'https://example.com/errors#{code}' })
 
   app.post<{ Body: NewCharge }>(
     '/charges',

@@ -1,5 +1,5 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
-import { type Span, SpanStatusCode, trace } from '@opentelemetry/api'
+import { type Meter, metrics, type Span, SpanStatusCode, trace } from '@opentelemetry/api'
 import type { FastifyInstance, FastifyRequest } from 'fastify'
 // In a project of your own: from 'fastify-idempotency'
 import { type IdempotencyEvent, type IdempotencyEventName, idempotencyEvents } from '../index.js'
@@ -35,6 +35,7 @@ export function traceIdempotency(
     })
     if (step !== undefined) return
     // A hash: the client's key is nowhere in the messages.
+    if (key === '') return
     span.setAttributes({ 'idempotency.key': key, 'idempotency.outcome': name, 'idempotency.attempt': attempt })
     if (name === 'replayed') span.setAttribute('idempotency.replayed', true)
     if (name === 'lease-lost' || name === 'store-error') {
@@ -43,9 +44,44 @@ export function traceIdempotency(
     }
   }
 
+  listen(app, note)
+}
+
+/** What a claim ends with. */
+const ENDS: ReadonlySet<IdempotencyEventName> = new Set(['stored', 'released', 'tombstoned', 'lease-lost'])
+
+/**
+ * Metrics of the same, by the OpenTelemetry API: `idempotency.events` counts what becomes of requests with a key,
+ * `idempotency.claims` is how many keys requests of this process hold. They have the attributes `idempotency.event`,
+ * `http.route`, and `error.type` where there is an error.
+ */
+export function measureIdempotency(app: FastifyInstance, meter: Meter = metrics.getMeter('fastify-idempotency')): void {
+  const events = meter.createCounter('idempotency.events', {
+    description: 'What became of requests with a key',
+    unit: '{event}'
+  })
+  const claims = meter.createUpDownCounter('idempotency.claims', {
+    description: 'Keys that requests hold',
+    unit: '{claim}'
+  })
+  const holders = new WeakSet<FastifyRequest>()
+  listen(app, (name, { request, route, error }) => {
+    const code = (error as { code?: string } | undefined)?.code
+    events.add(1, { 'idempotency.event': name, 'http.route': route, ...(code && { 'error.type': code }) })
+    if (request === null) return
+    if (name === 'acquired' && !holders.has(request)) {
+      holders.add(request)
+      claims.add(1, { 'http.route': route })
+    } else if (ENDS.has(name) && holders.delete(request)) {
+      claims.add(-1, { 'http.route': route })
+    }
+  })
+}
+
+function listen(app: FastifyInstance, hear: (name: IdempotencyEventName, event: IdempotencyEvent) => void): void {
   const subscriptions = idempotencyEvents.map((name) => ({
     channel: `fastify-idempotency:${name}`,
-    listener: (message: unknown) => note(name, message as IdempotencyEvent)
+    listener: (message: unknown) => hear(name, message as IdempotencyEvent)
   }))
   for (const { channel, listener } of subscriptions) subscribe(channel, listener)
   app.addHook('onClose', async () => {

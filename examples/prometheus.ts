@@ -8,7 +8,7 @@ import { type IdempotencyEvent, type IdempotencyEventName, type IdempotencyStore
 const ENDS: ReadonlySet<IdempotencyEventName> = new Set(['stored', 'released', 'tombstoned', 'lease-lost'])
 
 /** The calls of a store that take as long as the store does. */
-const CALLS = ['acquire', 'renew', 'step', 'complete', 'release', 'get', 'delete', 'begin'] as const
+const CALLS = ['acquire', 'renew', 'step', 'complete', 'release', 'get', 'delete', 'list', 'settle', 'begin'] as const
 
 /**
  * Metrics of what the plugin does in this process. To be called before the routes are declared:
@@ -20,7 +20,7 @@ export function idempotencyMetrics(app: FastifyInstance, register: Registry) {
   const registers = [register]
   const events = new Counter({
     name: 'idempotency_events_total',
-    help: 'What became of requests with a key. For conflicts, code says why.',
+    help: 'What became of requests with a key. For conflicts and refusals, code says why.',
     labelNames: ['event', 'route', 'code'] as const,
     registers
   })
@@ -49,7 +49,8 @@ export function idempotencyMetrics(app: FastifyInstance, register: Registry) {
   const holders = new WeakSet<FastifyRequest>()
 
   const count = (event: IdempotencyEventName, { request, route, error }: IdempotencyEvent) => {
-    const code = event === 'conflict' ? String((error as { code?: string } | undefined)?.code) : ''
+    const code =
+      event === 'conflict' || event === 'refused' ? String((error as { code?: string } | undefined)?.code) : ''
     events.inc({ event, route, code })
     if (request === null) return
     if (event === 'acquired' && !holders.has(request)) {

@@ -58,6 +58,7 @@ export const KeyUnreadable = createError<[string]>(
   500
 )
 export const TransactionBroken = createError<[string, { cause?: unknown }?]>('FST_IDEMPOTENCY_TRANSACTION', '%s', 500)
+export const NotSettled = createError<[string]>('FST_IDEMPOTENCY_SETTLE', 'The operation cannot be settled: %s', 409)
 export const StepFailed = createError<[string]>('FST_IDEMPOTENCY_STEP', '%s', 500)
 export const InvalidOption = createError<[string]>('FST_IDEMPOTENCY_INVALID_OPTION', '%s', 500, TypeError)
 export const RouteTooEarly = createError<[string]>('FST_IDEMPOTENCY_ROUTE_TOO_EARLY', '%s', 500)
@@ -69,7 +70,7 @@ export const AlreadyRegistered = createError<[]>(
   500
 )
 
-const DIFFERENCES = { payload: ': its payload differs', target: ': its URL differs', credentials: '' }
+const DIFFERENCES = { payload: ': its payload differs', target: ': its method, host or URL differs', credentials: '' }
 
 /** What differs is told to the caller who has used the key before, and to nobody else. */
 export function keyReused(differs: Difference): FastifyError & { differs?: Difference } {

@@ -18,7 +18,9 @@ export const idempotencyEvents: readonly IdempotencyEventName[] = Object.freeze(
   'store-error',
   'bypassed',
   'step-stored',
-  'step-resumed'
+  'step-resumed',
+  'refused',
+  'settled'
 ])
 
 // Channels are held here because Node forgets a channel that nobody refers to.
@@ -36,7 +38,7 @@ export interface Subject {
 }
 
 /** What some events tell besides. */
-export type EventDetails = Pick<IdempotencyEvent, 'error' | 'differs' | 'step'>
+export type EventDetails = Pick<IdempotencyEvent, 'error' | 'differs' | 'loss' | 'step'>
 
 /** Tells the subscribers of an event. Free when there are none. */
 export function publish(name: IdempotencyEventName, subject: Subject, details: EventDetails = {}): void {

@@ -1,18 +1,29 @@
+import type { FastifyBaseLogger } from 'fastify'
 import type {
-  Acquisition,
   IdempotencyStore,
   InstanceIdempotency,
   KeyFormat,
+  KnownOperation,
+  ListedOperation,
+  ListOptions,
+  OperationKey,
   OperationSelector,
+  Outcome,
+  PurgeOptions,
   RunContext,
   RunOptions,
   Stored
 } from '../types/index.js'
 import { InvalidOption } from './errors.js'
 import { generateKey } from './http/key.js'
+import { isHealthy } from './instance/healthy.js'
+import { KnownOperations } from './instance/known-operations.js'
+import { list, purge } from './instance/list.js'
+import { settle } from './instance/settle.js'
 import { StoreContext } from './operation/store-context.js'
+import type { Registration } from './registration.js'
 import type { Runner } from './run.js'
-import { pastedKey, selectedKey } from './selected-key.js'
+import { pastedKey } from './selected-key.js'
 
 /** `app.idempotency`. */
 export class InstanceApi implements InstanceIdempotency {
@@ -20,12 +31,14 @@ export class InstanceApi implements InstanceIdempotency {
   readonly #field: string | undefined
   readonly #keyFormat: KeyFormat | undefined
   readonly #runner: Runner
+  readonly #log: FastifyBaseLogger
+  readonly #known: KnownOperations
 
-  constructor(
-    { store, field, keyFormat }: { store: IdempotencyStore; field?: string; keyFormat?: KeyFormat },
-    runner: Runner
-  ) {
+  constructor(registration: Registration, runner: Runner, log: FastifyBaseLogger) {
+    const { store, field, keyFormat } = registration.options.routeDefaults
     this.#runner = runner
+    this.#log = log
+    this.#known = new KnownOperations(registration)
     this.store = store
     this.#field = field
     this.#keyFormat = keyFormat
@@ -42,16 +55,43 @@ export class InstanceApi implements InstanceIdempotency {
     return `<input type="hidden" name="${escapeAttribute(this.#field)}" value="${generateKey()}">`
   }
 
-  async get(key: string, { scope }: OperationSelector = {}): Promise<Acquisition | null> {
-    if (this.store.get === undefined) throw new Error('This idempotency store has no get()')
-    return this.store.get(selectedKey(key, scope, this.#keyFormat))
+  hash(key: string, selector?: OperationSelector): string {
+    return this.#known.storageKeys(key, selector)[0]
   }
 
-  async delete(key: string, { scope }: OperationSelector = {}): Promise<boolean> {
-    if (this.store.delete === undefined) throw new Error('This idempotency store has no delete()')
-    const stored = selectedKey(key, scope, this.#keyFormat)
-    StoreContext.of(this.store).live.get(stored)?.forget()
-    return this.store.delete(stored)
+  async get(key: OperationKey, selector?: OperationSelector): Promise<KnownOperation | null> {
+    return this.#known.get(this.#known.storageKeys(key, selector))
+  }
+
+  list(options: ListOptions = {}): AsyncIterable<ListedOperation> {
+    return list(this.#known, options)
+  }
+
+  async settle(key: OperationKey, ...rest: [OperationSelector, Outcome] | [Outcome]): Promise<void> {
+    const [selector, outcome] = rest.length === 1 ? [undefined, rest[0]] : rest
+    return settle(this.#known, this.#known.storageKeys(key, selector), outcome, this.#log)
+  }
+
+  purge(options: PurgeOptions): Promise<number> {
+    return purge(this.#known, options)
+  }
+
+  healthy(): Promise<boolean> {
+    return isHealthy(this.#known.registration)
+  }
+
+  async delete(key: OperationKey, selector?: OperationSelector): Promise<boolean> {
+    const storageKeys = this.#known.storageKeys(key, selector)
+    const stores = this.#known.registration.stores.filter((store) => store.delete !== undefined)
+    if (stores.length === 0) throw new Error('This idempotency store has no delete()')
+    let existed = false
+    for (const store of stores) {
+      for (const storageKey of storageKeys) {
+        StoreContext.of(store).live.get(storageKey)?.forget()
+        existed = (await store.delete?.(storageKey)) || existed
+      }
+    }
+    return existed
   }
 
   async run<T>(key: string, options: RunOptions, fn: (run: RunContext) => T | Promise<T>): Promise<Stored<T>> {

@@ -1,4 +1,6 @@
 import { validateHeaderName } from 'node:http'
+import { parse } from '@lukeed/ms'
+import type { Duration } from '../types/index.js'
 import { InvalidOption } from './errors.js'
 import { describe, describeStore } from './util/describe.js'
 
@@ -8,7 +10,12 @@ import { describe, describeStore } from './util/describe.js'
 export interface Rule {
   takes: string
   accepts: (value: unknown) => boolean
+  /** What is made of it, before it is looked at whether it is accepted. */
+  reads?: (value: unknown) => unknown
 }
+
+/** Options that were checked: durations are milliseconds. */
+export type Checked<T> = { [Name in keyof T]: Duration extends T[Name] ? Exclude<T[Name], string> : T[Name] }
 
 export const isPositiveInteger = (value: unknown) => Number.isSafeInteger(value) && (value as number) > 0
 export const isFunction = (value: unknown) => typeof value === 'function'
@@ -28,13 +35,17 @@ export const oneOf = (...values: string[]): Rule => ({
 })
 
 export const BOOLEAN: Rule = { takes: 'true or false', accepts: (value) => typeof value === 'boolean' }
-export const DURATION: Rule = { takes: 'a positive integer of milliseconds', accepts: isPositiveInteger }
+const A_DURATION = "a positive integer of milliseconds or a text such as '24h'"
+export const DURATION: Rule = { takes: A_DURATION, accepts: isPositiveInteger, reads: milliseconds }
+/** @param otherwise What `null` is. */
+export const durationOrNull = (otherwise: string): Rule => ({
+  takes: `${A_DURATION}, or null ${otherwise}`,
+  accepts: (value) => value === null || isPositiveInteger(value),
+  reads: milliseconds
+})
 /** What is checked elsewhere. */
 export const ANYTHING: Rule = { takes: 'anything', accepts: () => true }
-export const SWEEP_INTERVAL: Rule = {
-  takes: 'a positive integer of milliseconds, or null for never',
-  accepts: (value) => value === null || isPositiveInteger(value)
-}
+export const SWEEP_INTERVAL = durationOrNull('for never')
 export const TEXT: Rule = { takes: 'a string', accepts: (value) => typeof value === 'string' }
 export const COUNT: Rule = { takes: 'a positive integer', accepts: isPositiveInteger }
 export const BYTES: Rule = { takes: 'a positive integer of bytes', accepts: isPositiveInteger }
@@ -55,23 +66,42 @@ export function checked<T extends object>(
   options: object,
   rules: { readonly [Name in keyof T]-?: Rule },
   { where = '', owner = '' } = {}
-): T {
+): Checked<T> {
   const copy: Record<string, unknown> = {}
-  for (const [name, value] of Object.entries(options)) {
+  for (const [name, given] of Object.entries(options)) {
     const rule = Object.hasOwn(rules, name) ? rules[name as keyof T] : undefined
     if (rule === undefined) {
       throw new InvalidOption(
         `${owner}option "${name}"${where} is not known; known are ${Object.keys(rules).join(', ')}`
       )
     }
-    if (value === undefined) continue
+    if (given === undefined) continue
+    const value = rule.reads === undefined ? given : rule.reads(given)
     if (!rule.accepts(value)) {
-      const got = name === 'store' ? describeStore(value) : describe(value)
+      const got = name === 'store' ? describeStore(given) : describe(given)
       throw new InvalidOption(`${owner}option "${name}"${where} takes ${rule.takes}, got ${got}`)
     }
     copy[name] = copyOf(value)
   }
-  return copy as T
+  return copy as Checked<T>
+}
+
+/** A text is read as those of other plugins of Fastify are; whatever is no duration stays what it is. */
+export function milliseconds(value: unknown): unknown {
+  if (typeof value !== 'string') return value
+  const ms = parse(value)
+  return ms === undefined ? value : Math.round(ms)
+}
+
+/**
+ * A duration that is given elsewhere than in options.
+ * @param owner What takes it.
+ * @throws FST_IDEMPOTENCY_INVALID_OPTION
+ */
+export function durationOf(given: Duration, owner: string): number {
+  const ms = milliseconds(given)
+  if (isPositiveInteger(ms)) return ms as number
+  throw new InvalidOption(`${owner} takes ${A_DURATION}, got ${describe(given)}`)
 }
 
 /** What the user may change later must not change what was checked. */

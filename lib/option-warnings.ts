@@ -1,4 +1,5 @@
 import type { IdempotencyRouteOptions } from '../types/index.js'
+import type { Checked } from './option-rules.js'
 import { warn } from './warnings.js'
 
 /** Numbers of seconds: half an hour, one, two, six and twelve hours, a day, two, three, seven, fourteen and thirty. */
@@ -15,8 +16,10 @@ const SECONDS_LIKE: Record<'ttl' | 'lease' | 'waitTimeout' | 'storeTimeout', (n:
   storeTimeout: (n) => n <= 60
 }
 
+type RouteOptions = Checked<IdempotencyRouteOptions>
+
 /** Warns of durations that are allowed and yet hardly meant. Those of a route only where it has its own. */
-export function warnOfDurations(own: IdempotencyRouteOptions, defaults: IdempotencyRouteOptions, where: string): void {
+export function warnOfDurations(own: RouteOptions, defaults: RouteOptions, where: string): void {
   for (const name of ['ttl', 'lease', 'waitTimeout', 'storeTimeout'] as const) {
     const value = own[name]
     if (typeof value === 'number' && SECONDS_LIKE[name](value)) {

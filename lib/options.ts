@@ -5,28 +5,33 @@ import type {
   IdempotencyOptions,
   IdempotencyRouteOptions,
   IdempotencyStore,
-  RunOptions
+  RunOptions,
+  StoredReply
 } from '../types/index.js'
 import { InvalidOption } from './errors.js'
 import { isFinal } from './http/finality.js'
 import { constraintsOf } from './http/fingerprint.js'
 import type { KeyRules } from './http/key.js'
+import type { HashesInUse } from './operation/hashes.js'
 import {
+  ANYTHING,
   BOOLEAN,
   BYTES,
+  type Checked,
   checked,
   DURATION,
+  durationOrNull,
   FUNCTION,
   HEADER,
   isFunction,
   isHeaderName,
-  isPositiveInteger,
   listOf,
   oneOf,
   type Rule,
   SYNC_FUNCTION
 } from './option-rules.js'
 import { warnOfDurations } from './option-warnings.js'
+import { checkSeveral, hashesOf } from './secret.js'
 import { A_STORE, isStore } from './stores/is-store.js'
 import { MemoryStore } from './stores/memory/memory-store.js'
 import { describe } from './util/describe.js'
@@ -72,6 +77,7 @@ export interface Policy extends KeyRules {
   readonly ttl: number | null
   readonly retain: number
   readonly shouldStore: (request: FastifyRequest, reply: FastifyReply) => boolean
+  readonly redact: ((reply: StoredReply) => StoredReply) | null
   readonly maxReplySize: number
   readonly maxStepsSize: number
   readonly excludeHeaders: ReadonlySet<string>
@@ -90,11 +96,16 @@ export interface Globals {
   readonly methods: ReadonlySet<string>
 }
 
+/** The options of a route as they were checked. */
+type RouteOptions = Checked<IdempotencyRouteOptions>
+
 /** The options of one registration, checked. */
 export interface RegistrationOptions extends Globals {
   /** What the registration says itself; the rest it inherits. */
   readonly own: Partial<Globals>
-  readonly routeDefaults: Readonly<IdempotencyRouteOptions> & { readonly store: IdempotencyStore }
+  /** Of the option `secret`. */
+  readonly hashes: HashesInUse
+  readonly routeDefaults: Readonly<RouteOptions> & { readonly store: IdempotencyStore }
 }
 
 const isListOfUnsafeMethods = listOf((value) => typeof value === 'string' && isUnsafeMethod(value.toUpperCase()))
@@ -126,11 +137,9 @@ const ROUTE_RULES: Record<keyof IdempotencyRouteOptions, Rule> = {
     takes: "true, false or 'nested'",
     accepts: (value) => typeof value === 'boolean' || value === 'nested'
   },
-  ttl: {
-    takes: 'a positive integer of milliseconds, or null for ever',
-    accepts: (value) => value === null || isPositiveInteger(value)
-  },
+  ttl: durationOrNull('for ever'),
   shouldStore: SYNC_FUNCTION,
+  redact: SYNC_FUNCTION,
   maxReplySize: BYTES,
   maxStepsSize: BYTES,
   excludeHeaders: { takes: 'an array of header names', accepts: listOf(isHeaderName) },
@@ -150,7 +159,9 @@ export const REGISTRATION_RULES: Record<keyof IdempotencyOptions, Rule> = {
   methods: {
     takes: `an array of one or more methods that change something (not ${[...SAFE_METHODS].join(', ')})`,
     accepts: (value) => isListOfUnsafeMethods(value) && (value as unknown[]).length > 0
-  }
+  },
+  // By `hashesOf`, which does not show what was given.
+  secret: ANYTHING
 }
 
 /**
@@ -187,17 +198,21 @@ export function registrationOptions(
   { supportedMethods, outer }: Place = {}
 ): RegistrationOptions {
   const own = Object.fromEntries(Object.entries(options).filter(([name]) => !FOREIGN_OPTIONS.has(name)))
-  const { global, methods, ...route } = checked<IdempotencyOptions>(own, REGISTRATION_RULES)
+  const { global, methods, secret: _, ...route } = checked<IdempotencyOptions>(own, REGISTRATION_RULES)
   warnOfDurations(route, {}, '')
   const globals = {
     ...(global !== undefined && { global }),
     ...(methods !== undefined && { methods: new Set(methods.map((method) => method.toUpperCase())) })
   }
   if (supportedMethods !== undefined) checkMethods(globals.methods, supportedMethods, methods)
+  const hashes = hashesOf(own)
+  const store = route.store ?? new MemoryStore()
+  if (hashes.length > 1) checkSeveral(store, false, '')
   return Object.freeze({
     ...inherited(globals, outer),
     own: globals,
-    routeDefaults: Object.freeze({ ...route, store: route.store ?? new MemoryStore() })
+    hashes,
+    routeDefaults: Object.freeze({ ...route, store })
   })
 }
 
@@ -245,14 +260,16 @@ export function routePolicy(route: RouteDeclaration, registration: RegistrationO
   }
   const own = isPlainObject(config) ? checked<IdempotencyRouteOptions>(config, ROUTE_RULES, { where }) : {}
   warnOfDurations(own, registration.routeDefaults, where)
-  const options: IdempotencyRouteOptions = { ...registration.routeDefaults, ...own }
+  const options: RouteOptions = { ...registration.routeDefaults, ...own }
   if (options.target === undefined) checkConstraints(route.constraints, where)
-  return Object.freeze({
+  const policy = Object.freeze({
     route: route.url,
     constraints: constraintsOf(route.constraints),
     methods: covered.length === methods.length ? null : new Set(covered),
     ...complete(options, registration.routeDefaults.store, where)
   })
+  if (registration.hashes.length > 1) checkSeveral(policy.store, policy.transaction, where)
+  return policy
 }
 
 const { ttl, onConflict } = ROUTE_RULES
@@ -264,7 +281,7 @@ const RUN_RULES = { ttl, onConflict }
  */
 export function runPolicy(
   options: Pick<RunOptions, 'ttl' | 'onConflict'>,
-  { transaction, hook, header, ...defaults }: RegistrationOptions['routeDefaults']
+  { transaction, hook, header, redact, ...defaults }: RegistrationOptions['routeDefaults']
 ): Policy {
   const where = ' of run()'
   const own = checked<Pick<RunOptions, 'ttl' | 'onConflict'>>(options, RUN_RULES, { where })
@@ -297,7 +314,7 @@ export function describeRoute({ method, url }: RouteDeclaration): string {
 }
 
 function complete(
-  options: IdempotencyRouteOptions,
+  options: RouteOptions,
   store: IdempotencyStore,
   where: string
 ): Omit<Policy, 'route' | 'methods' | 'constraints'> {
@@ -332,6 +349,7 @@ function complete(
     ttl,
     retain: ttl ?? RETAIN_WITHOUT_TTL,
     shouldStore: options.shouldStore ?? isFinal,
+    redact: options.redact ?? null,
     maxReplySize: options.maxReplySize ?? 1_048_576,
     maxStepsSize: options.maxStepsSize ?? 65_536,
     excludeHeaders: new Set(options.excludeHeaders?.map((name) => name.toLowerCase())),
@@ -344,11 +362,7 @@ function complete(
   }
 }
 
-function checkTransaction(
-  { onStoreError, hook }: IdempotencyRouteOptions,
-  store: IdempotencyStore,
-  where: string
-): void {
+function checkTransaction({ onStoreError, hook }: RouteOptions, store: IdempotencyStore, where: string): void {
   if (store.begin === undefined) {
     const name = store.constructor?.name ?? 'object'
     throw new InvalidOption(`option "transaction"${where} takes a store with transactions (PostgresStore), got ${name}`)

@@ -27,10 +27,8 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
   const later = postponer()
   const fielded: FieldedRoute[] = []
 
-  fastify.decorate(
-    'idempotency',
-    new InstanceApi(registration.options.routeDefaults, new Runner(registration, fastify.log))
-  )
+  const { log } = fastify
+  fastify.decorate('idempotency', new InstanceApi(registration, new Runner(registration, log), log))
   fastify.decorate(kRegistration, registration)
   decorateRequest(fastify)
   expectCoverage(fastify, registration)

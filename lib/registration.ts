@@ -1,4 +1,5 @@
 import type { FastifyInstance } from 'fastify'
+import type { IdempotencyStore } from '../types/index.js'
 import type { Unfinished } from './http/captured-stream.js'
 import type { Host, Ongoing } from './operation/host.js'
 import { StoreContext } from './operation/store-context.js'
@@ -41,11 +42,16 @@ export class Registration implements Host {
   #closing = false
   #longestLease = 0
   #idle: (() => void) | null = null
-  readonly #stores = new Set<StoreContext>()
+  readonly #stores = new Map<IdempotencyStore, StoreContext>()
+  readonly #leases = new Map<string, number>()
 
   constructor(options: RegistrationOptions) {
     this.options = options
     this.use(options.routeDefaults.store)
+  }
+
+  get hashes(): RegistrationOptions['hashes'] {
+    return this.options.hashes
   }
 
   get closing(): boolean {
@@ -56,14 +62,25 @@ export class Registration implements Host {
   cover(policy: Policy): void {
     this.use(policy.store)
     warnOfSiblings(policy.store)
+    this.#leases.set(policy.route, policy.lease)
     this.#longestLease = Math.max(this.#longestLease, policy.lease)
   }
 
   use(store: Policy['store']): void {
+    if (this.#stores.has(store)) return
     const inUse = StoreContext.of(store)
-    if (this.#stores.has(inUse)) return
-    this.#stores.add(inUse)
+    this.#stores.set(store, inUse)
     inUse.enter()
+  }
+
+  /** The stores that its routes use, its own first. */
+  get stores(): readonly IdempotencyStore[] {
+    return [...this.#stores.keys()]
+  }
+
+  /** The lease of a route, as far as it is one of this registration. */
+  leaseOf(route: string | undefined): number {
+    return this.#leases.get(route ?? '') ?? this.options.routeDefaults.lease ?? 30_000
   }
 
   ended(operation: Ongoing): void {
@@ -87,7 +104,7 @@ export class Registration implements Host {
     await Promise.all([...this.streams].map((stream) => stream.giveUp()))
     this.closed = true
     for (const operation of this.operations) operation.abandon()
-    const closed = await Promise.allSettled([...this.#stores].map((store) => store.leave()))
+    const closed = await Promise.allSettled([...this.#stores.values()].map((store) => store.leave()))
     for (const result of closed) if (result.status === 'rejected') throw result.reason
   }
 

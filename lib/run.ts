@@ -58,7 +58,7 @@ export class Runner {
     }
     // What was done cannot be undone.
     const text = textOrReason(() => encode(value, policy.maxReplySize))
-    const record = replyRecord(operation.fingerprint, 200, [], text)
+    const record = replyRecord(operation.storedFingerprint, 200, [], text)
     await operation.complete(record)
     return resultOf(record) as Stored<T>
   }

@@ -1,6 +1,6 @@
 import type { KeyFormat } from '../types/index.js'
 import { parseKey } from './http/key.js'
-import { storageKey } from './operation/storage-key.js'
+import { PLAIN } from './operation/hashes.js'
 
 /* A key that somebody names: an operator, a job, or who forgets its steps. */
 
@@ -14,6 +14,6 @@ export function pastedKey(key: string, keyFormat: KeyFormat = 'any'): string {
 }
 
 /** The storage key of an operation that somebody names; a `scope` option may have given a number. */
-export function selectedKey(key: string, scope: unknown, keyFormat?: KeyFormat): string {
-  return storageKey(scope === undefined ? null : String(scope), pastedKey(key, keyFormat))
+export function selectedKey(key: string, scope: unknown, keyFormat?: KeyFormat, hashes = PLAIN): string {
+  return hashes.storageKey(scope === undefined ? null : String(scope), pastedKey(key, keyFormat))
 }

@@ -3,11 +3,13 @@ import { copies } from './testkit/copies.js'
 import { type Case, runCase } from './testkit/harness.js'
 import { interruptions } from './testkit/interruptions.js'
 import { lifetimes } from './testkit/lifetimes.js'
+import { listing } from './testkit/listing.js'
 import { looking } from './testkit/looking.js'
 import { ownership } from './testkit/ownership.js'
 import { races } from './testkit/races.js'
 import { records } from './testkit/records.js'
 import { releases } from './testkit/releases.js'
+import { settling } from './testkit/settling.js'
 import { steps } from './testkit/steps.js'
 import { text } from './testkit/text.js'
 import type { ConformanceCase, ConformanceOptions, ConformanceTopic, StoreFactory } from './testkit/types.js'
@@ -33,6 +35,8 @@ const topics: Record<ConformanceTopic, readonly Case[]> = {
   copies,
   'wake-ups': wakeUps,
   looking,
+  listing,
+  settling,
   interruptions
 }
 

@@ -20,6 +20,8 @@ const page = join(root, 'docs', 'api.md')
 const ENTRIES = {
   'fastify-idempotency': 'index.d.ts',
   'fastify-idempotency/client': 'lib/client.d.ts',
+  'fastify-idempotency/conform': 'lib/conform.d.ts',
+  'fastify-idempotency/testing': 'lib/testing.d.ts',
   'fastify-idempotency/testkit': 'lib/testkit.d.ts',
   'fastify-idempotency/transactions': 'lib/transactions.d.ts'
 }
@@ -33,12 +35,34 @@ const SECTIONS = [
     about:
       'The default export, also as `idempotency`: `await app.register(idempotency, options)`. `require()` gives the same ' +
       'function, with everything else of this entry on it.',
-    names: ['IdempotencyOptions', 'IdempotencyRouteOptions', 'IdempotencyRouteConfig', 'ClaimHook', 'KeyFormat']
+    names: [
+      'IdempotencyOptions',
+      'IdempotencyRouteOptions',
+      'IdempotencyRouteConfig',
+      'ClaimHook',
+      'KeyFormat',
+      'Duration',
+      'Secret'
+    ]
   },
   {
     title: 'On requests and on the instance',
     from: MAIN,
-    names: ['RequestIdempotency', 'InstanceIdempotency', 'OperationSelector', 'RunOptions', 'RunContext']
+    names: [
+      'RequestIdempotency',
+      'InstanceIdempotency',
+      'OperationSelector',
+      'OperationKey',
+      'OperationOrigin',
+      'OwnerSeen',
+      'KnownOperation',
+      'ListedOperation',
+      'ListOptions',
+      'PurgeOptions',
+      'Outcome',
+      'RunOptions',
+      'RunContext'
+    ]
   },
   {
     title: 'Steps',
@@ -83,6 +107,12 @@ const SECTIONS = [
       'StoredReply',
       'Tombstone',
       'TombstoneReason',
+      'ListedKind',
+      'ListedPage',
+      'ListedKey',
+      'Unfinished',
+      'Finished',
+      'Settlement',
       'RecordBase',
       'StoredHeader',
       'TransactionClaim',
@@ -97,7 +127,7 @@ const SECTIONS = [
   {
     title: 'Events',
     from: MAIN,
-    names: ['idempotencyEvents', 'IdempotencyEventName', 'IdempotencyEvent', 'Difference']
+    names: ['idempotencyEvents', 'IdempotencyEventName', 'IdempotencyEvent', 'Difference', 'Loss']
   },
   { title: 'OpenAPI', from: MAIN, names: ['openapiTransform', 'OpenapiTransform', 'RouteDocumentation'] },
   {
@@ -138,6 +168,35 @@ const SECTIONS = [
       'MongoConnection',
       'MongoCollection',
       'MongoSession'
+    ]
+  },
+  {
+    title: 'For your own tests',
+    from: 'fastify-idempotency/testing',
+    about: 'How to use it: [Testing your routes](testing.md).',
+    names: ['TestStore', 'TestClaim', 'TestRecord', 'TestReply', 'TestTombstone']
+  },
+  {
+    title: 'The HTTP conformance suite',
+    from: 'fastify-idempotency/conform',
+    about: 'How to use it, and the command: [Does your API keep its promises?](conformance.md).',
+    names: [
+      'conform',
+      'ConformOptions',
+      'Profile',
+      'KeyProfile',
+      'Counter',
+      'Variant',
+      'Headers',
+      'ConformReport',
+      'ReportedRule',
+      'RuleOutcome',
+      'ReportedExchange',
+      'Level',
+      'written',
+      'Reporter',
+      'rules',
+      'ConformError'
     ]
   },
   {

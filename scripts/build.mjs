@@ -3,7 +3,7 @@
 // comes as both: a browser cannot load CommonJS.
 
 import { spawnSync } from 'node:child_process'
-import { appendFileSync, copyFileSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { appendFileSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -34,15 +34,18 @@ writeFileSync(
   join(dist, 'index.d.mts'),
   "export * from './index.js'\nexport { idempotency as default } from './index.js'\n"
 )
-for (const entry of ['testkit', 'transactions'])
+for (const entry of ['conform', 'testing', 'testkit', 'transactions'])
   for (const extension of ['mjs', 'd.mts'])
     writeFileSync(join(dist, 'lib', `${entry}.${extension}`), `export * from './${entry}.js'\n`)
 
 const esm = mkdtempSync(join(tmpdir(), 'build-'))
 try {
   tsc('-p', 'tsconfig.build.json', '--module', 'ESNext', '--outDir', esm)
-  copyFileSync(join(esm, 'lib', 'client.js'), join(dist, 'lib', 'client.mjs'))
-  copyFileSync(join(esm, 'lib', 'client.d.ts'), join(dist, 'lib', 'client.d.mts'))
+  const parts = readdirSync(join(esm, 'lib', 'client')).map((file) => join('client', file))
+  for (const file of ['client.js', 'client.d.ts', ...parts]) {
+    const text = readFileSync(join(esm, 'lib', file), 'utf8').replaceAll(/( from '\.[^']*)\.js'/g, "$1.mjs'")
+    writeFileSync(join(dist, 'lib', file.replace(/(js|ts)$/, 'm$1')), text)
+  }
 } finally {
   rmSync(esm, { recursive: true, force: true })
 }

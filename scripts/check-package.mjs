@@ -1,6 +1,7 @@
 // Packs the package as it would be published, asks publint and attw about it, installs it into an empty project beside
 // Fastify, and uses it there as an ES module, a CommonJS module, both at once, and from TypeScript as both, under every
-// way to resolve modules; then in the applications of test/layouts/. One line for each check; exits 1 when one fails.
+// way to resolve modules; then in the applications of test/layouts/, and in examples/nest. One line for each check; exits 1
+// when one fails.
 
 import { spawnSync } from 'node:child_process'
 import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
@@ -12,7 +13,8 @@ const root = fileURLToPath(new URL('..', import.meta.url))
 const { name } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
 const npmQuiet = ['--no-audit', '--no-fund', '--loglevel=error']
 
-const entries = ['dist/index', 'dist/lib/client', 'dist/lib/testkit', 'dist/lib/transactions'].flatMap((entry) => [
+const subpaths = ['client', 'conform', 'testing', 'testkit', 'transactions']
+const entries = ['dist/index', ...subpaths.map((subpath) => `dist/lib/${subpath}`)].flatMap((entry) => [
   `${entry}.js`,
   `${entry}.mjs`,
   `${entry}.d.ts`,
@@ -31,6 +33,10 @@ const layoutPackages = ['@fastify/autoload@6.5.0', 'fastify-cli@8.0.2', 'fastify
 const layouts = readdirSync(join(root, 'test', 'layouts'), { withFileTypes: true }).flatMap((entry) =>
   entry.isDirectory() ? [entry.name] : []
 )
+
+/** An example that is a project of its own: what it needs besides Fastify and this package. */
+const nest = JSON.parse(readFileSync(join(root, 'examples', 'nest', 'package.json'), 'utf8'))
+const { [name]: _, ...nestPackages } = { ...nest.dependencies, ...nest.devDependencies }
 
 /** What each consumer does once it has `fastify` and `idempotency`: JavaScript and TypeScript alike. */
 const use = `
@@ -76,18 +82,32 @@ import type {
   LocalCacheOptions, MemoryStoreOptions, MysqlStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord, Transactions
 } from '${name}'
 import type { IdempotentFetch, IdempotentFetchOptions } from '${name}/client'
+import type { TestClaim, TestRecord } from '${name}/testing'
 import type { ConformanceCase, StoreFactory } from '${name}/testkit'
 import type { SqlTransactions, SqlTransactionsOptions } from '${name}/transactions'
 export type All = [
   Acquisition, EncryptedStoreOptions, EncryptionKey, IdempotencyEvent, IdempotencyOptions, IdempotencyStore,
   LocalCacheOptions, MemoryStoreOptions, MysqlStoreOptions, OpenapiTransform, PostgresStoreOptions, RedisStoreOptions, StoredRecord,
-  IdempotentFetch, IdempotentFetchOptions, ConformanceCase, StoreFactory,
+  IdempotentFetch, IdempotentFetchOptions, TestClaim, TestRecord, ConformanceCase, StoreFactory,
   SqlTransactions<unknown>, SqlTransactionsOptions<unknown>, Transactions<unknown>
 ]
 // @ts-expect-error: an option that is \`any\` would be found here.
-export const wrong: IdempotencyOptions = { ttl: 'soon' }
+export const wrong: IdempotencyOptions = { ttl: true }
 // @ts-expect-error
 export const alsoWrong: IdempotentFetchOptions = { timeout: 'soon' }
+`
+/** The clock that a TestStore moves is that of the plugin, however each of them was loaded. */
+const testing = `
+  const kept = new TestStore()
+  const shop = fastify()
+  await shop.register(idempotency, { store: kept, ttl: 60_000 })
+  shop.post('/', { config: { idempotency: true } }, async () => 'done')
+  await shop.inject({ method: 'POST', url: '/', headers: { 'Idempotency-Key': 'k' } })
+  await kept.advance(59_000)
+  assert.equal(kept.records()[0]?.route, '/')
+  await kept.advance(1_000)
+  assert.equal(kept.records().length, 0)
+  await shop.close()
 `
 /** All cases of the conformance kit, without a test runner. */
 const conformance = `
@@ -106,34 +126,38 @@ import assert from 'node:assert/strict'
 import fastify from 'fastify'
 import idempotency, { ${named}, idempotency as named } from '${name}'
 import { idempotentFetch } from '${name}/client'
+import { TestStore } from '${name}/testing'
 import { storeConformance } from '${name}/testkit'
 import { ${transactions} } from '${name}/transactions'
 assert.equal(idempotency, named)
-${functions}${use}${conformance}`,
+${functions}${use}${conformance}${testing}`,
 
   'commonjs.cjs': `
 const assert = require('node:assert/strict')
 const fastify = require('fastify')
 const idempotency = require('${name}')
 const { idempotentFetch } = require('${name}/client')
+const { TestStore } = require('${name}/testing')
 const { storeConformance } = require('${name}/testkit')
 const { ${transactions} } = require('${name}/transactions')
 const { ${named} } = idempotency
 assert.equal(typeof idempotency, 'function')
 assert.equal(idempotency, idempotency.default)
 assert.equal(idempotency, idempotency.idempotency)
-${functions}${main(use + conformance)}`,
+${functions}${main(use + conformance + testing)}`,
 
   'both.mjs': `
 import assert from 'node:assert/strict'
 import { createRequire } from 'node:module'
 import * as imported from '${name}'
+import * as importedTesting from '${name}/testing'
 import * as importedKit from '${name}/testkit'
 import * as importedTransactions from '${name}/transactions'
 const require = createRequire(import.meta.url)
 const required = require('${name}')
 assert.equal(imported.default, required)
 for (const [name, value] of Object.entries(imported)) assert.equal(value, required[name], name)
+assert.equal(importedTesting.TestStore, require('${name}/testing').TestStore)
 assert.equal(importedKit.storeConformance, require('${name}/testkit').storeConformance)
 assert.equal(importedTransactions.sqlTransactions, require('${name}/transactions').sqlTransactions)
 for (const it of Object.keys(require('${name}/client'))) assert.ok(it in (await import('${name}/client')), it)
@@ -151,31 +175,34 @@ import assert from 'node:assert/strict'
 import fastify from 'fastify'
 import idempotency, { ${named}, idempotency as named } from '${name}'
 import { idempotentFetch } from '${name}/client'
+import { TestStore } from '${name}/testing'
 import { storeConformance } from '${name}/testkit'
 import { ${transactions} } from '${name}/transactions'
 assert.equal(idempotency, named)
-${functions}${use}${conformance}`,
+${functions}${use}${conformance}${testing}`,
 
   'typescript-commonjs-require.cts': `${types}
 import assert = require('node:assert/strict')
 import fastify = require('fastify')
 import idempotency = require('${name}')
 import { idempotentFetch } from '${name}/client'
+import { TestStore } from '${name}/testing'
 import { storeConformance } from '${name}/testkit'
 import { ${transactions} } from '${name}/transactions'
 const { ${named} } = idempotency
 assert.equal(typeof idempotency, 'function')
-${functions}${main(use + conformance)}`,
+${functions}${main(use + conformance + testing)}`,
 
   'typescript-commonjs-import.cts': `${types}
 import assert from 'node:assert/strict'
 import fastify from 'fastify'
 import idempotency, { ${named}, idempotency as named } from '${name}'
 import { idempotentFetch } from '${name}/client'
+import { TestStore } from '${name}/testing'
 import { storeConformance } from '${name}/testkit'
 import { ${transactions} } from '${name}/transactions'
 assert.equal(idempotency, named)
-${functions}${main(use + conformance)}`,
+${functions}${main(use + conformance + testing)}`,
 
   // In a browser, where there is no Node.
   'browser.ts': `
@@ -291,19 +318,28 @@ function lintTypes(tarball) {
   run(join(root, 'node_modules', '.bin', 'attw'), [tarball, '--no-color'], root)
 }
 
+/** @type {(dependency: string) => string} The version that is installed here. */
+function versionOf(dependency) {
+  return JSON.parse(readFileSync(join(root, 'node_modules', dependency, 'package.json'), 'utf8')).version
+}
+
 /** @type {(tarball: string) => string} An empty project with the package, and with our versions of what it is used with. */
 function install(tarball) {
   const project = join(work, 'project')
   mkdirSync(project)
-  writeFileSync(join(project, 'package.json'), '{ "private": true, "type": "module" }\n')
-  const others = ['fastify', 'ioredis', 'typescript', '@types/node'].map((dependency) => {
-    const { version } = JSON.parse(readFileSync(join(root, 'node_modules', dependency, 'package.json'), 'utf8'))
-    return `${dependency}@${version}`
-  })
+  const others = ['fastify', 'ioredis', 'typescript', '@types/node'].map((other) => `${other}@${versionOf(other)}`)
   others.push(`typescript-5@npm:typescript@${OLDER_TYPESCRIPT}`, ...layoutPackages)
+  const known = new Set(others.map((other) => other.slice(0, other.indexOf('@', 1))))
+  for (const [other, version] of Object.entries(nestPackages)) if (!known.has(other)) others.push(`${other}@${version}`)
+  // One Fastify for all of them, as there is where only Nest brings one.
+  const overrides = { '@nestjs/platform-fastify': { fastify: versionOf('fastify') } }
+  writeFileSync(join(project, 'package.json'), JSON.stringify({ private: true, type: 'module', overrides }))
   run('npm', ['install', ...npmQuiet, '--prefer-offline', '--no-package-lock', tarball, ...others], project)
   for (const [file, source] of Object.entries(sources)) writeFileSync(join(project, file), source)
   cpSync(join(root, 'test', 'layouts'), join(project, 'layouts'), { recursive: true })
+  // Without what was installed and built there.
+  const isSource = (/** @type {string} */ path) => !/[\\/]nest[\\/](node_modules|dist)$/.test(path)
+  cpSync(join(root, 'examples', 'nest'), join(project, 'nest'), { recursive: true, filter: isSource })
   return project
 }
 
@@ -314,6 +350,14 @@ function compile(project, [what, compiler, files, { outDir, ...compilerOptions }
   const config = join(project, `tsconfig.${compiler}-${what.replace(/\W/g, '')}.json`)
   writeFileSync(config, JSON.stringify({ compilerOptions: { ...compilerOptions, ...strict, ...output }, files }))
   run(process.execPath, [join(project, 'node_modules', compiler, 'bin', 'tsc'), '-p', config], project)
+}
+
+/** @type {(project: string) => void} Its tests, by Jest in CommonJS. */
+function testNest(project) {
+  const cwd = join(project, 'nest')
+  const modules = join(project, 'node_modules')
+  run(process.execPath, [join(modules, 'typescript', 'bin', 'tsc')], cwd)
+  run(process.execPath, [join(modules, 'jest', 'bin', 'jest.js'), '--ci', '--runInBand', '--no-cache'], cwd)
 }
 
 let tarball = ''
@@ -338,8 +382,13 @@ if (ready) {
     const script = /\.c?ts$/.test(file) ? join('built', file.replace(/ts$/, 'js')) : file
     step(file, () => void run(process.execPath, [script], project))
   }
+  step('the command', () => {
+    const rules = run(join(project, 'node_modules', '.bin', name), ['rules'], project)
+    assert(rules.startsWith('must'), `it lists no rules: ${rules}`)
+  })
   for (const layout of layouts) {
     step(`layout ${layout}`, () => void run(process.execPath, ['run.js'], join(project, 'layouts', layout)))
   }
+  step('example nest', () => testNest(project))
 }
 process.exitCode = failures > 0 ? 1 : 0

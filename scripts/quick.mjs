@@ -11,7 +11,7 @@ const root = fileURLToPath(new URL('..', import.meta.url))
 const SERVERS = /support\/(?:redis|postgres|browser|fleet|bad-network|process)\b/
 /** Thousands of inputs or waiters, packages that are installed, and the conformance kit on over a hundred stores. */
 const LONG =
-  /hostile-input|plugin-model|value-hash-size|testkit|layouts|client-types|transaction|examples?\.test|waiting|docs\.test|same-request/
+  /hostile-input|plugin-model|value-hash-size|testkit|layouts|client-types|transaction|examples?\.test|waiting|docs\.test|docs\/clients|same-request/
 
 const files = ['unit', 'integration', 'docs']
   .flatMap((folder) => readdirSync(join(root, 'test', folder)).map((file) => `test/${folder}/${file}`))

@@ -20,6 +20,8 @@ const GIVEN = [
   'schema',
   'resolvers',
   'chargeCard',
+  'askBank',
+  'callTool',
   'printLabel',
   'sendMail',
   'MapStore',
@@ -28,6 +30,10 @@ const GIVEN = [
   'send',
   'sessionStorage'
 ]
+/** The same of the tests of docs/testing.md, whose first snippets declare it. */
+const GIVEN_TESTS = ['buildApp', 'store', 'bank', 'post']
+/** What tests have on top, and is shown once. */
+const IMPORTS = { assert: "import assert from 'node:assert/strict'", test: "import { test } from 'node:test'" }
 const docs = readdirSync(new URL('docs/', root)).filter((file) => file.endsWith('.md'))
 
 extract(['README.md'], 'test/readme/snippets/')
@@ -50,19 +56,25 @@ function extract(pages, into) {
       if (names.has(name)) throw new Error(`${page} has a snippet of a name that is taken: ${name}`)
       names.add(name)
       if (language === 'js') writeFileSync(new URL(`${name}.cts`, folder), commonJsOf(code))
-      else writeFileSync(new URL(`${name}.ts`, folder), moduleOf(code))
+      else writeFileSync(new URL(`${name}.ts`, folder), moduleOf(code, name))
     }
   }
 }
 
-/** @param {string} code */
-function moduleOf(code) {
+/** @param {string} code @param {string} name */
+function moduleOf(code, name) {
   const lines = code.split('\n')
   const imports = lines.filter((line) => line.startsWith('import ')).map(toSource)
-  const body = lines.filter((line) => !line.startsWith('import ') && !line.includes('app.listen(')).join('\n')
+  const statements = lines.filter((line) => !line.startsWith('import ') && !line.includes('app.listen('))
+  const body = statements.map((line) => line.replace(/^export /, '')).join('\n')
   const declared = [...body.matchAll(/^(?:const|let|class|function|async function) (\w+)/gm)].map(([, name]) => name)
   const known = new Set([...declared, ...imports.flatMap((line) => line.match(/\w+/g) ?? [])])
-  const needed = GIVEN.filter((name) => !known.has(name) && new RegExp(`(?<!\\.)\\b${name}\\b(?![:-])`).test(body))
+  const isNeeded = (/** @type {string} */ name) =>
+    !known.has(name) && new RegExp(`(?<!\\.)\\b${name}\\b(?![:-])`).test(body)
+  const needed = [...GIVEN, ...(/^testing-(?!app)/.test(name) ? GIVEN_TESTS : [])].filter(isNeeded)
+  for (const [name, line] of Object.entries(IMPORTS)) {
+    if (!known.has(name) && new RegExp(`^\\s*${name}\\b[.(]`, 'm').test(body)) imports.push(line)
+  }
   return `${[...imports, "import type { Given } from '../given.js'"].join('\n')}
 
 export async function run(${needed.length > 0 ? 'given' : '_given'}: Given) {
@@ -85,6 +97,8 @@ function toSource(line) {
       .replace("'fastify-idempotency'", "'../../../index.js'")
       // It has the interface, and need not be compiled.
       .replace("'better-sqlite3'", "'libsql'")
+      .replace("'fastify-idempotency/conform'", "'../../../lib/conform.js'")
+      .replace("'fastify-idempotency/testing'", "'../../../lib/testing.js'")
       .replace("'fastify-idempotency/testkit'", "'../../../lib/testkit.js'")
       .replace("'fastify-idempotency/client'", "'../../../lib/client.js'")
       .replace("'fastify-idempotency/transactions'", "'../../../lib/transactions.js'")

@@ -1,5 +1,6 @@
+import type { KeyObject } from 'node:crypto'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import type { IdempotencyStore } from './store.js'
+import type { IdempotencyStore, StoredReply } from './store.js'
 
 /** The phases of a request in which its key can be claimed. */
 export type ClaimHook = 'onRequest' | 'preParsing' | 'preValidation' | 'preHandler'
@@ -7,7 +8,16 @@ export type ClaimHook = 'onRequest' | 'preParsing' | 'preValidation' | 'preHandl
 /** What a key may look like. */
 export type KeyFormat = 'any' | 'uuid' | 'structured' | RegExp
 
-/** Options that a route may set for itself in `config.idempotency`. Durations are milliseconds, sizes are bytes. */
+/** Milliseconds, or a text such as `'24h'`, `'30s'` or `'2 days'`. */
+export type Duration = number | string
+
+/**
+ * 32 bytes or more that nobody can guess: as they are, as a `KeyObject`, or as a text. A text in hex or base64 stands for its
+ * bytes, any other for its own in UTF-8.
+ */
+export type Secret = Uint8Array | string | KeyObject
+
+/** Options that a route may set for itself in `config.idempotency`. Sizes are bytes. */
 export interface IdempotencyRouteOptions {
   /**
    * Where claims and replies live.
@@ -86,13 +96,13 @@ export interface IdempotencyRouteOptions {
    * How long a duplicate waits before it gets its 409 after all.
    * @default 60_000
    */
-  waitTimeout?: number
+  waitTimeout?: Duration
   /**
    * How long a claim outlives its process. Renewed for as long as the request runs. With `transaction`: how long
    * one outlives a process whose connection has not ended, because the process or its network has stopped.
    * @default 30_000
    */
-  lease?: number
+  lease?: Duration
   /**
    * What becomes of a retry when the owner of the claim died: `'rerun'` the handler, or `'reject'` with 409
    * because the outcome is not known.
@@ -114,12 +124,17 @@ export interface IdempotencyRouteOptions {
    * How long a stored reply is replayed, from its completion; `null` for ever.
    * @default 86_400_000
    */
-  ttl?: number | null
+  ttl?: Duration | null
   /**
    * Is this reply final? A reply that is not releases the key, so that a retry runs the handler again.
    * @default every status below 500 but 401, 408, 423, 425 and 429, and no reply with `Retry-After`
    */
   shouldStore?: (request: FastifyRequest, reply: FastifyReply) => boolean
+  /**
+   * Makes of a reply what is stored of it, and replayed: without what must not be kept. The first client gets the whole
+   * reply. It answers at once; where it fails, nothing is kept but a tombstone.
+   */
+  redact?: (reply: StoredReply) => StoredReply
   /**
    * The largest reply body that is kept. A larger one leaves a tombstone.
    * @default 1_048_576
@@ -152,13 +167,16 @@ export interface IdempotencyRouteOptions {
    * How long a call to the store may take before it counts as failed.
    * @default 2_000
    */
-  storeTimeout?: number
+  storeTimeout?: Duration
   /**
    * Send the plugin's own errors as `application/problem+json` (RFC 9457).
    * @default false
    */
   problemDetails?: boolean
-  /** Where the errors are documented: sent as `Link: <url>; rel="describedby"`, and as the problem `type`. */
+  /**
+   * Where the errors are documented: sent as `Link: <url>; rel="describedby"`, and as the problem `type`. `{code}` in it stands
+   * for the code of the error, so that each has a page, or a part of one, of its own.
+   */
   documentationUrl?: string
 }
 
@@ -175,6 +193,17 @@ export interface IdempotencyOptions extends IdempotencyRouteOptions {
    * @default ['POST', 'PATCH']
    */
   methods?: readonly string[]
+  /**
+   * Makes HMACs of what the store sees of keys, scopes and requests: of storage keys, of the marks of callers, and of
+   * fingerprints. Without it they are hashes, and who reads the store can try guesses. Another secret makes other keys of
+   * all: what was kept before is not found, and runs again.
+   *
+   * A list is for its rotation: keys are claimed under the first secret, and looked for under the others as well; `null` in it
+   * stands for none. In a first deploy a new secret goes to the end of the list, in a second one to its front, and the old
+   * one is left out when what was kept under it is over. While there are several, requests ask the store more often, and
+   * routes with `transaction` do not boot.
+   */
+  secret?: Secret | readonly (Secret | null)[]
 }
 
 /** What a route may say in `config.idempotency`. */

@@ -70,7 +70,7 @@ export interface Step {
 
 /** A step that is committed together with what it does. */
 export interface TransactionalStep {
-  /** The storage key of its operation. */
+  /** Names its operation: a hash of its scope and key, the same whatever the option `secret` is. */
   readonly operation: string
   readonly name: string
   /** What the request looks like. Opaque, like the result. */

@@ -28,21 +28,29 @@ export type StoredStep = readonly [name: string, result: string]
 export type Acquisition =
   /** The key belongs to the caller's token. `attempt` is 1, and one more than what was abandoned after each takeover. */
   | { state: 'acquired'; attempt: number; steps?: readonly StoredStep[] }
-  /** Another token holds the key under a lease with `leaseMs` milliseconds to go. */
-  | { state: 'running'; fingerprint: string; leaseMs: number; steps?: readonly StoredStep[] }
+  /** Another token holds the key under a lease with `leaseMs` milliseconds to go. `attempt` is left out where it is not known. */
+  | { state: 'running'; fingerprint: string; leaseMs: number; attempt?: number; steps?: readonly StoredStep[] }
   /**
    * The operation has no result and no owner, and the claim did not ask to take over: the owner's lease lapsed, or, with
    * `ended`, the owner has given back what had begun: steps of it are finished, or an earlier attempt was interrupted.
+   * `lapsedMs`: how many milliseconds ago; left out where it is not known.
    */
-  | { state: 'abandoned'; fingerprint: string; attempt: number; ended?: true; steps?: readonly StoredStep[] }
+  | {
+      state: 'abandoned'
+      fingerprint: string
+      attempt: number
+      ended?: true
+      lapsedMs?: number
+      steps?: readonly StoredStep[]
+    }
   /** The operation has ended. `ttlMs` is what is left of the record's life, `null` for ever. */
   | { state: 'completed'; record: StoredRecord; ttlMs: number | null }
 
 /** A reply header as it is stored: its lower-case name and its value or values. */
 export type StoredHeader = [name: string, value: string | string[]]
 
-/** Why a reply could not be kept. */
-export type TombstoneReason = 'too-large' | 'stream-failed' | 'hijacked'
+/** Why there is no reply: it could not be kept; or, `settled`, somebody has decided that there will be none. */
+export type TombstoneReason = 'too-large' | 'stream-failed' | 'hijacked' | 'redact-failed' | 'settled'
 
 /** What is known of every finished operation. */
 export interface RecordBase {
@@ -70,6 +78,36 @@ export interface Tombstone extends RecordBase {
 
 /** What is kept of a finished operation. */
 export type StoredRecord = StoredReply | Tombstone
+
+/** What `list` is asked for. */
+export type ListedKind = 'running' | 'abandoned' | 'reply' | 'tombstone'
+
+/** What is listed of an operation without a result: see `Acquisition`. */
+export type Unfinished =
+  | { state: 'running'; fingerprint: string; attempt: number; leaseMs: number }
+  | { state: 'abandoned'; fingerprint: string; attempt: number; ended?: true; lapsedMs: number }
+
+/** What is listed of a finished operation: of a reply its status code, of a tombstone its reason. */
+export interface Finished {
+  state: 'completed'
+  fingerprint: string
+  createdAt: number
+  outcome: number | TombstoneReason
+  ttlMs: number | null
+}
+
+/** What holds a key, without what may be large. */
+export type ListedKey = { key: string } & (Unfinished | Finished)
+
+/** A part of what `list` finds. */
+export interface ListedPage {
+  readonly keys: readonly ListedKey[]
+  /** For the next page; `null` after the last one. */
+  readonly cursor: string | null
+}
+
+/** What becomes of a key whose outcome somebody has decided: a record, or `'ended'`, that a retry may run. */
+export type Settlement = { readonly record: StoredRecord; readonly ttlMs: number | null } | 'ended'
 
 /**
  * Where claims and records live. Every method is one atomic step: no other call on the same key may be
@@ -133,8 +171,25 @@ export interface IdempotencyStore {
   changed?(key: string, signal: AbortSignal): Promise<void>
   /** What holds the key, without touching it; `null` when nothing does. */
   get?(key: string): Promise<Acquisition | null>
-  /** Forgets the key, whatever holds it but an open transaction. `true` when there was something to forget. */
-  delete?(key: string): Promise<boolean>
+  /**
+   * Forgets the key, whatever holds it but an open transaction. `true` when there was something to forget.
+   * @param unlessRunning Leaves a claim that is running, which is `false`.
+   */
+  delete?(key: string, unlessRunning?: boolean): Promise<boolean>
+  /**
+   * What there is, page by page, in no order. A key that is there from the first page to the last, and is so in one of these
+   * ways, is on one of them at least; what changes meanwhile may be on none or on several. Left out is what cannot be
+   * decoded, what an open transaction holds, and keys of more than 500 bytes. A page may be empty and not the last one.
+   * @param kinds In which ways
+   * @param cursor That of the page before; `null` for the first one.
+   */
+  list?(kinds: readonly ListedKind[], cursor: string | null): Promise<ListedPage>
+  /**
+   * Ends what nobody is running: puts the record in the place of an abandoned claim or of a tombstone; or, `'ended'`, lets an
+   * abandoned claim be as if its owner had given it back now, with the same attempt, fingerprint and steps.
+   * `false`, and nothing is changed, where there is no such thing, or not of this fingerprint.
+   */
+  settle?(key: string, fingerprint: string, settlement: Settlement): Promise<boolean>
   /**
    * Opens a transaction in the database that the store lives in, and takes the key inside it, in one step and
    * without waiting for another transaction that holds the key. Stores that have it can serve routes with

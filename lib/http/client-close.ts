@@ -39,10 +39,8 @@ function onClose(exchange: Exchange, response: ServerResponse): void {
   // The client had the timeout's reply: the handler has another one now.
   if (reply.raw !== response) return
   if (stage.is === 'running') {
-    exchange.clientLeft()
     // Where the response was ended, that was done without Fastify: by the handler itself, or because sending its reply failed.
-    if (response.writableEnded && stage.reply === 'overtaken') endByStatus(exchange, stage.failure?.error)
-    else if (response.writableEnded && isFailure(stage)) void operation.release()
+    if (response.writableEnded && isFailure(stage)) endByStatus(exchange, stage.failure?.error)
     else if (response.writableEnded || isHijacked(reply)) storeHijacked(operation)
     // Else the client has left, and the handler is still at work: its reply will be stored, or its raw end seen.
     else response.once('prefinish', () => onClose(exchange, response))

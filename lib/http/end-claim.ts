@@ -78,7 +78,7 @@ function undoChanges(reply: FastifyReply, statusCode: number, headers: Headers):
  * @param failed The handler has thrown: in a transaction its writes are undone.
  */
 export function storeHijacked(operation: Operation, failed = false): void {
-  Promise.resolve(operation.complete(tombstone(operation.fingerprint, 'hijacked'), failed)).catch(() => {})
+  Promise.resolve(operation.complete(tombstone(operation.storedFingerprint, 'hijacked'), failed)).catch(() => {})
 }
 
 /** Ends the claim by the status of an error, whose reply is not known: final, and not kept; or not final. */

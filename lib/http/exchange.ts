@@ -67,8 +67,6 @@ export interface Running {
   reply: 'awaited' | 'value' | 'error' | 'broken' | 'overtaken'
   /** The error that the reply is made of, if it is. */
   failure: { readonly error: unknown } | null
-  /** The client has left: nobody is sent the reply. */
-  clientGone: boolean
 }
 
 /** The record is on its way to the store, and the reply waits for it. */
@@ -160,7 +158,7 @@ export class Exchange {
   }
 
   start(headersBefore: Headers): void {
-    this.#stage = { is: 'running', headersBefore, reply: 'awaited', failure: null, clientGone: false }
+    this.#stage = { is: 'running', headersBefore, reply: 'awaited', failure: null }
   }
 
   /** The handler is given another reply than the client has. */
@@ -185,10 +183,6 @@ export class Exchange {
     if (stage.is !== 'running' || stage.reply === 'overtaken') return
     stage.failure = { error }
     if (stage.reply === 'value' && this.#handler !== 'failed' && isFinal()) stage.reply = 'broken'
-  }
-
-  clientLeft(): void {
-    if (this.#stage.is === 'running') this.#stage.clientGone = true
   }
 
   store(): void {
@@ -238,12 +232,10 @@ export class Exchange {
     stage.failure = null
   }
 
-  /** The time is up after the handler has failed, before that reply has come to us; `false` where it has not failed. */
-  timeoutStruckError(): boolean {
+  /** The time is up after the handler has failed, perhaps before that reply has come to us. */
+  timeoutStruckError(): void {
     const stage = this.#stage
-    if (stage.is !== 'running' || stage.reply !== 'error') return false
-    stage.reply = 'overtaken'
-    return true
+    if (stage.is === 'running' && stage.reply === 'error') stage.reply = 'overtaken'
   }
 
   sentOnClientReply(): void {

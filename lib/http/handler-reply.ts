@@ -59,7 +59,8 @@ export function giveOwnReply(exchange: Exchange, isOver: boolean): void {
       current = late(exchange, client)
       exchange.timeoutStruck(isUsed)
       if (isClientUsed) stray(exchange)
-    } else if (!isTimeout(payload) || !exchange.timeoutStruckError()) {
+    } else {
+      if (isTimeout(payload)) exchange.timeoutStruckError()
       isClientUsed = true
       exchange.noteSent(payload)
     }

@@ -92,7 +92,7 @@ function afterReturn(exchange: Exchange, client: FastifyReply, value: unknown): 
     sendLate(exchange, stage, value)
     return client
   }
-  if (value === undefined && (stage.clientGone || isClosed(reply))) {
+  if (value === undefined && isClosed(reply)) {
     if (reply.sent) storeHijacked(operation)
     // Fastify sends nothing to a client that is gone: then nothing would be stored either.
     else return reply.send()

@@ -1,6 +1,7 @@
 import { STATUS_CODES } from 'node:http'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { isRefusal, type Refusal } from '../errors.js'
+import { tellRefused } from '../operation/report.js'
 import type { Policy } from '../options.js'
 import { kRefusal } from './exchange.js'
 
@@ -9,14 +10,19 @@ import { kRefusal } from './exchange.js'
 export const PROBLEM_TYPE = 'application/problem+json'
 
 /** The error as a problem document (RFC 9457 §3), with the error's `code` as an extension member. */
-function problemOf({ code, message, statusCode }: Refusal, documentationUrl: string | null): string {
+function problemOf(refusal: Refusal, documentationUrl: string | null): string {
+  const { code, message, statusCode } = refusal
   return JSON.stringify({
-    type: documentationUrl ?? 'about:blank',
+    type: documentationUrl === null ? 'about:blank' : pageOf(refusal, documentationUrl),
     title: STATUS_CODES[statusCode],
     status: statusCode,
     detail: message,
     code
   })
+}
+
+function pageOf({ code }: Refusal, documentationUrl: string): string {
+  return documentationUrl.replaceAll('{code}', code)
 }
 
 const answered = new WeakSet<Refusal>()
@@ -45,15 +51,26 @@ export function wasSentByFastify(reply: FastifyReply, refusal: Refusal): boolean
   return answered.has(refusal) && reply.statusCode === refusal.statusCode && reply.hasHeader('content-length')
 }
 
+/** Refusals of requests that have no storage key yet, of which nothing else tells. */
+const WITHOUT_KEY: ReadonlySet<string> = new Set([
+  'FST_IDEMPOTENCY_KEY_MISSING',
+  'FST_IDEMPOTENCY_KEY_INVALID',
+  'FST_IDEMPOTENCY_SCOPE',
+  'FST_IDEMPOTENCY_KEY_UNREADABLE'
+])
+
 /** Marks an error if it is the plugin's own, and puts its headers on the reply, whoever handles errors. */
 export function refuse(policy: Policy, request: FastifyRequest, reply: FastifyReply, error: unknown): Error {
   if (isRefusal(error)) {
+    if (WITHOUT_KEY.has(error.code) && request[kRefusal] !== error) {
+      tellRefused({ request, log: request.log, storageKey: '', policy, attempt: 0 }, error)
+    }
     const { documentationUrl, problemDetails } = policy
     request[kRefusal] = error
     if (error.headers !== undefined) reply.headers(error.headers)
     if (problemDetails) watchHeaders(error)
     if (documentationUrl !== null) {
-      const links = [reply.getHeader('link') ?? [], `<${documentationUrl}>; rel="describedby"`].flat()
+      const links = [reply.getHeader('link') ?? [], `<${pageOf(error, documentationUrl)}>; rel="describedby"`].flat()
       reply.header('link', links.join(', '))
     }
   }

@@ -1,5 +1,6 @@
 import type { FastifyReply } from 'fastify'
 import type { StoredHeader, StoredReply, Tombstone, TombstoneReason } from '../../types/index.js'
+import { clock } from '../util/clock.js'
 import type { Headers } from './headers.js'
 
 /* What is stored of a reply: which of its headers, and what stands for one that cannot be kept. */
@@ -20,6 +21,11 @@ const NEVER_STORED: ReadonlySet<string> = new Set([
   'www-authenticate'
 ])
 
+/** @param name in lower case */
+export function isStorable(name: string): boolean {
+  return !NEVER_STORED.has(name) && !name.startsWith('proxy-')
+}
+
 /** The headers that have come or changed since the snapshot. */
 export function headersSince(
   before: Headers,
@@ -31,7 +37,7 @@ export function headersSince(
   for (const name in now) {
     const value = now[name as keyof Headers]
     if (value === undefined || equal(value, before[name as keyof Headers])) continue
-    if (NEVER_STORED.has(name) || name.startsWith('proxy-')) continue
+    if (!isStorable(name)) continue
     if (excludeHeaders.has(name) || name === replayHeader) continue
     stored.push([name, Array.isArray(value) ? value.map(String) : String(value)])
   }
@@ -53,7 +59,7 @@ export function replyRecord(
   return {
     kind: 'reply',
     fingerprint,
-    createdAt: Date.now(),
+    createdAt: clock.date(),
     statusCode,
     headers,
     body: typeof body === 'string' ? Buffer.from(body) : (body ?? Buffer.alloc(0)),
@@ -62,5 +68,5 @@ export function replyRecord(
 }
 
 export function tombstone(fingerprint: string, reason: TombstoneReason): Tombstone {
-  return { kind: 'tombstone', fingerprint, createdAt: Date.now(), reason }
+  return { kind: 'tombstone', fingerprint, createdAt: clock.date(), reason }
 }

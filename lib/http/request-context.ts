@@ -1,6 +1,7 @@
-import type { RequestIdempotency, Step, TransactionClient } from '../../types/index.js'
+import type { Duration, RequestIdempotency, Step, TransactionClient } from '../../types/index.js'
 import type { Operation } from '../operation/operation.js'
 import { deriveKey } from '../operation/storage-key.js'
+import { durationOf } from '../option-rules.js'
 
 /** `request.idempotency`: what a handler may see of its operation. */
 export class RequestContext implements RequestIdempotency {
@@ -42,7 +43,13 @@ export class RequestContext implements RequestIdempotency {
     }
   }
 
+  get keepFor(): (duration: Duration | null) => void {
+    return (duration) => {
+      this.#operation.ttl = duration === null ? null : durationOf(duration, 'keepFor()')
+    }
+  }
+
   get deriveKey(): (label: string) => string {
-    return (label) => deriveKey(this.#operation.storageKey, label, this.#operation.credentials)
+    return (label) => deriveKey(this.#operation.id, label, this.#operation.credentials)
   }
 }

@@ -99,8 +99,8 @@ export class RequestSnapshot {
       this.#isUnread = (body === undefined || body === null) && hasBody(this.request)
       if (!this.#isUnread) this.#readBody()
     }
-    // A key that getKey will find needs one all the same.
-    if (this.head === '' && (this.key !== undefined || this.policy.getKey !== null)) this.readHead()
+    // A key that getKey will find, or a hook that reads the body, needs one all the same: the validation may change it.
+    if (this.head === '' && (this.key !== undefined || this.#isUnread || this.policy.getKey !== null)) this.readHead()
     if (this.payload instanceof Promise) {
       return this.payload.then((payload) => {
         this.payload = payload
@@ -115,7 +115,6 @@ export class RequestSnapshot {
     if (!this.#isUnread) return
     this.#isUnread = false
     this.#readBody()
-    if (this.head === '' && this.key !== undefined) this.readHead()
     this.#warnUnlessKnown()
   }
 

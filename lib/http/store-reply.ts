@@ -23,7 +23,7 @@ export function storeReply(
   open: Set<Unfinished>
 ): MaybePromise<Payload> {
   const { operation, reply, request } = exchange
-  const { fingerprint } = operation
+  const { storedFingerprint: fingerprint } = operation
   if (running.reply === 'overtaken') {
     endByStatus(exchange, running.failure?.error)
     return payload

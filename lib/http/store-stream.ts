@@ -24,7 +24,7 @@ export function storeStream(
   open: Set<Unfinished>
 ): MaybePromise<Payload> {
   const { operation, reply, isLate } = exchange
-  const { policy, fingerprint } = operation
+  const { policy, storedFingerprint: fingerprint } = operation
   const { headersBefore } = running
   const source = asStream(payload)
   // Neither a stream nor anything else that can be sent: Fastify will say so.

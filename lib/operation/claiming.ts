@@ -7,21 +7,32 @@ import type {
   TransactionAcquisition
 } from '../../types/index.js'
 import { StoreTimeout, UnreadableAnswer } from '../errors.js'
+import { clock } from '../util/clock.js'
 import { kPeek, type MaybePromise, type Peekable, peek } from '../util/sync-promise.js'
 import { promiseTry, withTimeout } from '../util/timeout.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import { LeasedClaim } from './leased-claim.js'
 import { tellFailure } from './report.js'
+import { acquireAmong, type Placed } from './rotation.js'
 import { isAcquisition, isClaimedKey } from './store-answers.js'
-import type { StoreContext } from './store-context.js'
+import { type StoreContext, sleep } from './store-context.js'
 import type { Permit } from './store-health.js'
 import { newToken } from './token.js'
 import { TransactionalClaim } from './transactional-claim.js'
 
 /* Asking the store for a key: within a limit, and never again under a token whose answer was lost. */
 
+/** Between two looks at who is about to yield, and for how many. */
+const PAUSE_MS = 5
+const MOST_PAUSES = 20
+
+async function pause(n: number): Promise<boolean> {
+  if (n <= MOST_PAUSES) await sleep(PAUSE_MS)
+  return n <= MOST_PAUSES
+}
+
 /** An answer of the store, from a transaction or not. */
-export type Found = Acquisition | TransactionAcquisition
+export type Found = Placed<Acquisition | TransactionAcquisition>
 
 /** The store failed while a key was asked for. */
 export class StoreFailure extends Error {}
@@ -38,6 +49,8 @@ export class Claiming {
   isEarly = false
   readonly #claimant: Claimant
   readonly #context: StoreContext
+  /** The key that is claimed, whatever the operation was found under. */
+  readonly #key: string
   #token = newToken()
   /** When the store was last asked. Monotonic milliseconds. */
   #askedAt = 0
@@ -46,6 +59,7 @@ export class Claiming {
   constructor(claimant: Claimant, context: StoreContext) {
     this.#claimant = claimant
     this.#context = context
+    this.#key = claimant.storageKeys[0]
   }
 
   /**
@@ -62,7 +76,7 @@ export class Claiming {
       return new LeasedClaim(this.#claimant, this.#context, this.#token, this.#askedAt, steps)
     }
     if (this.#transactional.isLost) {
-      this.#context.live.delete(this.#claimant.storageKey)
+      this.#context.live.delete(this.#key)
       throw new StoreFailure('The key was lost again')
     }
     return this.#transactional
@@ -70,9 +84,9 @@ export class Claiming {
 
   /** Gives back what was acquired for who does not come to a handler: nobody is told, because nothing has begun. */
   async release(): Promise<void> {
-    const { policy, storageKey } = this.#claimant
+    const { policy } = this.#claimant
     try {
-      await withTimeout(policy.storeTimeout, () => policy.store.release(storageKey, this.#token, true))
+      await withTimeout(policy.storeTimeout, () => policy.store.release(this.#key, this.#token, true))
     } catch (error) {
       tellFailure(this.#claimant, this.#context.health, error)
       this.#giveBack(this.#token)
@@ -85,12 +99,12 @@ export class Claiming {
       this.#giveBack(this.#token)
     } else {
       this.#transactional.drop()
-      this.#context.live.delete(this.#claimant.storageKey)
+      this.#context.live.delete(this.#key)
     }
   }
 
   async #askInTurn(takeover: boolean): Promise<Found> {
-    const { storageKey } = this.#claimant
+    const storageKey = this.#key
     const { asking } = this.#context
     // An answer that was under way before this request came may be older than it: only what is final is still true.
     let isOld = true
@@ -112,7 +126,7 @@ export class Claiming {
 
   #askStore(takeover: boolean): MaybePromise<Found> {
     const { health, live } = this.#context
-    const other = live.get(this.#claimant.storageKey)
+    const other = live.get(this.#key)
     // The reply is there, only the store does not have it yet.
     if (other instanceof LeasedClaim && other.unstored !== null) return this.#askOwner(other, other.unstored, takeover)
     if (other instanceof TransactionalClaim && other.isHidden) return other.asFound()
@@ -131,11 +145,11 @@ export class Claiming {
   }
 
   async #awaitAnswer(answer: Promise<Found>, owner: HeldClaim | undefined, permit: Permit): Promise<Found> {
-    const { policy, storageKey } = this.#claimant
+    const { policy } = this.#claimant
     const token = this.#token
     let found: Found
     try {
-      found = await this.#context.health.ask(storageKey, policy.storeTimeout, () => answer, permit)
+      found = await this.#context.health.ask(this.#key, policy.storeTimeout, () => answer, permit)
       if (!isAcquisition(found)) throw new UnreadableAnswer(undefined, !isClaimedKey(found))
     } catch (error) {
       // The claim may have been written all the same, or be about to be.
@@ -157,7 +171,6 @@ export class Claiming {
 
   /** What the answer means to this process, which knows more than the store. `owner`: who had the key here before. */
   #understand(found: Found, owner: HeldClaim | undefined): MaybePromise<Found> {
-    const { storageKey } = this.#claimant
     const { live } = this.#context
     if ('transaction' in found) {
       // The owner, on a route without transactions, is alive: it claims the key anew as soon as the transaction has let go of
@@ -168,10 +181,10 @@ export class Claiming {
         return owner.asFound()
       }
       this.#transactional = new TransactionalClaim(this.#claimant, this.#context, found.transaction, this.#askedAt)
-      live.set(storageKey, this.#transactional)
+      live.set(this.#key, this.#transactional)
     }
     // Others cannot see into a transaction, but this process can, if it is its own.
-    if (found.state === 'running' && found.fingerprint === '') return live.get(storageKey)?.asFound() ?? found
+    if (found.state === 'running' && found.fingerprint === '') return live.get(this.#key)?.asFound() ?? found
     if (owner === undefined) return found
     // The owner is alive in this very process, whatever the store says: it has lost its data, or the process has stalled
     // for longer than the lease.
@@ -214,8 +227,12 @@ export class Claiming {
 
   /** What a store in this process knows of the key without asking another that is down. */
   #knownHere(): Acquisition | null {
-    const { policy, storageKey } = this.#claimant
-    return (policy.store as Partial<Peekable>)[kPeek]?.(storageKey) ?? null
+    const { policy, storageKeys } = this.#claimant
+    for (const key of storageKeys) {
+      const known = (policy.store as Partial<Peekable>)[kPeek]?.(key)
+      if (known) return known
+    }
+    return null
   }
 
   /** The store has failed, or is known to be down. */
@@ -226,16 +243,20 @@ export class Claiming {
   }
 
   #acquire(takeover: boolean): Promise<Found> {
-    const { storageKey, policy } = this.#claimant
+    const { storageKeys: keys, policy, phase } = this.#claimant
     const { store, transaction, nested, waits, storeTimeout: timeoutMs } = policy
     const claim = this.#claim(takeover)
-    this.#askedAt = performance.now()
-    if (!transaction) return store.acquire(storageKey, claim)
-    return (store as Required<IdempotencyStore>).begin(storageKey, { ...claim, wake: waits, nested, timeoutMs })
+    this.#askedAt = clock.now()
+    if (keys.length > 1) {
+      const giveBack = (key: string) => this.#giveBack(claim.token, key)
+      return acquireAmong({ store, keys, claim, isHolder: phase === 'reserved', giveBack, pause })
+    }
+    if (!transaction) return store.acquire(this.#key, claim)
+    return (store as Required<IdempotencyStore>).begin(this.#key, { ...claim, wake: waits, nested, timeoutMs })
   }
 
   #claim(takeover: boolean): Claim {
-    const { fingerprint, policy } = this.#claimant
+    const { storedFingerprint: fingerprint, policy } = this.#claimant
     return {
       token: this.#token,
       fingerprint,
@@ -246,8 +267,8 @@ export class Claiming {
     }
   }
 
-  #giveBack(token: string): void {
-    const { policy, storageKey } = this.#claimant
-    void this.#context.giveBack(storageKey, token, policy.storeTimeout, true)
+  #giveBack(token: string, key = this.#key): void {
+    const { policy } = this.#claimant
+    void this.#context.giveBack(key, token, policy.storeTimeout, true)
   }
 }

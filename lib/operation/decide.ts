@@ -1,5 +1,6 @@
 import type { Acquisition, Difference, StoredReply, StoredStep } from '../../types/index.js'
-import { difference } from './fingerprint.js'
+import { closestDifference } from './fingerprint.js'
+import { withoutOrigin } from './origin.js'
 
 const NONE: readonly StoredStep[] = []
 
@@ -18,20 +19,21 @@ export type Decision =
 
 /**
  * The verdict on a duplicate, as the contract has it: another request is refused first, then what the key's state refuses.
- * @param ours The fingerprint of this request, as far as it is known.
+ * @param ours The fingerprints of this request, as far as it is known: one for each secret that is in use.
  * @param knowsAll Is everything known of this request that can be?
  * @param policy `waits`: a duplicate waits for the first request's reply. `reruns`: what was abandoned is run again.
  */
 export function decide(
   found: Acquisition,
-  ours: string,
+  ours: readonly string[],
   knowsAll: boolean,
   policy: { readonly waits: boolean; readonly reruns: boolean }
 ): Decision {
   if (found.state === 'acquired') {
     return knowsAll ? { do: 'hold', attempt: found.attempt, steps: found.steps ?? NONE } : { do: 'reserve' }
   }
-  const differs = difference(found.state === 'completed' ? found.record.fingerprint : found.fingerprint, ours)
+  const theirs = found.state === 'completed' ? found.record.fingerprint : found.fingerprint
+  const differs = closestDifference(withoutOrigin(theirs), ours)
   if (differs !== null) return { do: 'refuse', with: 'KEY_REUSED', differs }
   switch (found.state) {
     case 'completed':

@@ -6,7 +6,8 @@ import type { Difference } from '../../types/index.js'
  * two others differ. The payload's hash may be missing while it is not known.
  */
 const SEPARATOR = '.'
-const HEAD_LENGTH = 22
+/** Of the head without its hint, and of a payload. */
+export const HASH_LENGTH = 22
 export const HINT_LENGTH = 4
 
 export function composeFingerprint(head: string, payload: string): string {
@@ -17,8 +18,17 @@ export function composeFingerprint(head: string, payload: string): string {
 export function difference(theirs: string, ours: string): Difference | null {
   if (theirs === ours || theirs === '' || ours === '') return null
   const [their, our] = [headIn(theirs), headIn(ours)]
-  if (their !== our) return their.slice(HEAD_LENGTH) === our.slice(HEAD_LENGTH) ? 'credentials' : 'target'
+  if (their !== our) return their.slice(HASH_LENGTH) === our.slice(HASH_LENGTH) ? 'credentials' : 'target'
   return knowsPayload(theirs) && knowsPayload(ours) ? 'payload' : null
+}
+
+/** From the one that says least of another request to the one that says most: under another secret all differ. */
+const BY_CLOSENESS: readonly (Difference | null)[] = [null, 'payload', 'credentials', 'target']
+
+/** The same, where the one of ours that theirs is to be compared with is not known: the one that comes closest. */
+export function closestDifference(theirs: string, ours: readonly string[]): Difference | null {
+  const closeness = ours.map((one) => BY_CLOSENESS.indexOf(difference(theirs, one)))
+  return BY_CLOSENESS[Math.min(...closeness)] as Difference | null
 }
 
 function headIn(fingerprint: string): string {

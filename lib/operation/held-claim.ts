@@ -1,4 +1,4 @@
-import type { Acquisition, StoredRecord, StoredStep, TransactionClient } from '../../types/index.js'
+import type { Acquisition, Loss, StoredRecord, StoredStep, TransactionClient } from '../../types/index.js'
 import type { Subject } from '../events.js'
 import type { Policy } from '../options.js'
 import type { MaybePromise } from '../util/sync-promise.js'
@@ -8,8 +8,13 @@ import type { MaybePromise } from '../util/sync-promise.js'
 /** What a claim needs of the operation that holds it. */
 export interface Claimant extends Subject {
   readonly policy: Policy
-  readonly fingerprint: string
+  /** The storage keys of its key: the one that is claimed, and those under the other secrets in use. */
+  readonly storageKeys: readonly [string, ...string[]]
+  /** As stores keep it. */
+  readonly storedFingerprint: string
   readonly phase: string
+  /** How long its record is to be kept; `null` for ever. */
+  readonly ttl: number | null
   /** May the handler start under the claim, or does it run? */
   readonly isHeld: boolean
   /** The server has closed: nothing is repeated any more. */
@@ -24,8 +29,8 @@ export interface Claimant extends Subject {
 export interface HeldClaim {
   /** What the handler may use of the transaction; `null` where there is none. */
   readonly client: TransactionClient | null
-  /** How it gets lost, for the log. */
-  readonly loss: string
+  /** What is known of how it was lost. */
+  readonly loss: Loss
   /** Not any more, while it is being given back. */
   readonly isReleasing: boolean
   /**

@@ -1,3 +1,5 @@
+import type { HashesInUse } from './hashes.js'
+
 /* What an operation and its registration are to each other. */
 
 /** What a registration knows of an operation that is going on. */
@@ -10,6 +12,7 @@ export interface Ongoing {
 
 /** What an operation asks of its registration. */
 export interface Host {
+  readonly hashes: HashesInUse
   /** The operations that hold a claim, wait for one, or still have a reply to store. */
   readonly operations: Set<Ongoing>
   /** The server takes no requests any more. */

@@ -1,10 +1,12 @@
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../types/index.js'
+import type { Acquisition, Claim, IdempotencyStore, Loss, StoredRecord, StoredStep } from '../../types/index.js'
 import { UnreadableAnswer } from '../errors.js'
+import { clock } from '../util/clock.js'
 import { type MaybePromise, peek } from '../util/sync-promise.js'
 import { promiseTry } from '../util/timeout.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import { cancelRenewal, type Renewable, scheduleRenewal } from './leases.js'
 import { tell, tellFailure, tellStored, unavailable } from './report.js'
+import { isElsewhere } from './rotation.js'
 import { StepKeeper } from './step-keeper.js'
 import { isAcquisition, toBoolean } from './store-answers.js'
 import { retryUntil, type StoreContext } from './store-context.js'
@@ -15,7 +17,7 @@ import { retryUntil, type StoreContext } from './store-context.js'
  */
 export class LeasedClaim implements HeldClaim, Renewable {
   readonly client = null
-  readonly loss = 'to another owner'
+  loss: Loss = 'unknown'
   renewal: Renewable['renewal'] = null
   isReleasing = false
   /** What could not be stored yet. */
@@ -27,6 +29,8 @@ export class LeasedClaim implements HeldClaim, Renewable {
   #token: string
   /** When the store was last asked to begin the lease: it ends no sooner than a lease later. Monotonic milliseconds. */
   #leasedAt: number
+  /** Claimed anew, and it was not seen yet whether somebody has claimed it under another secret meanwhile. */
+  #mayBeElsewhere = false
   /** The attempt to store what could not be stored that is under way. */
   #storing: Promise<boolean> | null = null
   /** The operator wants the key to be forgotten. */
@@ -55,7 +59,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
 
   /** The store cannot have let the lease lapse yet: the key is this operation's. */
   get isLeased(): boolean {
-    return performance.now() - this.#leasedAt < this.lease
+    return clock.now() - this.#leasedAt < this.lease
   }
 
   get keepStep(): HeldClaim['keepStep'] {
@@ -121,16 +125,17 @@ export class LeasedClaim implements HeldClaim, Renewable {
 
   forget(): void {
     this.#isForgotten = true
+    this.loss = 'deleted'
     this.unstored = null
   }
 
   asFound(): Acquisition {
-    return { state: 'running', fingerprint: this.#claimant.fingerprint, leaseMs: this.lease }
+    return { state: 'running', fingerprint: this.#claimant.storedFingerprint, leaseMs: this.lease }
   }
 
   /** The record that could not be stored, as the store would give it. */
   asStored(record: StoredRecord): Acquisition {
-    return { state: 'completed', record, ttlMs: this.#claimant.policy.ttl }
+    return { state: 'completed', record, ttlMs: this.#claimant.ttl }
   }
 
   /** Tries once more to store what could not be stored. All who need to know at the same time share one attempt. */
@@ -151,7 +156,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
   async adopt(token: string): Promise<void> {
     const { policy, storageKey } = this.#claimant
     this.#token = token
-    const askedAt = performance.now()
+    const askedAt = clock.now()
     try {
       // By the same token, so that nobody comes between: from now on it is this fingerprint that is compared.
       await this.#call(() => policy.store.acquire(storageKey, this.#claim()))
@@ -193,7 +198,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
 
   #complete(record: StoredRecord): Promise<boolean> {
     const { policy, storageKey } = this.#claimant
-    const stored = promiseTry(() => policy.store.complete(storageKey, this.#token, record, policy.ttl))
+    const stored = promiseTry(() => policy.store.complete(storageKey, this.#token, record, this.#claimant.ttl))
     return peek(stored) === true ? stored : this.#completeOrReclaim(stored, record)
   }
 
@@ -203,7 +208,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
     if (toBoolean(await stored)) return true
     // Under another token now, another request of this process has left the claim to this one.
     const isOwner = token !== this.#token || (await this.#reclaim(token))
-    return isOwner && toBoolean(await policy.store.complete(storageKey, this.#token, record, policy.ttl))
+    return isOwner && toBoolean(await policy.store.complete(storageKey, this.#token, record, this.#claimant.ttl))
   }
 
   async #storeAgain(record: StoredRecord): Promise<boolean> {
@@ -283,10 +288,11 @@ export class LeasedClaim implements HeldClaim, Renewable {
   /** Tells the store once that the owner lives, or finds out that there is another. */
   async #renewOnce(): Promise<boolean> {
     const { policy, storageKey } = this.#claimant
-    const askedAt = performance.now()
+    const askedAt = clock.now()
     const token = this.#token
     const isRenewed = toBoolean(await this.#call(() => policy.store.renew(storageKey, token, policy.lease)))
-    const renewed = isRenewed || token !== this.#token
+    let renewed = isRenewed || token !== this.#token
+    if (renewed && this.#mayBeElsewhere) renewed = await this.#call(() => this.#isAlone())
     this.#leasedAt = renewed ? askedAt : Number.NEGATIVE_INFINITY
     if (renewed) return true
     // If its record is on the way to the store, that step notices the loss by itself.
@@ -314,10 +320,15 @@ export class LeasedClaim implements HeldClaim, Renewable {
   }
 
   async #claimAnew(): Promise<boolean> {
-    const { policy, storageKey } = this.#claimant
+    const { policy, storageKeys } = this.#claimant
+    const [storageKey, ...others] = storageKeys
     const { store } = policy
-    if (store.get === undefined || (await store.get(storageKey)) !== null || !this.#isWanted()) return false
-    const askedAt = performance.now()
+    if (store.get === undefined) return false
+    if ((await store.get(storageKey)) !== null || (await isElsewhere(store, others))) return this.#taken()
+    if (!this.#isWanted()) return false
+    const askedAt = clock.now()
+    // Also where no answer comes, to the claim or to the look behind it: see `acquireAmong`.
+    this.#mayBeElsewhere = others.length > 0
     let found: Acquisition
     try {
       found = await store.acquire(storageKey, this.#claim())
@@ -327,15 +338,35 @@ export class LeasedClaim implements HeldClaim, Renewable {
       this.#steps?.retryAll()
       throw error
     }
-    if (found.state !== 'acquired') return false
+    if (found.state !== 'acquired') return this.#taken()
+    try {
+      if (!(await this.#isAlone())) return this.#taken()
+    } catch (error) {
+      this.#steps?.retryAll()
+      throw error
+    }
     this.#leasedAt = askedAt
     await this.#steps?.restore()
     if (!this.#isWanted()) void this.#orphan(false)
     return this.#isWanted()
   }
 
+  /** Has nobody claimed the key under another secret? Else the claim that was made anew is given back. */
+  async #isAlone(): Promise<boolean> {
+    const { policy, storageKeys } = this.#claimant
+    this.#mayBeElsewhere = await isElsewhere(policy.store, storageKeys.slice(1))
+    if (this.#mayBeElsewhere) void this.#orphan(true)
+    return !this.#mayBeElsewhere
+  }
+
+  /** Somebody else has the key, or has had it. */
+  #taken(): false {
+    if (!this.#isForgotten) this.loss = 'taken'
+    return false
+  }
+
   #claim(): Claim {
-    const { fingerprint, policy } = this.#claimant
+    const { storedFingerprint: fingerprint, policy } = this.#claimant
     return {
       token: this.#token,
       fingerprint,

@@ -1,13 +1,16 @@
 import type { FastifyBaseLogger, FastifyRequest } from 'fastify'
-import type { Acquisition, Step, StoredRecord, StoredReply, StoredStep, TransactionClient } from '../../types/index.js'
+import type { Step, StoredRecord, StoredReply, StoredStep, TransactionClient } from '../../types/index.js'
 import { isFull, UnreadableAnswer } from '../errors.js'
 import type { Policy } from '../options.js'
+import { clock } from '../util/clock.js'
 import type { MaybePromise } from '../util/sync-promise.js'
 import { Claiming, type Found, StoreFailure } from './claiming.js'
 import { decide } from './decide.js'
-import { composeFingerprint } from './fingerprint.js'
+import { PLAIN } from './hashes.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import type { Host, Ongoing } from './host.js'
+import { withOrigin } from './origin.js'
+import { redacted } from './redact.js'
 import { inProgress, refusal, tell, tellFailure, tellLost, unavailable } from './report.js'
 import { type StepOwner, Steps } from './steps.js'
 import { storageKey } from './storage-key.js'
@@ -57,21 +60,27 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   readonly log: FastifyBaseLogger
   readonly policy: Policy
   readonly key: string
-  readonly storageKey: string
+  readonly storageKeys: readonly [string, ...string[]]
+  /** Where the operation is, for who is told of it: the key that it claims, or the one under which it was found. */
+  storageKey: string
   readonly credentials: string | null
   attempt = 0
   replayed = false
   phase: Phase = 'asking'
   /** The handler asked that its reply be not stored. */
   discarded = false
+  /** How long its reply is to be kept; `null` for ever. */
+  ttl: number | null
   /** The reply to replay, after the verdict 'replay'. */
   reply: StoredReply | null = null
   readonly #host: Host
   readonly #context: StoreContext
   readonly #claiming: Claiming
   readonly #head: string
+  readonly #scope: string | null
   #payload = ''
-  #found: Acquisition | null = null
+  #fingerprints: readonly string[] | null = null
+  #found: Found | null = null
   #claim: HeldClaim | null = null
   /** Where there are some, of this attempt or of earlier ones. */
   #steps: Steps | null = null
@@ -82,6 +91,9 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   #controller: AbortController | null = null
   /** For how many milliseconds. */
   #waited = 0
+  /** When the key was last asked for. Wall-clock milliseconds. */
+  #startedAt = 0
+  #caller: string | null = null
 
   constructor(
     { request, log }: Origin,
@@ -94,17 +106,40 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     this.request = request
     this.log = log
     this.policy = policy
+    this.ttl = policy.ttl
     this.key = key
-    this.storageKey = storageKey(scope, key)
+    const [first, ...others] = host.hashes
+    const claimed = first.storageKey(scope, key)
+    this.storageKeys =
+      others.length === 0 ? [claimed] : [claimed, ...others.map((hashes) => hashes.storageKey(scope, key))]
+    this.storageKey = claimed
     this.credentials = credentials
     this.#host = host
     this.#context = StoreContext.of(policy.store)
     this.#claiming = new Claiming(this, this.#context)
     this.#head = head
+    this.#scope = scope
   }
 
-  get fingerprint(): string {
-    return composeFingerprint(this.#head, this.#payload)
+  /** Names the operation where no store is concerned: the same on every attempt, whatever the secrets. */
+  get id(): string {
+    return this.#host.hashes[0] === PLAIN ? this.storageKeys[0] : storageKey(this.#scope, this.key)
+  }
+
+  /** What the request looks like: as it is kept from now on, and as it may have been kept before, under other secrets. */
+  get fingerprints(): readonly string[] {
+    this.#fingerprints ??= this.#host.hashes.map((hashes, n) =>
+      hashes.fingerprint(this.storageKeys[n] as string, this.#head, this.#payload)
+    )
+    return this.#fingerprints
+  }
+
+  /** The same as stores keep it: with where it comes from. */
+  get storedFingerprint(): string {
+    const [claimed] = this.storageKeys
+    this.#caller ??= this.#host.hashes[0].mark(claimed, this.#scope)
+    const { route } = this.policy
+    return withOrigin(this.fingerprints[0] as string, { startedAt: this.#startedAt, caller: this.#caller, route })
   }
 
   get takesOver(): boolean {
@@ -146,7 +181,9 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
 
   /** The payload's hash is known now. */
   learn(payload: string): void {
+    if (payload === this.#payload) return
     this.#payload = payload
+    this.#fingerprints = null
   }
 
   // What can be decided at once is decided at once: a promise is paid for only where there is something to wait for.
@@ -162,7 +199,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     // Anybody can make reservations: those who run must not have to stand back behind them.
     if (this.#context.reservations >= MOST_RESERVATIONS) return this.#postpone(null)
     this.#claiming.isEarly = true
-    return this.#judge(this.#claiming.ask(false), false)
+    return this.#judge(this.#ask(false), false)
   }
 
   /** Claims the key, and gives the verdict: everything that can be known of the request is known. */
@@ -173,7 +210,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     this.#found = null
     this.#claiming.isEarly = false
     if (this.phase === 'undecided') this.phase = 'asking'
-    return this.#judge(found === null || this.#claiming.isRemembered ? this.#claiming.ask(false) : found, true)
+    return this.#judge(found === null || this.#claiming.isRemembered ? this.#ask(false) : found, true)
   }
 
   /** The handler starts. `false`: it must not, because the client has left, and the claim with it. */
@@ -203,7 +240,9 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     if (this.discarded) return this.release()
     this.#steps?.end()
     this.phase = 'ending'
-    return this.#claim?.complete(record, failed)
+    const { redact } = this.policy
+    const kept = redact !== null && record.kind === 'reply' ? redacted(record, redact, this.log) : record
+    return this.#claim?.complete(kept, failed)
   }
 
   /**
@@ -242,7 +281,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   /* For duplicates that wait */
 
   async poll(): Promise<Found> {
-    return this.#claiming.ask(false)
+    return this.#ask(false)
   }
 
   drop(): void {
@@ -252,7 +291,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   /* For the claim */
 
   lost(): void {
-    tellLost(this, this.#claim?.loss ?? '')
+    tellLost(this, this.#claim?.loss ?? 'unknown')
     this.#controller ??= new AbortController()
     this.#controller.abort()
   }
@@ -262,11 +301,16 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     this.phase = 'over'
     this.#claim?.letGo()
     const { live } = this.#context
-    if (this.#claim !== null && live.get(this.storageKey) === this.#claim) live.delete(this.storageKey)
+    if (this.#claim !== null && live.get(this.storageKeys[0]) === this.#claim) live.delete(this.storageKeys[0])
     this.#host.ended(this)
   }
 
   /* Verdicts */
+
+  #ask(takeover: boolean): MaybePromise<Found> {
+    this.#startedAt = clock.date()
+    return this.#claiming.ask(takeover)
+  }
 
   /** What all ways to a verdict have in common: a failing store, and a client that has left meanwhile. */
   #judge(found: MaybePromise<Found>, knowsAll: boolean): MaybePromise<Verdict> {
@@ -304,20 +348,21 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     // Never bypass a key that is known to be running, or may have run already. A store that is full is not down.
     const { cause } = error
     const isUnreadable = cause instanceof UnreadableAnswer && !cause.isFree
-    const isTaken = this.#isTaken || this.#context.live.has(this.storageKey) || isUnreadable
+    const isTaken = this.#isTaken || this.#context.live.has(this.storageKeys[0]) || isUnreadable
     if (!this.policy.bypasses || isTaken || isFull(cause)) throw unavailable(this.policy, cause)
     this.phase = 'unprotected'
     tell(this, 'bypassed', cause)
     return 'run'
   }
 
-  #decide(found: Acquisition, knowsAll: boolean): MaybePromise<Verdict> {
+  #decide(found: Found, knowsAll: boolean): MaybePromise<Verdict> {
+    this.storageKey = found.storageKey ?? this.storageKeys[0]
     if (found.state !== 'acquired') {
       if (this.#isGone) return 'gone'
       this.#leaveReserved()
       this.#isTaken = found.state !== 'abandoned'
     }
-    const decision = decide(found, this.fingerprint, knowsAll, this.policy)
+    const decision = decide(found, this.fingerprints, knowsAll, this.policy)
     switch (decision.do) {
       case 'hold':
         return this.#hold(decision.attempt, decision.steps)
@@ -343,7 +388,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     this.#claim = claim
     this.attempt = attempt
     this.phase = 'held'
-    this.#context.live.set(this.storageKey, claim)
+    this.#context.live.set(this.storageKeys[0], claim)
     claim.hold()
     tell(this, 'acquired')
     if (attempt > 1) tell(this, 'takeover')
@@ -367,7 +412,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     await this.#claiming.release()
   }
 
-  #postpone(found: Acquisition | null): Verdict {
+  #postpone(found: Found | null): Verdict {
     this.phase = 'undecided'
     this.#found = found
     return 'later'
@@ -381,16 +426,16 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   }
 
   async #wait(): Promise<Verdict> {
-    const from = performance.now()
+    const from = clock.now()
     const result = this.#host.closing ? 'left' : await this.#context.waiting.wait(this)
-    this.#waited += Math.floor(performance.now() - from)
+    this.#waited += Math.floor(clock.now() - from)
     if (result === 'left' && this.#isGone) return 'gone'
     if (result === 'timeout' || result === 'left') throw inProgress(this)
     return this.#decide(result, true)
   }
 
   async #takeOver(): Promise<Verdict> {
-    const found = await this.#claiming.ask(true)
+    const found = await this.#ask(true)
     // Asked again and again, it would say so for ever.
     if (found.state === 'abandoned') {
       const cause = new UnreadableAnswer('The idempotency store refused the takeover of an abandoned key')

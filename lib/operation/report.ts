@@ -1,4 +1,4 @@
-import type { Difference, IdempotencyEventName, StoredRecord } from '../../types/index.js'
+import type { Difference, IdempotencyEventName, Loss, StoredRecord } from '../../types/index.js'
 import {
   Abandoned,
   ClaimLost,
@@ -47,9 +47,22 @@ export function tellUndone(subject: Subject, error: unknown): void {
   subject.log.warn({ ...bindings(subject), err: error }, 'idempotency transaction rolled back at its end')
 }
 
-export function tellLost(subject: Subject, loss: string): void {
-  publish('lease-lost', subject)
-  subject.log.warn(bindings(subject), `idempotency claim lost ${loss}`)
+const LOSSES: Record<Loss, string> = {
+  taken: 'to another owner',
+  deleted: 'because its key was deleted',
+  connection: 'with the connection of its transaction',
+  unknown: 'because the store does not know it any more'
+}
+
+export function tellLost(subject: Subject, loss: Loss): void {
+  publish('lease-lost', subject, { loss })
+  subject.log.warn(bindings(subject), `idempotency claim lost ${LOSSES[loss]}`)
+}
+
+/** The request has no key that could be asked for: a refusal without an operation. */
+export function tellRefused(subject: Subject, error: unknown): void {
+  publish('refused', subject, { error })
+  subject.log.debug({ idempotency: { route: subject.policy.route }, err: error }, 'idempotency refused')
 }
 
 /** The error that refuses a duplicate. */

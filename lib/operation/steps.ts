@@ -1,7 +1,8 @@
 import type { Step, StepContext, StoredStep, Transactions } from '../../types/index.js'
 import { StepFailed } from '../errors.js'
 import type { Subject } from '../events.js'
-import { difference } from './fingerprint.js'
+import { clock } from '../util/clock.js'
+import { closestDifference } from './fingerprint.js'
 import type { HeldClaim } from './held-claim.js'
 import { claimLost, reused, tellStep, tellUnfinishedSteps } from './report.js'
 import { decodeResult, encodeResult, IN_TRANSACTION, textOrReason, Unkeepable } from './step-result.js'
@@ -18,8 +19,10 @@ export interface StepOwner extends Subject {
     readonly ttl: number | null
     readonly maxStepsSize: number
   }
+  /** Of `Operation.id`. */
+  readonly id: string
   readonly credentials: string | null
-  readonly fingerprint: string
+  readonly fingerprints: readonly string[]
   readonly signal: AbortSignal
   readonly phase: string
   /** The claim under which they run; `null` where the store has failed, and the handler runs unprotected. */
@@ -137,16 +140,17 @@ export class Steps {
   }
 
   async #runInTransaction(name: string, transactions: Transactions<unknown>, run: RunInTransaction): Promise<string> {
-    const { fingerprint, storageKey: operation, policy } = this.#owner
+    const { fingerprints, id: operation, policy } = this.#owner
+    const fingerprint = fingerprints[0] as string
     const kept = this.#kept.get(name)
     if (isResult(kept)) return this.#resume(name, kept)
-    const expiresAt = policy.ttl === null ? null : Date.now() + policy.lease + policy.ttl
+    const expiresAt = policy.ttl === null ? null : clock.date() + policy.lease + policy.ttl
     const committed = await transactions.once({ operation, name, fingerprint, expiresAt }, async (tx) => {
       const result = this.#encodeUndoing(name, await run(tx, this.#context(name)))
       await this.#fence(name)
       return result
     })
-    const differs = difference(committed.fingerprint, fingerprint)
+    const differs = closestDifference(committed.fingerprint, fingerprints)
     if (differs !== null) throw reused(this.#owner, differs)
     if (this.#owner.held?.sharesLocks) await this.#mark(name)
     if (committed.resumed) return this.#resume(name, committed.result)
@@ -207,8 +211,8 @@ export class Steps {
   }
 
   #context(name: string): StepContext {
-    const { credentials, storageKey, signal } = this.#owner
-    return { key: deriveKey(storageKey, name, credentials), signal }
+    const { credentials, id, signal } = this.#owner
+    return { key: deriveKey(id, name, credentials), signal }
   }
 }
 

@@ -38,7 +38,8 @@ function isAttempt(attempt: unknown): boolean {
   return Number.isInteger(attempt) && (attempt as number) >= 1
 }
 
-function isRecord(record: StoredRecord | undefined | null): boolean {
+/** Can it be replayed, or is it a tombstone? */
+export function isRecord(record: StoredRecord | undefined | null): boolean {
   if (typeof record?.fingerprint !== 'string') return false
   if (record.kind === 'tombstone') return isReason(record.reason)
   if (record.kind !== 'reply' || !isStatus(record.statusCode)) return false

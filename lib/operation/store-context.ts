@@ -1,4 +1,5 @@
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
+import { clock } from '../util/clock.js'
 import type { HeldClaim } from './held-claim.js'
 import { StoreHealth } from './store-health.js'
 import { WaitingRoom } from './waiting.js'
@@ -27,10 +28,12 @@ interface OrphanedClaim {
   isUnderWay: boolean
 }
 
-const inUse = new WeakMap<IdempotencyStore, StoreContext>()
+const contexts = new WeakMap<IdempotencyStore, StoreContext>()
+const inUse = new Set<StoreContext>()
 
 /** What this process knows of one store: shared by all registrations and routes that use it. */
 export class StoreContext {
+  readonly store: IdempotencyStore
   /** The claims that this process holds, by storage key. */
   readonly live = new Map<string, HeldClaim>()
   /** What is being asked about keys that are wanted in a transaction: the answer, `null` when it was the key itself. */
@@ -39,36 +42,53 @@ export class StoreContext {
   /** How many of its keys this process has claimed for requests that have not been read yet. */
   reservations = 0
   readonly health = new StoreHealth()
-  readonly #store: IdempotencyStore
   readonly #orphans = new Set<OrphanedClaim>()
   /** How many loops give claims back. */
   #concurrency = 0
   #users = 0
 
   private constructor(store: IdempotencyStore) {
-    this.#store = store
+    this.store = store
     this.waiting = new WaitingRoom(store)
   }
 
   static of(store: IdempotencyStore): StoreContext {
-    let known = inUse.get(store)
+    let known = contexts.get(store)
     if (known === undefined) {
       known = new StoreContext(store)
-      inUse.set(store, known)
+      contexts.set(store, known)
     }
     return known
+  }
+
+  /** Those of the stores that registrations use. */
+  static get inUse(): Iterable<StoreContext> {
+    return inUse
   }
 
   /** One more registration uses the store. */
   enter(): void {
     this.#users++
+    inUse.add(this)
   }
 
   /** One registration less; the last one closes the store. */
   async leave(): Promise<void> {
     if (--this.#users > 0) return
+    inUse.delete(this)
     for (const claim of this.#orphans) this.#drop(claim, false)
-    await this.#store.close?.()
+    await this.store.close?.()
+  }
+
+  /**
+   * The store has taken the key from this process: its claim is not claimed anew, finds out at once, and keeps nobody here
+   * from the key.
+   */
+  disown(key: string): void {
+    const claim = this.live.get(key)
+    this.live.delete(key)
+    claim?.forget()
+    claim?.renew()
   }
 
   /** Gives a claim back in the background, as soon as the store can be reached. `false` when that is not tried any more. */
@@ -96,7 +116,7 @@ export class StoreContext {
       if (claim.isUnderWay) continue
       claim.isUnderWay = true
       try {
-        const release = () => this.#store.release(claim.key, claim.token, claim.unused)
+        const release = () => this.store.release(claim.key, claim.token, claim.unused)
         await this.health.ask(claim.key, claim.timeout, release)
         this.#drop(claim, true)
         pause = FIRST_PAUSE_MS
@@ -119,7 +139,7 @@ export class StoreContext {
 /** A pause that does not keep the process alive. */
 export function sleep(ms: number): Promise<void> {
   return new Promise((resolve) => {
-    setTimeout(resolve, ms).unref()
+    clock.setTimer(resolve, ms).unref()
   })
 }
 

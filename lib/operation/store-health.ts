@@ -1,5 +1,6 @@
 import type { FastifyBaseLogger } from 'fastify'
 import { isNoOutage, StoreTimeout } from '../errors.js'
+import { clock } from '../util/clock.js'
 import { isResolved } from '../util/sync-promise.js'
 import { withTimeout } from '../util/timeout.js'
 
@@ -56,7 +57,7 @@ export class StoreHealth {
    */
   admit(): Permit | null {
     if (!this.#isDown) return UNLIMITED
-    const now = performance.now()
+    const now = clock.now()
     if (this.#probe !== null && now < this.#probe.until) return null
     this.#probe = { patience: PROBE_MS, until: now + PROBE_MS }
     return this.#probe
@@ -84,7 +85,7 @@ export class StoreHealth {
   answered(): void {
     if (this.#error === null) return
     if (this.#isDown) {
-      const downForMs = Math.round(performance.now() - this.#downSince)
+      const downForMs = Math.round(clock.now() - this.#downSince)
       this.#log?.warn({ idempotency: { downForMs } }, 'idempotency store is back')
     }
     this.#isDown = false
@@ -113,7 +114,7 @@ export class StoreHealth {
     this.#failed.add(key)
     if (!isSilence(error) && this.#failed.size < DIFFERENT_KEYS) return
     this.#isDown = true
-    this.#downSince = performance.now()
+    this.#downSince = clock.now()
   }
 }
 

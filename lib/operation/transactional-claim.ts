@@ -5,6 +5,7 @@ import type {
   TransactionClient,
   TransactionOutcome
 } from '../../types/index.js'
+import { clock } from '../util/clock.js'
 import { withTimeout } from '../util/timeout.js'
 import type { Claimant, HeldClaim } from './held-claim.js'
 import { cancelRenewal, type Renewable, scheduleRenewal } from './leases.js'
@@ -16,7 +17,7 @@ import type { StoreContext } from './store-context.js'
  * is lost with its connection.
  */
 export class TransactionalClaim implements HeldClaim, Renewable {
-  readonly loss = 'with the connection of its transaction'
+  readonly loss = 'connection'
   renewal: Renewable['renewal'] = null
   isReleasing = false
   /** They would be rolled back with the rest. */
@@ -56,7 +57,7 @@ export class TransactionalClaim implements HeldClaim, Renewable {
    */
   get isHidden(): boolean {
     const { phase } = this.#claimant
-    return phase !== 'ending' && phase !== 'over' && performance.now() - this.#askedAt < this.lease
+    return phase !== 'ending' && phase !== 'over' && clock.now() - this.#askedAt < this.lease
   }
 
   hold(): void {
@@ -71,7 +72,7 @@ export class TransactionalClaim implements HeldClaim, Renewable {
     cancelRenewal(this)
     let outcome: TransactionOutcome
     try {
-      const commit = () => this.#transaction.complete(record, policy.ttl, failed)
+      const commit = () => this.#transaction.complete(record, this.#claimant.ttl, failed)
       outcome = await this.#context.health.ask(storageKey, policy.storeTimeout, commit)
     } catch (error) {
       tellFailure(this.#claimant, this.#context.health, error)
@@ -125,7 +126,7 @@ export class TransactionalClaim implements HeldClaim, Renewable {
   }
 
   asFound(): Acquisition {
-    return { state: 'running', fingerprint: this.#claimant.fingerprint, leaseMs: this.lease }
+    return { state: 'running', fingerprint: this.#claimant.storedFingerprint, leaseMs: this.lease }
   }
 
   /** Nobody needs it. */

@@ -1,4 +1,5 @@
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
+import { clock, type SetTimer } from '../util/clock.js'
 import { promiseTry } from '../util/timeout.js'
 import { LONGEST_DELAY, Timer } from '../util/timer.js'
 
@@ -114,7 +115,7 @@ export class WaitingRoom {
 class Line {
   readonly #ms: number
   readonly #waiting = new Set<() => void>()
-  #timer: NodeJS.Timeout | null = null
+  #timer: SetTimer | null = null
   #last = Number.NEGATIVE_INFINITY
 
   constructor(ms: number) {
@@ -130,13 +131,13 @@ class Line {
   leave(go: () => void): void {
     this.#waiting.delete(go)
     if (this.#waiting.size > 0 || this.#timer === null) return
-    clearTimeout(this.#timer)
+    clock.clearTimer(this.#timer)
     this.#timer = null
   }
 
   readonly #advance = () => {
     this.#timer = null
-    const now = performance.now()
+    const now = clock.now()
     // Timers may ring a little early.
     const isTime = Math.ceil(now - this.#last) >= this.#ms
     const [next] = this.#waiting
@@ -144,7 +145,7 @@ class Line {
       this.#last = now
       this.#waiting.delete(next)
     }
-    if (this.#waiting.size > 0) this.#timer = setTimeout(this.#advance, Math.ceil(this.#last + this.#ms - now))
+    if (this.#waiting.size > 0) this.#timer = clock.setTimer(this.#advance, Math.ceil(this.#last + this.#ms - now))
     if (isTime) next?.()
   }
 }
@@ -293,9 +294,9 @@ class Queue {
   /** Until there is a reason to look again: a change (`true`), the end of the lease, or that it has been long. */
   async #pause(leaseMs: number): Promise<boolean> {
     const { safetyLine, pressingLine } = this.#room
-    const from = performance.now()
+    const from = clock.now()
     const lease = Math.max(SHORT_PAUSE_MS, Math.ceil(leaseMs) + 1)
-    const until = (ms: number) => Math.min(Math.ceil(from + ms - performance.now()), LONGEST_DELAY)
+    const until = (ms: number) => Math.min(Math.ceil(from + ms - clock.now()), LONGEST_DELAY)
     const isTold = () => this.#subscription !== null
     if (isTold()) await this.#rest(until(Math.min(SAFETY_POLL_MS, lease)), null)
     if (isTold() && (await this.#rest(until(lease), safetyLine))) return this.#notified
@@ -317,11 +318,11 @@ class Queue {
     if (this.#places.size === 0 || (wakeable && this.#notified)) return Promise.resolve(false)
     if (ms !== null && ms <= 0) return Promise.resolve(false)
     return new Promise((resolve) => {
-      let timer: NodeJS.Timeout | undefined
+      let timer: SetTimer | undefined
       let isDone = false
       const done = (isTurn: boolean) => {
         isDone = true
-        clearTimeout(timer)
+        clock.clearTimer(timer)
         line?.leave(go)
         this.#wake = null
         resolve(isTurn)
@@ -331,7 +332,7 @@ class Queue {
         if (wakeable || this.#places.size === 0) done(false)
       }
       line?.enter(go)
-      if (ms !== null && !isDone) timer = setTimeout(done, ms, false)
+      if (ms !== null && !isDone) timer = clock.setTimer(done, ms, false)
     })
   }
 }

@@ -8,7 +8,7 @@ export function isStore(value: unknown): boolean {
   const store = value as Record<string, unknown>
   return (
     ['acquire', 'renew', 'complete', 'release'].every((method) => typeof store[method] === 'function') &&
-    ['step', 'changed', 'get', 'delete', 'begin', 'close'].every(
+    ['step', 'changed', 'get', 'delete', 'list', 'settle', 'begin', 'close'].every(
       (method) => store[method] === undefined || typeof store[method] === 'function'
     )
   )

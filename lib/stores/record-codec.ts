@@ -1,4 +1,4 @@
-import type { StoredHeader, StoredRecord, TombstoneReason } from '../../types/index.js'
+import type { StoredHeader, StoredRecord, StoredReply, Tombstone, TombstoneReason } from '../../types/index.js'
 import { UnreadableAnswer } from '../errors.js'
 
 /*
@@ -13,7 +13,13 @@ import { UnreadableAnswer } from '../errors.js'
 const LENGTH_BYTES = 8
 /** What fits into 28 bits, which is more than most servers take. */
 const LONGEST = 2 ** 28 - 1
-const REASONS: readonly unknown[] = ['too-large', 'stream-failed', 'hijacked'] satisfies TombstoneReason[]
+const REASONS: readonly unknown[] = [
+  'too-large',
+  'stream-failed',
+  'hijacked',
+  'redact-failed',
+  'settled'
+] satisfies TombstoneReason[]
 
 /** The bytes of a record, behind `prefix`. The body is copied once, into the place that it is sent from. */
 export function encodeRecord(record: StoredRecord, prefix: Buffer): Buffer {
@@ -37,17 +43,53 @@ export function encodeRecord(record: StoredRecord, prefix: Buffer): Buffer {
   return bytes
 }
 
+/** How the head of every record of this fingerprint begins, and that of no other. */
+export function headStart(fingerprint: string): string {
+  return `[${JSON.stringify(fingerprint)},`
+}
+
 /**
  * The record in `bytes`, which starts at `offset`.
  * @throws when the bytes are not those of a record.
  */
 export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
-  const start = offset + LENGTH_BYTES
-  const end = start + readLength(bytes, offset)
+  const end = headEnd(bytes, offset)
   if (bytes.length !== end + readLength(bytes, offset + 4)) throw undecodable()
+  const head = decodeHead(bytes, offset, end)
+  return head.kind === 'reply' ? { ...head, body: bytes.subarray(end) } : head
+}
+
+/** Of a record, what can be told in a few bytes: its reply has a status, its tombstone a reason. */
+export interface RecordSummary {
+  readonly fingerprint: string
+  readonly createdAt: number
+  readonly outcome: number | TombstoneReason
+}
+
+/**
+ * The same of a record of which the first bytes alone are at hand; `null` where these are too few.
+ * @throws when they are not those of a record.
+ */
+export function decodeSummary(bytes: Buffer, offset: number): RecordSummary | null {
+  const end = headEnd(bytes, offset)
+  return bytes.length < end ? null : summaryOf(decodeHead(bytes, offset, end))
+}
+
+export function summaryOf(record: Head): RecordSummary {
+  const { fingerprint, createdAt } = record
+  return { fingerprint, createdAt, outcome: record.kind === 'reply' ? record.statusCode : record.reason }
+}
+
+type Head = Tombstone | Omit<StoredReply, 'body'>
+
+function headEnd(bytes: Buffer, offset: number): number {
+  return offset + LENGTH_BYTES + readLength(bytes, offset)
+}
+
+function decodeHead(bytes: Buffer, offset: number, end: number): Head {
   let head: unknown
   try {
-    head = JSON.parse(bytes.toString('utf8', start, end))
+    head = JSON.parse(bytes.toString('utf8', offset + LENGTH_BYTES, end))
   } catch {
     // What cannot be read is no array either.
   }
@@ -55,15 +97,7 @@ export function decodeRecord(bytes: Buffer, offset: number): StoredRecord {
   const [fingerprint, createdAt, third, text, headers] = head as [string, number, ...unknown[]]
   if (head.length === 3 && isReason(third)) return { kind: 'tombstone', fingerprint, createdAt, reason: third }
   if (head.length !== 5 || !isStatus(third) || (text !== 0 && text !== 1) || !areHeaders(headers)) throw undecodable()
-  return {
-    kind: 'reply',
-    fingerprint,
-    createdAt,
-    statusCode: third,
-    headers,
-    body: bytes.subarray(end),
-    text: text === 1
-  }
+  return { kind: 'reply', fingerprint, createdAt, statusCode: third, headers, text: text === 1 }
 }
 
 /** Four bytes of seven bits each, the highest first. */

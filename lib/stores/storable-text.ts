@@ -22,6 +22,11 @@ export function toKey(key: string): string {
   return Buffer.byteLength(text) <= LONGEST_KEY ? text : `\\h${sha256(text)}`
 }
 
+/** The reverse of `toKey`; `null` for what was too long to be stored as it is. */
+export function fromKey(stored: string): string | null {
+  return stored.startsWith('\\h') ? null : fromText(stored)
+}
+
 export function sha256(text: string): string {
   return createHash('sha256').update(text).digest('hex')
 }

@@ -1,7 +1,7 @@
 import { AssertionError } from 'node:assert'
 import { setMaxListeners } from 'node:events'
 import { inspect } from 'node:util'
-import type { Acquisition, IdempotencyStore } from '../../types/index.js'
+import type { Acquisition, IdempotencyStore, ListedKey, ListedPage } from '../../types/index.js'
 import type { StoreFactory, StoreUnderTest } from './types.js'
 
 /** Where a promise is put to the test. */
@@ -28,7 +28,7 @@ export function conformanceCase(name: string, keep: Case['keep']): Case {
   return { name, keep }
 }
 
-type OptionalMethod = 'step' | 'changed' | 'get' | 'delete' | 'close'
+type OptionalMethod = 'step' | 'changed' | 'get' | 'delete' | 'list' | 'settle' | 'close'
 
 /** The same on clients that have some of the methods that a store need not have. */
 export type HarnessWith<M extends OptionalMethod> = Harness & {
@@ -129,11 +129,13 @@ function watched(store: IdempotencyStore, unanswered: string[], over: AbortSigna
     complete: (...args) => ask('complete', () => store.complete(...args), notBoolean),
     release: (...args) => ask('release', () => store.release(...args), notBoolean)
   }
-  const { step, changed, get, delete: forget, close } = store
+  const { step, changed, get, delete: forget, list, settle, close } = store
   if (step) watched.step = (...args) => ask('step', () => step.call(store, ...args), notBoolean)
   if (changed) watched.changed = (key, signal) => ask('changed', () => changed.call(store, key, signal), anything)
   if (get) watched.get = (key) => ask('get', () => get.call(store, key), faultOfLook)
-  if (forget) watched.delete = (key) => ask('delete', () => forget.call(store, key), notBoolean)
+  if (forget) watched.delete = (...args) => ask('delete', () => forget.call(store, ...args), notBoolean)
+  if (list) watched.list = (...args) => ask('list', () => list.call(store, ...args), faultOfPage)
+  if (settle) watched.settle = (...args) => ask('settle', () => settle.call(store, ...args), notBoolean)
   if (close) watched.close = () => ask('close', () => close.call(store), anything)
   return watched
 }
@@ -154,28 +156,59 @@ const isCount = (value: unknown) => Number.isSafeInteger(value) && (value as num
 const isDuration = (value: unknown) => Number.isFinite(value) && (value as number) >= 0
 const isRecord = (value: unknown) => typeof value === 'object' && value !== null
 // Left out where there are none, so that answers without steps are what they were.
-const areSteps = (value: unknown) =>
-  value === undefined || (Array.isArray(value) && value.length > 0 && value.every(isStep))
+const areSteps = optional((value) => Array.isArray(value) && value.length > 0 && value.every(isStep))
 const isStep = (value: unknown) => Array.isArray(value) && value.length === 2 && value.every(isText)
 
-const shapes: Record<Acquisition['state'], Record<string, (value: unknown) => boolean>> = {
+const shapes: Record<Acquisition['state'], Shape> = {
   acquired: { attempt: isCount, steps: areSteps },
-  running: { fingerprint: isText, leaseMs: isDuration, steps: areSteps },
+  running: { fingerprint: isText, leaseMs: isDuration, attempt: optional(isCount), steps: areSteps },
   abandoned: {
     fingerprint: isText,
     attempt: isCount,
-    ended: (value) => value === undefined || value === true,
+    ended: optional((value) => value === true),
+    lapsedMs: optional(isDuration),
     steps: areSteps
   },
   completed: { record: isRecord, ttlMs: (value) => value === null || isDuration(value) }
 }
 
+type Shape = Record<string, (value: unknown) => boolean>
+
+const listedShapes: Record<ListedKey['state'], Shape> = {
+  running: { key: isText, fingerprint: isText, leaseMs: isDuration, attempt: isCount },
+  abandoned: { ...shapes.abandoned, key: isText, lapsedMs: isDuration, steps: (value) => value === undefined },
+  completed: {
+    key: isText,
+    fingerprint: isText,
+    createdAt: Number.isFinite,
+    outcome: (value) => isText(value) || isCount(value),
+    ttlMs: (value) => value === null || isDuration(value)
+  }
+}
+
+function optional(is: (value: unknown) => boolean): (value: unknown) => boolean {
+  return (value) => value === undefined || is(value)
+}
+
 /** What is wrong with an answer. What it says is for the case to judge. */
 function faultOf(found: Acquisition): string | null {
-  const shape = shapes[found?.state]
+  return faultIn(found, shapes[found?.state])
+}
+
+function faultIn(found: object, shape: Shape | undefined): string | null {
   if (shape === undefined) return 'that is none of the states of a key'
   const wrong = Object.entries(shape).find(([name, isRight]) => !isRight((found as Record<string, unknown>)[name]))
   return wrong === undefined ? null : `its ${wrong[0]} is missing, of the wrong type, or out of range`
+}
+
+function faultOfPage(page: ListedPage): string | null {
+  if (!Array.isArray(page?.keys)) return 'its keys are missing'
+  if (page.cursor !== null && !isText(page.cursor)) return 'its cursor has to be a text, or null'
+  for (const found of page.keys) {
+    const fault = faultIn(found, listedShapes[found?.state as ListedKey['state']])
+    if (fault !== null) return fault
+  }
+  return null
 }
 
 function faultOfLook(found: Acquisition | null): string | null {

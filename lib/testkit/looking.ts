@@ -167,6 +167,25 @@ export const looking = [
     replays(await store.acquire(done, claim()), reply(), 'another key')
   }),
 
+  caseWith('delete', 'delete unless it is running leaves a running claim', async ({ store, second }) => {
+    const key = newKey()
+    const token = await take(store, key)
+    equal(await second.delete(key, true), false, 'delete')
+    equal(await store.renew(key, token, LONG), true, 'renew by the owner')
+    equal(await store.complete(key, token, reply(), LONG), true, 'complete by the owner')
+  }),
+
+  caseWith('delete', 'delete unless it is running forgets records and abandoned claims', async ({ store, second }) => {
+    const [done, dead, unknown] = [newKey(), newKey(), newKey()]
+    await finish(store, done)
+    await lapsed(store, dead)
+    equal(await second.delete(unknown, true), false, 'delete of a key that nobody claimed')
+    for (const key of [done, dead]) {
+      equal(await second.delete(key, true), true, 'delete')
+      answers(await store.acquire(key, claim({ takeover: true })), FRESH)
+    }
+  }),
+
   caseWith('close', 'close can be called again and again', async ({ store }) => {
     const key = newKey()
     await finish(store, key)

@@ -48,6 +48,8 @@ export type ConformanceTopic =
   | 'copies'
   | 'wake-ups'
   | 'looking'
+  | 'listing'
+  | 'settling'
   | 'interruptions'
 
 /** One promise of `IdempotencyStore`. */

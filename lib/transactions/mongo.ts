@@ -1,6 +1,7 @@
 import type { Transactions } from '../../types/index.js'
 import { selectedKey } from '../selected-key.js'
-import { type Kept, once } from './once.js'
+import { clock } from '../util/clock.js'
+import { type Kept, once, VERSION } from './once.js'
 
 /** What `mongoTransactions` needs of a session. */
 export interface MongoSession {
@@ -45,7 +46,8 @@ export function mongoTransactions<Session extends MongoSession>(
           await session.withTransaction(async () => {
             const options = { session }
             if (replacing) await steps.deleteOne({ ...id, expiresAt: { $lte: new Date() } }, options)
-            await steps.insertOne({ ...id, fingerprint, expiresAt: expiresAt && new Date(expiresAt) }, options)
+            const document = { ...id, version: VERSION, fingerprint, expiresAt: expiresAt && new Date(expiresAt) }
+            await steps.insertOne(document, options)
             result = await work(session)
             await steps.updateOne(id, { $set: { result } }, options)
           })
@@ -56,16 +58,18 @@ export function mongoTransactions<Session extends MongoSession>(
       }
       const find = async (): Promise<Kept | null> => {
         const found = (await steps.findOne(id)) as {
+          version: number
           fingerprint: string
           result?: string
           expiresAt: Date | null
         } | null
         if (found === null) return null
-        const { result = null, expiresAt } = found
+        const { version, result = null, expiresAt } = found
         return {
+          version,
           result,
           fingerprint: found.fingerprint,
-          expired: expiresAt !== null && expiresAt.getTime() <= Date.now()
+          expired: expiresAt !== null && expiresAt.getTime() <= clock.date()
         }
       }
       return once({ commit, find }, fingerprint, work)

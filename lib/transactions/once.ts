@@ -2,8 +2,12 @@ import type { CommittedStep } from '../../types/index.js'
 
 /* How a step comes to be committed once, in any database with unique keys. */
 
+/** Which form a row has. Those of another one, which an older process may meet in a deploy, are told apart by it. */
+export const VERSION = 1
+
 /** What a database has of a step. */
 export interface Kept {
+  readonly version: number
   /** `null` is in a row that was committed without its result, which no transaction does. */
   readonly result: string | null
   readonly fingerprint: string
@@ -48,7 +52,11 @@ export async function once<Tx>(
         throw error
       })
       // Once the row was inserted, one that is there now is younger than that: a winner's, or ours, whose commit was not acknowledged.
-      if (kept?.result != null && (started || !kept.expired)) {
+      const counts = kept !== null && (started || !kept.expired)
+      if (counts && kept.version !== VERSION) {
+        throw new Error('The row of this step was written by another version of fastify-idempotency', { cause: error })
+      }
+      if (counts && kept.result !== null) {
         return { result: kept.result, fingerprint: kept.fingerprint, resumed: true }
       }
       if (started || (left === 0 && kept === null)) throw error

@@ -2,6 +2,7 @@ import type { CommittedStep, OperationSelector, TransactionalStep, Transactions 
 import { InvalidOption, StepFailed } from '../errors.js'
 import { checked, FUNCTION, oneOf } from '../option-rules.js'
 import { selectedKey } from '../selected-key.js'
+import { clock } from '../util/clock.js'
 import { describe } from '../util/describe.js'
 import { once } from './once.js'
 import { asciiJson, keptOf, rowsOf, statements, stepColumn, TABLE } from './statements.js'
@@ -101,7 +102,7 @@ class SqlSteps<Tx> implements SqlTransactions<Tx> {
       {
         commit: (work, replacing) =>
           this.#transact(async (tx) => {
-            if (replacing) await this.#query(tx, this.#sql.deleteExpired, [...id, Date.now()])
+            if (replacing) await this.#query(tx, this.#sql.deleteExpired, [...id, clock.date()])
             await this.#query(tx, this.#sql.insert, [...id, fingerprint, expiresAt])
             const result = asciiJson(await work(tx))
             if (result.length > MAX_RESULT_BYTES) {
@@ -111,7 +112,7 @@ class SqlSteps<Tx> implements SqlTransactions<Tx> {
             await this.#query(tx, this.#sql.update, [result, ...id])
             return result
           }),
-        find: async () => keptOf(await this.#alone(this.#sql.find, id), Date.now())
+        find: async () => keptOf(await this.#alone(this.#sql.find, id), clock.date())
       },
       fingerprint,
       work
@@ -142,7 +143,7 @@ class SqlSteps<Tx> implements SqlTransactions<Tx> {
   }
 
   async sweep(): Promise<void> {
-    await this.#alone(this.#sql.sweep, [Date.now()])
+    await this.#alone(this.#sql.sweep, [clock.date()])
   }
 
   #sweepSometimes(): void {

@@ -12,19 +12,21 @@ export function statements(table: string, placeholders: '$1' | '?') {
     return placeholders === '?' ? text : text.replaceAll('?', () => `$${++at}`)
   }
   return {
-    // The constraint is an index for the sweep: the only kind that can be made with the table everywhere.
+    // The constraint is an index for the sweep: the only kind that can be made with the table everywhere. What is written without a
+    // version is of the first one.
     ddl: `CREATE TABLE IF NOT EXISTS ${table} (
   operation varchar(64) NOT NULL,
   step varchar(255) NOT NULL,
   fingerprint varchar(255) NOT NULL,
   result text,
   expires_at bigint,
+  version smallint NOT NULL DEFAULT 1,
   PRIMARY KEY (operation, step),
   UNIQUE (expires_at, operation, step)
 )`,
     insert: sql(`INSERT INTO ${table} (operation, step, fingerprint, expires_at) VALUES (?, ?, ?, ?)`),
     update: sql(`UPDATE ${table} SET result = ? WHERE operation = ? AND step = ?`),
-    find: sql(`SELECT result, fingerprint, expires_at FROM ${table} WHERE operation = ? AND step = ?`),
+    find: sql(`SELECT version, result, fingerprint, expires_at FROM ${table} WHERE operation = ? AND step = ?`),
     deleteExpired: sql(`DELETE FROM ${table} WHERE operation = ? AND step = ? AND expires_at <= ?`),
     sweep: sql(`DELETE FROM ${table} WHERE expires_at <= ?`),
     steps: sql(`SELECT step FROM ${table} WHERE operation = ?`),
@@ -65,13 +67,18 @@ export function rowsOf(answer: unknown): readonly Row[] {
 export function keptOf(answer: unknown, now: number): Kept | null {
   const [row] = rowsOf(answer)
   if (row === undefined) return null
-  const { result, fingerprint, expires_at: expiresAt } = row
+  const { version, result, fingerprint, expires_at: expiresAt } = row
   return {
+    version: numberOf(version),
     result: result === null ? null : textOf(result),
     fingerprint: textOf(fingerprint),
-    // A number, a string, a bigint, or an object that stands for one.
-    expired: expiresAt !== null && Number(textOf(expiresAt)) <= now
+    expired: expiresAt !== null && numberOf(expiresAt) <= now
   }
+}
+
+/** A number, a string, a bigint, or an object that stands for one. */
+function numberOf(value: unknown): number {
+  return Number(textOf(value))
 }
 
 function textOf(value: unknown): string {

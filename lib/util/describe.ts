@@ -9,7 +9,15 @@ export function describe(value: unknown): string {
   return `${text.slice(0, 80)} (${kind})`
 }
 
-/** The same of what was given in place of a store, and what to write instead. */
+/** What was given for a secret, and nothing of what is in it. */
+export function describeSecret(value: unknown): string {
+  if (typeof value === 'string') return `a string of ${value.length} characters`
+  if (ArrayBuffer.isView(value)) return `${value.byteLength} bytes (${value.constructor.name})`
+  if (Array.isArray(value)) return `an array of ${value.length}`
+  return typeof value === 'object' ? inspect(value, { depth: -1 }) : typeof value
+}
+
+/** What was given in place of a store, and what to write instead. */
 export function describeStore(value: unknown): string {
   const advice = adviceFor(value)
   return `${describe(value)}${advice === null ? '' : `: ${advice}`}`

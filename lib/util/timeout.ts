@@ -1,4 +1,5 @@
 import { StoreTimeout } from '../errors.js'
+import { clock, type SetTimer } from './clock.js'
 import { isResolved } from './sync-promise.js'
 import { Timer } from './timer.js'
 
@@ -39,11 +40,11 @@ export function withTimeout<T>(ms: number, ask: () => Promise<T>, witness?: Witn
 
 /** Resolves when the work is done, or when it has taken so long that nobody should wait for it any more. */
 export async function waitAtMost(ms: number, work: Promise<unknown>): Promise<void> {
-  let timer: NodeJS.Timeout | undefined
+  let timer: SetTimer | undefined
   const limit = new Promise<void>((resolve) => {
-    timer = setTimeout(resolve, ms)
+    timer = clock.setTimer(resolve, ms)
   })
-  await Promise.race([work, limit]).finally(() => clearTimeout(timer))
+  await Promise.race([work, limit]).finally(() => clock.clearTimer(timer))
 }
 
 /** A promise, whatever the call does: a store of somebody else may throw, or give its answer as it is. */

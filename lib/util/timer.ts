@@ -1,3 +1,8 @@
+import { clock, type SetTimer } from './clock.js'
+
+// Real, whatever tests of applications mock later: a turn of the event loop is no time.
+const { setImmediate } = globalThis
+
 /** The longest delay that `setTimeout` takes, some 24 days; a longer one would fire at once. */
 export const LONGEST_DELAY = 2 ** 31 - 1
 
@@ -12,7 +17,7 @@ export class Timer<T = unknown> {
   readonly #holdsProcess: boolean
   /** What is left of the delay when the timer of Node has rung. */
   #left: number
-  #timeout: NodeJS.Timeout | null = null
+  #timeout: SetTimer | null = null
 
   /**
    * @param ms Milliseconds, at least 1.
@@ -30,7 +35,7 @@ export class Timer<T = unknown> {
   /** `false` when it has rung, or was cancelled before. */
   cancel(): boolean {
     if (this.#timeout === null) return false
-    clearTimeout(this.#timeout)
+    clock.clearTimer(this.#timeout)
     this.#timeout = null
     return true
   }
@@ -38,7 +43,7 @@ export class Timer<T = unknown> {
   #start(): void {
     const delay = Math.min(this.#left, LONGEST_DELAY)
     this.#left -= delay
-    this.#timeout = setTimeout(onTimeout, delay, this)
+    this.#timeout = clock.setTimer(onTimeout, delay, this)
     if (!this.#holdsProcess) this.#timeout.unref()
   }
 

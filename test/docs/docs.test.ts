@@ -4,9 +4,10 @@ import t from 'tap'
 import idempotency, { type IdempotencyOptions, MemoryStore } from '../../index.js'
 import { type IdempotentFetch, type IdempotentResponse, idempotentFetch } from '../../lib/client.js'
 import * as errors from '../../lib/errors.js'
+import { withOrigin } from '../../lib/operation/origin.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, codeOf, REPLAYED } from '../support/app.js'
-import { latch } from '../support/latch.js'
+import { latch, until } from '../support/latch.js'
 import type { Given } from './given.js'
 
 /* The pages under docs/ say what is so: their snippets run, their tables are complete, their links lead somewhere. */
@@ -67,7 +68,7 @@ t.test('plain-fetch: while the first still runs, 409 is asked again; another 409
   })
   const { post } = await snippet<{ post(url: string, body: object): Promise<Response> }>('plain-fetch')
   const replies = [
-    Response.json({ code: 'FST_IDEMPOTENCY_IN_PROGRESS' }, { status: 409 }),
+    new Response('<h1>Conflict</h1>', { status: 409, headers: { 'retry-after': '0' } }),
     Response.json({ code: 'FST_IDEMPOTENCY_NOT_REPLAYABLE' }, { status: 409 }),
     Response.json({})
   ]
@@ -154,6 +155,49 @@ t.test('run: a message is worked off once, behind the steps that are finished', 
   t.equal(done[1], done[2])
 })
 
+t.test('mcp: attempts at a tool call have ids of their own, and the result of the one call', async (t) => {
+  const app = await build(t, { global: true })
+  app.decorateRequest('account', '')
+  app.addHook('onRequest', async (request) => {
+    request.account = String(request.headers.authorization)
+  })
+  const gate = latch()
+  const calls: unknown[] = []
+  await snippet('mcp', {
+    app,
+    async callTool({ name, arguments: input }) {
+      const call = calls.push(input)
+      if (name === 'slow') await gate.promise
+      if (name === 'fails' && call % 2 === 1) throw new Error('no network')
+      return { content: [{ type: 'text', text: `call ${call}` }] }
+    }
+  })
+  let lastId = 0
+  const post = async (name: string, key: unknown, input: object, authorization = 'alice') => {
+    const id = ++lastId
+    const _meta = key === undefined ? { progressToken: id } : { 'com.example/idempotencyKey': key, progressToken: id }
+    const payload = { jsonrpc: '2.0', id, method: 'tools/call', params: { name, arguments: input, _meta } }
+    const headers = { authorization, 'idempotency-key': 'of the connection' }
+    const reply = (await app.inject({ method: 'POST', url: '/mcp', headers, payload })).json()
+    if (reply.statusCode === 500) return reply.message
+    t.match(reply, { jsonrpc: '2.0', id }, 'the envelope is that of this attempt')
+    return reply.result?.content[0].text ?? reply.error
+  }
+  t.same([await post('refund', 'k', { a: 1 }), await post('refund', 'k', { a: 1 })], ['call 1', 'call 1'])
+  t.match(await post('refund', 'k', { a: 2 }), { code: 422, data: { code: 'FST_IDEMPOTENCY_KEY_REUSED' } })
+  t.match(await post('transfer', 'k', { a: 1 }), { code: 422 }, 'another tool')
+  t.match(await post('refund', { k: 1 }, { a: 1 }), { code: -32602 })
+  t.equal(await post('refund', 'k', { a: 1 }, 'bob'), 'call 2', 'another caller')
+  t.same([await post('refund', undefined, {}), await post('refund', undefined, {})], ['call 3', 'call 4'])
+
+  t.same([await post('fails', 'f', {}), await post('fails', 'f', {})], ['no network', 'call 6'], 'what it throws')
+  const early = [post('slow', 's', {}), post('slow', 's', {})]
+  await until(() => calls.length === 7)
+  gate.open()
+  t.same(await Promise.all(early), ['call 7', 'call 7'])
+  t.equal(calls.length, 7)
+})
+
 t.test('support: what became of a request, in words', async (t) => {
   const store = new MemoryStore()
   const app = await build(t, { store, scope: () => 'alice', maxReplySize: 10 })
@@ -184,7 +228,7 @@ t.test('support: what became of a request, in words', async (t) => {
   t.match(await lookUp('done', 'alice'), /^answered with 201 at \d{4}-/)
   t.match(await lookUp('"done"', 'alice'), /^answered with 201/, 'quotes and all')
   t.match(await lookUp('large', 'alice'), /^carried out by \d{4}-.*: too-large$/)
-  t.match(await lookUp('runs', 'alice'), /^running/)
+  t.match(await lookUp('runs', 'alice'), /^attempt 1 runs on \//)
   t.match(await lookUp('dies', 'alice'), /^attempt 1 died/)
   t.match(await lookUp('ends', 'alice'), /^attempt 2 gave it back/)
   t.match(await lookUp('done', 'bob'), /^not known/)
@@ -193,6 +237,69 @@ t.test('support: what became of a request, in words', async (t) => {
   t.equal(codeOf(await post('large')), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
   t.same([await letRunAgain('large', 'alice'), await letRunAgain('large', 'alice')], [true, false])
   t.equal((await post('large')).statusCode, 200)
+})
+
+t.test('healthy: a store that is away takes the process out of service', async (t) => {
+  const store = new MemoryStore()
+  const app = await build(t, { store })
+  await snippet('healthy', { app })
+  const ready = async () => (await app.inject({ url: '/ready' })).statusCode
+  t.equal(await ready(), 200)
+  store.get = () => Promise.reject(new Error('away'))
+  t.equal(await ready(), 503)
+})
+
+t.test('secrets: the first one of the environment names what comes, and the others what there is', async (t) => {
+  t.teardown(() => {
+    delete process.env.IDEMPOTENCY_SECRETS
+  })
+  const [old, young] = ['o'.repeat(43), 'y'.repeat(43)]
+  const name = async (secrets: string) => {
+    process.env.IDEMPOTENCY_SECRETS = secrets
+    const app = Fastify() as unknown as FastifyInstance
+    t.teardown(() => app.close())
+    await snippet('secrets', { app })
+    return app.idempotency.hash('k')
+  }
+  t.equal(await name(`${old},${young}`), await name(old))
+  t.equal(await name(`${young},${old}`), await name(young))
+  t.not(await name(young), await name(old))
+  await t.rejects(name(''), { code: 'FST_IDEMPOTENCY_INVALID_OPTION' })
+})
+
+t.test('settle: what went through is replied, what did not runs again, what is not known stays', async (t) => {
+  const store = new MemoryStore()
+  const app = await build(t, { store, onAbandoned: 'reject', lease: '1h' })
+  app.post('/payouts', { config: { idempotency: true } }, async (request) => ({
+    attempt: request.idempotency?.attempt
+  }))
+  const outcomes: Record<string, { done: boolean } | null> = {
+    done: { done: true },
+    failed: { done: false },
+    open: null
+  }
+  for (const key of Object.keys(outcomes)) {
+    const fingerprint = withOrigin('', { startedAt: 0, caller: '', route: '/payouts' })
+    await store.acquire(storageKey(null, key), {
+      token: key,
+      fingerprint,
+      leaseMs: 1,
+      retainMs: 60_000,
+      takeover: false
+    })
+  }
+  await new Promise((resolve) => setTimeout(resolve, 5))
+  const askBank = async (operation: string) => {
+    const [, outcome = null] = Object.entries(outcomes).find(([key]) => storageKey(null, key) === operation) ?? []
+    return outcome
+  }
+  const { settlePayouts } = await snippet<{ settlePayouts(): Promise<void> }>('settle', { app, askBank })
+  await settlePayouts()
+  const retry = (key: string) =>
+    app.inject({ method: 'POST', url: '/payouts', headers: { 'idempotency-key': key }, payload: {} })
+  t.same([(await retry('done')).statusCode, (await retry('done')).json()], [201, { done: true }])
+  t.same((await retry('failed')).json(), { attempt: 2 })
+  t.equal(codeOf(await retry('open')), 'FST_IDEMPOTENCY_ABANDONED')
 })
 
 /** operations.md, "Rolling deploys": what a retry meets whose first attempt another version has answered. */
@@ -227,9 +334,10 @@ t.test('a deploy changes what the table of operations.md says', async (t) => {
 })
 
 t.test('no snippet was left out', async (t) => {
-  // Those that need a server are run by transactions.test.ts, orms/whole-request.test.ts and stores/migrating.test.ts.
+  // Those that need a server, or are for another client, are run by transactions.test.ts, orms/whole-request.test.ts,
+  // stores/migrating.test.ts, clients.test.ts, conformance.test.ts, deployment.test.ts and testing.test.ts.
   const all = readdirSync(new URL('snippets/', import.meta.url)).filter((file) =>
-    /^(?!transactions-|whole-request-|moving).*\.js$/.test(file)
+    /^(?!transactions-|whole-request-|moving|client-|conform|stripe-|deployment-|testing-).*\.js$/.test(file)
   )
   t.same([...tried].sort(), all.map((file) => file.replace('.js', '')).sort())
 })
@@ -270,12 +378,14 @@ t.test("clients.md has every code that a client can do something about, with err
   )
   const rows = [...page('clients.md').matchAll(/^\| (\d{3}) \| \[`(FST_\w+)`\]/gm)]
   for (const [, status, code = ''] of rows) t.equal(status, statuses.get(code), code)
-  const below500 = [...statuses].filter(([, status]) => status !== '500').map(([code]) => code)
+  // Who settles is no client.
+  const isClients = ([code, status]: [unknown, unknown]) => status !== '500' && code !== 'FST_IDEMPOTENCY_SETTLE'
+  const below500 = [...statuses].filter(isClients as never).map(([code]) => code)
   t.same(rows.map(([, , code]) => code).sort(), below500.sort())
 })
 
 t.test('clients.md has the options of the helper, each with its default', async (t) => {
-  const source = readFileSync(new URL('../lib/client.ts', docs), 'utf8')
+  const source = readFileSync(new URL('../lib/client/options.ts', docs), 'utf8')
   const [declared = ''] = /interface IdempotentFetchOptions \{[\s\S]*?\n\}/.exec(source) ?? []
   const options = [...declared.matchAll(/\/\*\*([\s\S]*?)\*\/\n {2}(\w+)\?:/g)].map(([, comment = '', name = '']) => {
     return [name, /@default (.*)/.exec(comment)?.[1]?.trim()] as const

@@ -42,7 +42,7 @@ t.test(
     const redis = [...cluster.nodes, ...cluster.replicas.flat()].map(({ host, port }) => ({ host, port }))
     const scene = await Scene.open(t, {
       workers: [{ redis }, { redis, client: 'node-redis' }],
-      options: { storeTimeout: 2_000, lease: 10_000 },
+      options: { storeTimeout: 30_000, lease: 30_000 },
       load: { wants: isConcerned, patience: 60_000 }
     })
     const others = new Load({

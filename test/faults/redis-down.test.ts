@@ -42,7 +42,7 @@ async function open(
   const server = await startRedis({ persist })
   t.teardown(() => server.close())
   const client = await server.client(clientOptions)
-  const app = await build(t, { store: new RedisStore(client), storeTimeout: 200, lease: LONG, ...options })
+  const app = await build(t, { store: new RedisStore(client), storeTimeout: 500, lease: LONG, ...options })
   const scene: Scene = {
     server,
     app,
@@ -274,7 +274,7 @@ t.test('a key that could not be given back while Redis was stopped is given back
   const go = latch()
   let fails = true
   scene.app.close()
-  const app = await build(t, { store: new RedisStore(await scene.server.client()), storeTimeout: 200, lease: LONG })
+  const app = await build(t, { store: new RedisStore(await scene.server.client()), storeTimeout: 500, lease: LONG })
   app.post('/', { config: { idempotency: true } }, async (request, reply) => {
     started.open()
     await go.promise
@@ -401,7 +401,7 @@ async function another(
   options: IdempotencyOptions = {}
 ): Promise<Pick<Scene, 'send' | 'runs'>> {
   const client = await server.client()
-  const app = await build(t, { store: new RedisStore(client), storeTimeout: 200, lease: LONG, ...options })
+  const app = await build(t, { store: new RedisStore(client), storeTimeout: 500, lease: LONG, ...options })
   const scene = { runs: 0, send: (key = 'key', url = '/') => send(app, key, url) }
   app.post('/', { config: { idempotency: true } }, async () => ({ run: ++scene.runs }))
   await app.ready()

@@ -16,7 +16,7 @@ for (const [name, connect] of [
     async (t) => {
       const { master, onReplica, port } = await startSentinel(t, 500)
       const store = new RedisStore(await connect(t, port), { replicas: 1, replicaTimeout: 500 })
-      const app = await build(t, { store, storeTimeout: 1_000, lease: 1_000 })
+      const app = await build(t, { store, storeTimeout: 5_000, lease: 5_000 })
       const runs = new Map<string, number>()
       app.post('/', { config: { idempotency: true } }, async (request) => {
         const key = request.idempotency?.key ?? ''

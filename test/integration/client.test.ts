@@ -132,6 +132,22 @@ for (const problemDetails of [false, true]) {
   })
 }
 
+t.test('the connection of a reply that is to be repeated serves the next attempt', async (t) => {
+  const app = await build(t)
+  let attempts = 0
+  app.post('/', async (_request, reply) => {
+    if (++attempts === 4) return 'done'
+    // A body that comes behind its headers.
+    reply.hijack()
+    reply.raw.writeHead(503).flushHeaders()
+    setTimeout(() => reply.raw.end('later'), 20)
+  })
+  const connections = new Set()
+  app.server.on('connection', (socket) => connections.add(socket))
+  const response = await idempotentFetch(quick)(await app.listen({ host: '127.0.0.1', port: 0 }), { method: 'POST' })
+  t.same([await response.text(), response.idempotency.attempts, connections.size], ['done', 4, 1])
+})
+
 t.test('what is final stays final: a reused key, a reply that could not be kept, a stored 500', async (t) => {
   const app = await build(t, { maxReplySize: 10 })
   let runs = 0

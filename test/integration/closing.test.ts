@@ -55,6 +55,67 @@ t.test('close waits for one lease at most', async (t) => {
   t.equal(store.closed, 1)
 })
 
+t.test('close waits for a client that is still there as long as it takes, its lease renewed meanwhile', async (t) => {
+  const store = new ClosableStore()
+  const lease = 60
+  const app = await build(t, { store, lease })
+  const leave = latch()
+  app.post('/', { config: { idempotency: true } }, async () => {
+    await leave.promise
+    return 'done'
+  })
+  const running = post(await listen(app), { key: 'k' })
+  await until(async () => (await app.idempotency.get('k'))?.state === 'running')
+  const closing = app.close()
+  await sleep(3 * lease)
+  t.same([store.closed, (await app.idempotency.get('k'))?.state], [0, 'running'])
+  leave.open()
+  t.equal((await running).text, 'done')
+  await closing
+  t.same([store.completedWhileOpen, store.closed], [1, 1])
+})
+
+t.test('a request that comes when the server is closing gets its 503, and leaves its key alone', async (t) => {
+  const app = await build(t)
+  app.post('/', { config: { idempotency: true } }, async () => 'done')
+  const met: unknown[] = []
+  app.addHook('preClose', async () => {
+    met.push((await post(port, { key: 'k' })).status, await app.idempotency.get('k'))
+  })
+  const port = await listen(app)
+  await app.close()
+  t.same(met, [503, null])
+})
+
+t.test('what was registered before the plugin is closed when its claims are stored', async (t) => {
+  const order: string[] = []
+  class NotingStore extends MemoryStore {
+    override async complete(...args: Parameters<IdempotencyStore['complete']>) {
+      order.push('stored')
+      return super.complete(...args)
+    }
+  }
+  const app = Fastify()
+  app.addHook('onClose', async () => {
+    order.push('before')
+  })
+  await app.register(idempotency, { store: new NotingStore() })
+  const leave = latch()
+  app.addHook('onClose', async () => {
+    order.push('behind')
+    leave.open()
+  })
+  app.post('/', { config: { idempotency: true } }, async () => {
+    await leave.promise
+    return 'done'
+  })
+  const running = inject(app as never, keyed)
+  await until(async () => (await app.idempotency.get('k'))?.state === 'running')
+  await app.close()
+  await running
+  t.same(order, ['behind', 'stored', 'before'])
+})
+
 t.test('close waits for one lease in all, and renews nothing afterwards', async (t) => {
   const store = new ClosableStore()
   let renewals = 0

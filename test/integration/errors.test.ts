@@ -508,7 +508,7 @@ t.test('a key that cannot be given back is in progress, not abandoned, until it 
 t.test('every event is on its diagnostics channel, with the hashed key', async (t) => {
   const names =
     'acquired replayed conflict mismatch stored released tombstoned takeover lease-lost store-error bypassed'
-  t.same(idempotencyEvents, [...names.split(' '), 'step-stored', 'step-resumed'])
+  t.same(idempotencyEvents, [...names.split(' '), 'step-stored', 'step-resumed', 'refused', 'settled'])
   const seen: [string, IdempotencyEvent][] = []
   for (const name of names.split(' ')) {
     const listener = (message: unknown) => seen.push([name, message as IdempotencyEvent])
@@ -560,6 +560,7 @@ t.test('every event is on its diagnostics channel, with the hashed key', async (
     takeover: false
   })
   await until(() => seen.length === 1)
+  t.equal(seen[0]?.[1].loss, 'taken')
   t.same(events(), ['lease-lost'])
   hold.open()
   await holding

@@ -449,21 +449,65 @@ t.test("a reply in time that hooks have held up until the timeout's has left is 
   }
 })
 
+t.test('a reply that hooks hold up is that of its handler, whatever the handler does meanwhile', async (t) => {
+  const time = holdTime(t)
+  const endings: Record<string, () => unknown> = {
+    'returns nothing': () => undefined,
+    throws: () => Promise.reject(new Error('afterwards'))
+  }
+  for (const [name, end] of Object.entries(endings)) {
+    for (const isInTime of [true, false]) {
+      const [entered, leave, ending, held] = [latch(), latch(), latch(), latch()]
+      let runs = 0
+      const handler: Handler = async (_request, reply) => {
+        if (++runs > 1) return 'again'
+        if (!isInTime) {
+          entered.open()
+          await leave.promise
+        }
+        void reply.code(201).send('mine')
+        entered.open()
+        await ending.promise
+        return end()
+      }
+      const before = (app: FastifyInstance) =>
+        app.addHook('onSend', async (_request, reply, payload) => {
+          if (payload === 'mine' && reply.getHeader(REPLAYED) === undefined) await held.promise
+        })
+      const app = await serve(t, handler, { before })
+      const first = send(app)
+      await entered.promise
+      await time.up()
+      t.same(told(await first), TIMED_OUT)
+      leave.open()
+      await settled()
+      ending.open()
+      await settled()
+      t.same(told(await send(app)), IN_PROGRESS, name)
+      held.open()
+      await settled()
+      t.same(told(await send(app)), [201, 'mine', 'replay'], name)
+    }
+  }
+})
+
 t.test(
   "of a failure in time that hooks hold up until the timeout's reply has left only the error's status and code count",
   async (t) => {
     const time = holdTime(t)
-    for (const [statusCode, isFinal, code] of [
-      [402, true, undefined],
-      [500, false, undefined],
+    for (const [error, isFinal] of [
+      [Object.assign(new Error('mine'), { statusCode: 402 }), true],
+      [Object.assign(new Error('mine'), { statusCode: 500 }), false],
       // As of a step under a key that is another request's.
-      [422, false, 'FST_IDEMPOTENCY_KEY_REUSED']
+      [Object.assign(new Error('mine'), { statusCode: 422, code: 'FST_IDEMPOTENCY_KEY_REUSED' }), false],
+      [{ message: 'mine', statusCode: 402 }, true]
     ] as const) {
+      const { statusCode } = error
       const [failed, leave] = [latch(), latch()]
       let runs = 0
       const handler: Handler = async () => {
         if (++runs > 1) return 'again'
-        throw Object.assign(new Error('mine'), { statusCode, code })
+        throw error
       }
       const before = (app: FastifyInstance) =>
         app.addHook('onSend', async (_request, _reply, payload) => {
@@ -596,6 +640,7 @@ t.test('a timeout that strikes when the reply is being stored changes nothing', 
   leave.open()
   await settled()
   t.match(logged[1], /handler failed after its reply was sent/)
+  t.match(logged[1], /afterwards/)
   t.same(told(await send(app)), [200, 'first', 'replay'])
 })
 
@@ -706,6 +751,47 @@ t.test("a handler that sends on the client's reply, which a hook has kept for it
   }
 })
 
+t.test(
+  "what else is sent on the client's reply after the timeout's is nothing to a handler that has its own",
+  async (t) => {
+    const time = holdTime(t)
+    for (const [name, isAsync] of [
+      ['at work', true],
+      ['whose reply is held by hooks', false]
+    ] as const) {
+      const [entered, leave, held] = [latch(), latch(), latch()]
+      let clients: FastifyReply | undefined
+      const before = (app: FastifyInstance) => {
+        app.addHook('onRequest', async (_request, reply) => {
+          clients ??= reply
+        })
+        app.addHook('onSend', async (_request, reply, payload) => {
+          if (payload === 'mine' && reply.getHeader(REPLAYED) === undefined) await held.promise
+        })
+      }
+      const handler: Handler = (_request, reply) => {
+        entered.open()
+        if (isAsync) return leave.promise.then(() => 'mine')
+        void leave.promise.then(() => reply.send('mine'))
+      }
+      const app = await serve(t, handler, { before })
+      const first = send(app)
+      await entered.promise
+      await time.up()
+      t.same(told(await first), TIMED_OUT)
+      if (!isAsync) leave.open()
+      await settled()
+      clients?.send('again')
+      await settled()
+      t.same(told(await send(app)), IN_PROGRESS, name)
+      leave.open()
+      held.open()
+      await settled()
+      t.same(told(await send(app)), [200, 'mine', 'replay'], name)
+    }
+  }
+)
+
 t.test('an empty reply in time that hooks have held up is stored as well', async (t) => {
   const time = holdTime(t)
   const [entered, leave] = [latch(), latch()]
@@ -756,6 +842,70 @@ t.test('raw bytes that come late leave a tombstone, however many they are, and h
     }
   }
 })
+
+t.test('what a late handler has begun to send counts, though the handler throws behind it', async (t) => {
+  const time = holdTime(t)
+  const source = new PassThrough()
+  const beginnings: [begin: (reply: FastifyReply) => unknown, then: () => unknown, outcome: unknown[]][] = [
+    [(reply) => reply.hijack(), () => {}, NOT_REPLAYABLE],
+    [(reply) => reply.send(source), () => source.end('late'), [200, 'late', 'replay']]
+  ]
+  for (const [begin, then, outcome] of beginnings) {
+    const [entered, leave] = [latch(), latch()]
+    let runs = 0
+    const app = await serve(t, async (_request, reply) => {
+      if (++runs > 1) return 'again'
+      entered.open()
+      await leave.promise
+      begin(reply)
+      throw new Error('afterwards')
+    })
+    const first = send(app)
+    await entered.promise
+    await time.up()
+    t.same(told(await first), TIMED_OUT)
+    leave.open()
+    await settled()
+    then()
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+    t.same(told(await send(app)), outcome)
+  }
+})
+
+t.test(
+  'a late failure whose every reply fails in the hooks gives the key back, and what succeeded is not run again',
+  async (t) => {
+    const time = holdTime(t)
+    for (const [end, outcome] of [
+      [() => Promise.reject(new Error('late')), [200, 'again', 'fresh']],
+      [async () => 'late', NOT_REPLAYABLE]
+    ] as const) {
+      const [entered, leave] = [latch(), latch()]
+      let runs = 0
+      let isBroken = false
+      const handler: Handler = async () => {
+        if (++runs > 1) return 'again'
+        entered.open()
+        await leave.promise
+        isBroken = true
+        return end()
+      }
+      const before = (app: FastifyInstance) =>
+        app.addHook('onSend', async () => {
+          if (isBroken) throw new Error('broken')
+        })
+      const app = await serve(t, handler, { before })
+      const first = send(app)
+      await entered.promise
+      await time.up()
+      t.same(told(await first), TIMED_OUT)
+      leave.open()
+      await until(async () => (await app.idempotency.get('k'))?.state !== 'running')
+      isBroken = false
+      t.same(told(await send(app)), outcome)
+    }
+  }
+)
 
 async function* broken(): AsyncGenerator<Buffer> {
   yield Buffer.from('one')
@@ -810,6 +960,30 @@ t.test('what a decorator of the reply sends for a late handler is the handler’
   leave.open()
   await settled()
   t.same(told(await send(app)), [200, 'again', 'fresh'])
+})
+
+t.test('the reply of a handler that may be overtaken has the properties of any other', async (t) => {
+  const before = (app: FastifyInstance) => app.decorateReply('mark', '')
+  const handler: Handler = async (_request, reply) => {
+    const marked = reply as unknown as Record<string, unknown>
+    marked.mark = 'set'
+    Object.defineProperty(marked, 'other', { value: 'defined', configurable: true, enumerable: true })
+    const seen = ['other' in marked, Object.hasOwn(marked, 'mark'), marked.mark, marked.other]
+    return [...seen, delete marked.other, 'other' in marked]
+  }
+  const app = await serve(t, handler, { before })
+  t.same((await send(app)).json(), [true, true, 'set', 'defined', true, false])
+})
+
+t.test('a final error in time is stored, with the reply that the error handlers make of it', async (t) => {
+  let runs = 0
+  const app = await serve(t, async () => {
+    runs++
+    throw Object.assign(new Error('no'), { statusCode: 402, code: 'NO' })
+  })
+  t.same(told(await send(app)), [402, 'NO', 'fresh'])
+  t.same(told(await send(app)), [402, 'NO', 'replay'])
+  t.equal(runs, 1)
 })
 
 t.test('a timeout that strikes before the handler starts is answered by itself', async (t) => {

@@ -1,4 +1,4 @@
-import Fastify, { type FastifyInstance, type FastifyPluginAsync } from 'fastify'
+import Fastify, { type FastifyInstance, type FastifyPluginAsync, type FastifyReply, type FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import t, { type Test } from 'tap'
 import type { IdempotencyOptions } from '../../index.js'
@@ -566,8 +566,10 @@ t.test('a handler that an onRoute hook behind the plugin puts in the place of an
     if (route.url === '/replaced') route.handler = async () => 'another'
   })
   for (const url of ['/replaced', '/kept']) app.post(url, asking, handler)
-  app.post('/refused', { ...asking, preHandler: async (_request, reply) => reply.code(401).send('no') }, handler)
-  for (const url of ['/replaced', '/kept', '/refused']) {
+  const preHandler = async (_request: FastifyRequest, reply: FastifyReply) => reply.code(401).send('no')
+  app.post('/refused', { ...asking, preHandler }, handler)
+  app.post('/given-back', { config: { idempotency: { hook: 'onRequest' } }, preHandler }, handler)
+  for (const url of ['/replaced', '/kept', '/refused', '/given-back']) {
     const told = await warningsOf('FST_IDEMPOTENCY_HANDLER', async () => {
       for (let n = 0; n < 2; n++) await app.inject({ method: 'POST', url, headers: { 'idempotency-key': url } })
     })

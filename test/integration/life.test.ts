@@ -182,6 +182,15 @@ t.test('a client that leaves while the handler runs changes nothing: the reply i
     ['one that returns reply.send()', async (reply, leave) => leave.then(() => reply.send('done')), 200],
     ['one that returns undefined, as for a 204', async (reply, leave) => leave.then(() => void reply.code(204)), 204],
     [
+      'one that waits for the end of its reply, and then returns a value',
+      async (reply, leave) => {
+        await reply
+        await leave
+        return 'done'
+      },
+      200
+    ],
+    [
       'one that fails with a final error',
       async (_reply, leave) => {
         await leave
@@ -295,27 +304,57 @@ t.test('a handler that only looks out for the end of its reply is no handler wit
 })
 
 t.test('a handler that hijacks its reply after the client has left leaves a tombstone', async (t) => {
-  for (const style of ['async', 'callback']) {
-    const app = await build(t)
-    const [entered, closed] = [latch(), latch()]
-    const hijack = async (reply: FastifyReply) => {
-      await closed.promise
+  const handlers: Record<string, (reply: FastifyReply, gone: Promise<void>) => unknown> = {
+    async: async (reply, gone) => {
+      await gone
       reply.hijack()
       reply.raw.end('raw')
+    },
+    callback: (reply, gone) => {
+      void gone.then(() => reply.hijack().raw.end('raw'))
+    },
+    'async, which does not end it': async (reply, gone) => {
+      await gone
+      reply.hijack()
+    },
+    'async, which waits for its end, and does not end it': async (reply) => {
+      await reply
+      reply.hijack()
     }
+  }
+  for (const [style, handler] of Object.entries(handlers)) {
+    const app = await build(t)
+    const [entered, closed] = [latch(), latch()]
     app.post('/', config(), (_request, reply) => {
       reply.raw.on('close', () => setImmediate(() => closed.open()))
       entered.open()
-      const work = hijack(reply)
-      if (style === 'async') return work as never
+      return handler(reply, closed.promise) as never
     })
     const port = await listen(app)
     const client = start(port, { key: 'k', body: '{}' })
     await entered.promise
     client.hangUp()
-    await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
-    t.equal(codeOf(await post(port, { key: 'k', body: '{}' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+    await until(async () => (await app.idempotency.get('k'))?.state === 'completed', { message: style })
+    t.equal(codeOf(await post(port, { key: 'k', body: '{}' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE', style)
   }
+})
+
+t.test('a hijacked reply whose client leaves before it has ended leaves a tombstone', async (t) => {
+  const app = await build(t)
+  let runs = 0
+  app.post('/', config(), (_request, reply) => {
+    runs++
+    reply.hijack()
+    reply.raw.write('event')
+  })
+  const port = await listen(app)
+  const client = start(port, { key: 'k' })
+  await client.response
+  t.equal((await app.idempotency.get('k'))?.state, 'running')
+  client.hangUp()
+  await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+  t.equal(codeOf(await post(port, { key: 'k' })), 'FST_IDEMPOTENCY_NOT_REPLAYABLE')
+  t.equal(runs, 1)
 })
 
 t.test('what is done to the reply after it was sent changes neither it nor its replay', async (t) => {
@@ -468,6 +507,42 @@ t.test('a request that waits behind another on a connection that ends is stored 
   await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
   t.equal((await post(port, { key: 'k' })).headers[REPLAYED], 'true')
 })
+
+t.test(
+  'requests that wait behind another on a connection that ends before their claims give their keys back',
+  async (t) => {
+    const store = new CountingStore()
+    const [asked, leave] = [latch(), latch()]
+    let asking = 0
+    const acquire = store.acquire.bind(store)
+    store.acquire = async (...args) => {
+      if (++asking === 2) asked.open()
+      await leave.promise
+      return acquire(...args)
+    }
+    const app = await build(t, { store })
+    const entered = latch<FastifyRequest>()
+    app.post('/slow', async (request) => {
+      entered.open(request)
+      return new Promise(() => {})
+    })
+    let runs = 0
+    app.post('/', config(), async () => ++runs)
+    const port = await listen(app)
+    const socket = connectTcp(port, '127.0.0.1')
+    const head = 'Host: localhost:80\r\nContent-Length: 0\r\n'
+    const behind = ['a', 'b'].map((key) => `POST / HTTP/1.1\r\n${head}Idempotency-Key: ${key}\r\n\r\n`)
+    socket.write(`POST /slow HTTP/1.1\r\n${head}\r\n${behind.join('')}`)
+    const request = await entered.promise
+    await asked.promise
+    const closed = new Promise((resolve) => request.socket.once('close', resolve))
+    socket.destroy()
+    await closed
+    leave.open()
+    await until(() => store.released === 2)
+    t.same([await app.idempotency.get('a'), await app.idempotency.get('b'), runs], [null, null, 0])
+  }
+)
 
 t.test('a handler that runs for many leases runs once, whoever asks', async (t) => {
   const store = new MemoryStore()
@@ -688,6 +763,37 @@ t.test(
         t.equal(runs, 1)
       }
     )
+    t.test('a warning says what has failed', async (t) => {
+      const lines: string[] = []
+      const stream = { write: (line: string) => void lines.push(line) }
+      const app = await build(t, {}, { logger: { level: 'warn', stream } })
+      app.post('/', { ...config(), preSerialization: async () => Promise.reject(broken) }, async () => ({}))
+      await app.inject(keyed)
+      const warned = lines.map((line) => JSON.parse(line)).filter(({ msg }) => /its reply failed/.test(msg))
+      t.match(warned, [{ level: 40, err: { message: 'broken' } }])
+      t.equal(warned.length, 1)
+    })
+    t.test(
+      'an error whose every reply fails counts by its status: it gives the key back, or leaves a tombstone',
+      async (t) => {
+        for (const [statusCode, state] of [
+          [500, undefined],
+          [402, 'completed']
+        ] as const) {
+          const app = await build(t)
+          let runs = 0
+          app.addHook('onSend', async () => Promise.reject(new Error('broken')))
+          app.post('/', config(), async () => {
+            runs++
+            throw Object.assign(new Error('own'), { statusCode })
+          })
+          t.equal((await app.inject(keyed)).statusCode, statusCode)
+          await until(async () => (await app.idempotency.get('k'))?.state === state)
+          await app.inject(keyed)
+          t.equal(runs, state === undefined ? 2 : 1)
+        }
+      }
+    )
     t.test('a reply that is not final stays so, whatever fails behind it', async (t) => {
       const app = await build(t)
       let runs = 0
@@ -761,6 +867,20 @@ t.test('a handler that sends without returning, and then returns or throws, send
       reply.code(201).header('x-a', '1').send('sent')
       throw new Error('afterwards')
     },
+    'async, sends a stream and returns something else': async (_request, reply) => {
+      reply
+        .code(201)
+        .header('x-a', '1')
+        .send(Readable.from(['sent']))
+      return 'returned'
+    },
+    'async, sends a stream and throws': async (_request, reply) => {
+      reply
+        .code(201)
+        .header('x-a', '1')
+        .send(Readable.from(['sent']))
+      throw new Error('afterwards')
+    },
     'sends twice': (_request, reply) => {
       reply.code(201).header('x-a', '1').send('sent')
       reply.send('again')
@@ -788,6 +908,23 @@ t.test('a handler that sends without returning, and then returns or throws, send
       t.equal(store.completed, 1)
     })
   }
+})
+
+t.test('a handler that throws while hooks hold what it has sent has failed, and runs again', async (t) => {
+  const app = await build(t)
+  const held = latch()
+  let runs = 0
+  app.addHook('onSend', async (_request, _reply, payload) => {
+    if (payload === 'sent') await held.promise
+  })
+  app.post('/', config(), async (_request, reply) => {
+    if (++runs > 1) return 'again'
+    reply.send('sent')
+    throw new Error('afterwards')
+  })
+  t.equal((await app.inject(keyed)).statusCode, 500)
+  held.open()
+  t.equal((await app.inject(keyed)).body, 'again')
 })
 
 t.test('a thenable that is not a promise does its work once', async (t) => {
@@ -851,7 +988,7 @@ t.test('a key is not given back while its handler is still at work, though it ha
     'by a stream that is not final': (reply) => void reply.code(503).send(Readable.from(['later']))
   }
   for (const [how, answer] of Object.entries(ways)) {
-    for (const end of ['returns', 'throws'] as const) {
+    for (const end of ['returns', 'throws', 'waits for the end of its reply'] as const) {
       t.test(`${how}, and then ${end}`, async (t) => {
         const app = await build(t)
         const [leave, ended] = [latch(), latch()]
@@ -864,6 +1001,7 @@ t.test('a key is not given back while its handler is still at work, though it ha
           }
           answer(reply, request)
           await leave.promise
+          if (end === 'waits for the end of its reply') await reply
           running--
           ended.open()
           if (end === 'throws') throw new Error('late')

@@ -552,6 +552,24 @@ t.test('a stream that a later onSend hook replaces is read to its end, and store
   t.equal((await post(port, { key: 'k' })).headers[REPLAYED], 'true')
 })
 
+t.test(
+  'a stream that a later onSend hook replaces, and that fails, is a tombstone and ends nothing else',
+  async (t) => {
+    const app = await build(t)
+    const source = new PassThrough()
+    const onSend = async () => {
+      source.write('one')
+      source.destroy(new Error('broken'))
+      await until(async () => (await app.idempotency.get('k'))?.state === 'completed')
+      return 'replaced'
+    }
+    app.post('/', { ...streamed(), onSend }, async () => source)
+    const port = await listen(app)
+    t.equal((await post(port, { key: 'k' })).text, 'replaced')
+    t.match(await recordOf(app), { kind: 'tombstone', reason: 'stream-failed' })
+  }
+)
+
 t.test('streams that are not of this platform are sent and stored', async (t) => {
   const app = await build(t)
   app.post('/pipe', streamed(), (_request, reply) => {

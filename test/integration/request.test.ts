@@ -20,6 +20,7 @@ import { build, codeOf, inject, REPLAYED } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 import { settled } from '../support/virtual-time.js'
 import { settle } from '../support/waiter.js'
+import { warningsOf } from '../support/warnings.js'
 
 type Reply = Awaited<ReturnType<typeof inject>>
 /** Who is given a reply itself waits for its end. */
@@ -377,6 +378,29 @@ t.test('getKey goes for header and field, may find nothing, and is asked again w
   }
 })
 
+t.test('what is malformed in header or field does not matter where getKey finds the key', async (t) => {
+  for (const hook of HOOKS) {
+    const app = await serve(t, { hook, getKey: () => 'mine', field: '_key' }, keyOf)
+    t.equal((await send(app, { key: ',', body: { _key: 7 }, url: '/?_key=a&_key=b' })).payload, 'mine', hook)
+  }
+})
+
+t.test('a key that the client sent in its body counts, whatever hooks make of that body', async (t) => {
+  for (const fingerprint of [true, false]) {
+    for (const hook of HOOKS) {
+      const app = await serve(t, { hook, field: '_key', fingerprint }, counting(), {
+        before: (app) =>
+          app.addHook('preValidation', async (request) => {
+            request.body = {}
+          })
+      })
+      t.same(told(await send(app, { key: null, body: { _key: 'k' } })), RAN_1, hook)
+      t.same(told(await send(app, { key: null, body: { _key: 'k' } })), REPLAYED_1, hook)
+      t.match(await app.idempotency.get('k'), { state: 'completed' })
+    }
+  }
+})
+
 t.test('getKey may look into the body, whenever the key is claimed', async (t) => {
   for (const hook of [undefined, ...HOOKS]) {
     const getKey = ({ body }: FastifyRequest) => (body as { id?: string } | null | undefined)?.id
@@ -470,6 +494,48 @@ t.test('payloads are compared, unless that is not wanted; files by what is in th
   }
 })
 
+t.test(
+  'who compares payloads is told of a route whose bodies are not there to be compared, and of no other',
+  async (t) => {
+    const unread: Sent = { body: 'text', headers: { 'content-type': 'text/unread' } }
+    const before = (app: FastifyInstance) => {
+      app.addContentTypeParser('text/unread', (_request, _payload, done) => done(null))
+      app.addContentTypeParser('text/stream', (_request, payload, done) => done(null, payload))
+    }
+    const read: RouteShorthandOptions = {
+      preHandler: async (request) => {
+        request.body = 'read by a hook'
+      }
+    }
+    const cases: [told: number, name: string, Sent, (IdempotencyOptions & RouteShorthandOptions)?][] = [
+      [1, 'a body that nobody parses', unread],
+      [1, 'a body that its parser hands on as it comes', { ...unread, headers: { 'content-type': 'text/stream' } }],
+      [1, 'the same where getKey finds the key', unread, { getKey: () => 'k' }],
+      [0, 'without a key', { ...unread, key: null }],
+      [0, 'fingerprint: false', unread, { fingerprint: false }],
+      [0, 'a fingerprint function', unread, { fingerprint: () => 'text' }],
+      [0, 'a function that says that it does not know', unread, { fingerprint: () => '' }],
+      [0, 'a body that a preHandler hook reads', unread, read],
+      [0, 'a body', { body: { amount: 1 } }],
+      [0, 'no body', {}],
+      [0, 'a key in the body that is none', { key: null, body: { k: '' } }, { field: 'k' }]
+    ]
+    for (const [told, name, sent, { preHandler, ...options } = {}] of cases) {
+      const app = await build(t, options)
+      before(app)
+      const url = `/${name.replaceAll(' ', '-')}`
+      app.post(url, { ...(preHandler && { preHandler }), config: { idempotency: true } }, async () => 'done')
+      let reply: Reply | undefined
+      const warnings = await warningsOf('FST_IDEMPOTENCY_PAYLOAD', async () => {
+        reply = await send(app, { ...sent, url })
+      })
+      t.equal(warnings.length, told, name)
+      t.equal(reply?.statusCode, options.field === undefined ? 200 : 422)
+      if (told > 0) t.ok(warnings[0]?.startsWith(`the payloads of ${url} are not compared`))
+    }
+  }
+)
+
 t.test('a route that does not compare payloads any more replays what it stored when it did', async (t) => {
   for (const hook of HOOKS) {
     const store = new MemoryStore()
@@ -477,6 +543,30 @@ t.test('a route that does not compare payloads any more replays what it stored w
     t.same(told(await send(await serve(t, { store, hook }, handler), { body: { a: 1 } })), RAN_1)
     const app = await serve(t, { store, hook, fingerprint: false }, handler)
     t.same(told(await send(app, { body: { a: 2 } })), REPLAYED_1)
+  }
+})
+
+t.test('the query counts as it was sent, whatever a schema makes of it, and wherever the key is', async (t) => {
+  const schema = { querystring: { type: 'object', properties: {}, additionalProperties: false } }
+  const places: [options: IdempotencyOptions, sent: Sent][] = [
+    [{}, { body: {} }],
+    [{ field: '_key' }, { key: null, body: { _key: 'k' } }],
+    [{ getKey: () => 'k' }, { key: null, body: {} }],
+    // In a body that a hook reads behind the validation.
+    [{ field: '_key' }, { key: null, ...upload() }]
+  ]
+  const before = (app: FastifyInstance) =>
+    app.addContentTypeParser('multipart/form-data', { parseAs: 'string' }, (_request, _content, done) => done(null))
+  const preHandler = async (request: FastifyRequest) => {
+    request.body ??= { _key: 'k' }
+  }
+  for (const hook of HOOKS) {
+    for (const [options, sent] of places) {
+      const app = await serve(t, { hook, ...options }, counting(), { schema, before, preHandler })
+      t.same(told(await send(app, { ...sent, url: '/?a=1' })), RAN_1, hook)
+      t.same(told(await send(app, { ...sent, url: '/?a=1' })), REPLAYED_1, hook)
+      t.same(told(await send(app, { ...sent, url: '/?a=2' })), REUSED, hook)
+    }
   }
 })
 
@@ -553,6 +643,22 @@ t.test('callers are kept apart by their scope: a text, or a number of any size',
     t.same(told(await send(app, { headers: { 'x-who': who } })), [200, `run ${++run}`, 'fresh'])
     t.same(told(await send(app, { headers: { 'x-who': who } })), [200, `run ${run}`, 'replay'])
     t.match(await app.idempotency.get('k', { scope: `${await value}` }), { state: 'completed' })
+  }
+})
+
+t.test('a scope keeps callers apart in every hook, wherever their key is', async (t) => {
+  const scope = ({ headers }: FastifyRequest) => `${headers['x-who']}`
+  for (const options of [{}, { getKey: ({ headers }: FastifyRequest) => headers['x-key'] as string }]) {
+    for (const hook of HOOKS) {
+      const app = await serve(t, { scope, hook, ...options }, counting())
+      const key = 'getKey' in options ? null : 'k'
+      const of = (who: string) => ({ key, body: {}, headers: { 'x-who': who, 'x-key': 'k' } })
+      t.same(told(await send(app, of('alice'))), [200, 'run 1', 'fresh'], hook)
+      t.same(told(await send(app, of('bob'))), [200, 'run 2', 'fresh'], hook)
+      t.same(told(await send(app, of('alice'))), [200, 'run 1', 'replay'], hook)
+      t.match(await app.idempotency.get('k', { scope: 'bob' }), { state: 'completed' })
+      t.equal(await app.idempotency.get('k'), null)
+    }
   }
 })
 

@@ -309,20 +309,36 @@ t.test('a body that a hook puts where none was sent is not what was sent', async
 })
 
 t.test('a body that cannot be looked at is an error of the server, and no crash', async (t) => {
+  const lazy = () => ({
+    get amount() {
+      throw new Error('not to be read')
+    }
+  })
+  const preHandler = async ({ headers }: FastifyRequest) => {
+    if (headers['x-key'] !== undefined) headers['idempotency-key'] = 'k'
+  }
   for (const hook of HOOKS) {
-    const app = await build(t, { hook })
-    app.addContentTypeParser('application/x-lazy', { parseAs: 'string' }, async () => ({
-      get amount() {
-        throw new Error('not to be read')
-      }
-    }))
-    app.post('/', covered, async () => 'done')
-    const port = await listen(app)
-    const headers = { 'content-type': 'application/x-lazy' }
-    t.equal((await post(port, { key: 'k', body: 'x', headers })).status, 500)
-    await turn()
-    t.equal(await app.idempotency.get('k'), null)
-    t.equal((await post(port, { body: 'x', headers })).status, 200, 'without a key nobody looks')
+    // A form is looked at for longer.
+    for (const type of ['application/x-lazy', 'multipart/form-data']) {
+      const app = await build(t, { hook })
+      app.addContentTypeParser(type, { parseAs: 'string' }, async () =>
+        type.endsWith('lazy') ? lazy() : { a: lazy() }
+      )
+      let runs = 0
+      app.post('/', { ...covered, preHandler }, async () => ++runs)
+      const port = await listen(app)
+      const headers = { 'content-type': type }
+      t.equal((await post(port, { key: 'k', body: 'x', headers })).status, 500)
+      t.equal(
+        (await post(port, { body: 'x', headers: { ...headers, 'x-key': 'k' } })).status,
+        500,
+        'with a key of a hook'
+      )
+      t.equal(runs, 0)
+      await turn()
+      t.equal(await app.idempotency.get('k'), null)
+      t.equal((await post(port, { body: 'x', headers })).status, 200, 'without a key nobody looks')
+    }
   }
 })
 

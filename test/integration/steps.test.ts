@@ -152,9 +152,8 @@ t.test('a final reply ends the steps, and delete() forgets them', async (t) => {
   const scene = failing('b', 2)
   const app = await route(t, scene.handler, {}, { store })
   await app.inject(keyed)
-  t.strictSame((await app.idempotency.get('k')) as unknown, {
+  t.match(await app.idempotency.get('k'), {
     state: 'abandoned',
-    fingerprint: ((await app.idempotency.get('k')) as { fingerprint: string }).fingerprint,
     attempt: 1,
     ended: true,
     steps: [

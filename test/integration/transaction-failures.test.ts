@@ -228,7 +228,7 @@ test('a connection that is lost just before the commit is sent is a 503, and the
 })
 
 test('a network that falls silent at the commit is a 503, and its client does not stay away for ever', async (t) => {
-  const scene = await open(t, { options: { storeTimeout: 200, lease: 300 } })
+  const scene = await open(t, { options: { storeTimeout: 1_000, lease: 1_000 } })
   instead(scene, (commit, socket) => {
     socket.pause()
     socket.write = () => true
@@ -243,7 +243,7 @@ test('a network that falls silent at the commit is a 503, and its client does no
 })
 
 test('a commit that takes longer than storeTimeout is a 503, and its key is held until it is decided', async (t) => {
-  const scene = await open(t, { options: { storeTimeout: 200 } })
+  const scene = await open(t, { options: { storeTimeout: 1_000 } })
   const elsewhere = await scene.again()
   const lost = listenTo(t, 'lease-lost')
   const commit = await gate(scene)
@@ -293,7 +293,7 @@ test('a process that has stopped loses its transaction after one lease, and the 
 })
 
 test('a connection that has fallen silent hides a reply that was stored elsewhere for one lease, not longer', async (t) => {
-  const options = { lease: 300, storeTimeout: 300 }
+  const options = { lease: 1_000, storeTimeout: 1_000 }
   const { first, entered, leave } = held()
   const scene = await open(t, { first, options })
   const elsewhere = await scene.again({ options })
@@ -962,7 +962,7 @@ test('whatever becomes of fifty requests, every client comes back, and only what
 })
 
 test('a pool that has no client to give within storeTimeout is a 503, and a client that comes later goes back', async (t) => {
-  const scene = await open(t, { options: { storeTimeout: 100 }, pool: { max: 1 } })
+  const scene = await open(t, { options: { storeTimeout: 1_000 }, pool: { max: 1 } })
   const client = await scene.pool.connect()
   const refused = await scene.send()
   t.same([told(refused), scene.runs()], [UNAVAILABLE, 0])

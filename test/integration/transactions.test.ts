@@ -418,6 +418,26 @@ test('a hijacked reply leaves a tombstone, and what was written stays', async (t
   t.same([await scene.ledger(), scene.runs()], [['run 1'], 1])
 })
 
+test('a failure whose error handler answers past Fastify is undone, and remembered if it is final', async (t) => {
+  for (const [statusCode, then, effects] of [
+    [402, NOT_REPLAYABLE, []],
+    [503, RAN_2, ['run 2']]
+  ] as const) {
+    const first: Work = () => Promise.reject(Object.assign(new Error('no'), { statusCode }))
+    const errorHandler = (error: Error, _request: FastifyRequest, reply: FastifyReply) => {
+      if (error.message !== 'no') return reply.send(error)
+      reply.hijack()
+      reply.raw.statusCode = statusCode
+      reply.raw.end('raw')
+    }
+    const scene = await open(t, { first, route: { errorHandler } })
+    t.equal((await scene.send()).body, 'raw')
+    await until(async () => (await scene.store.get(storageKey(null, 'k')))?.state !== 'running')
+    t.same(told(await scene.send()), then)
+    t.same(await scene.ledger(), effects)
+  }
+})
+
 test('callNotFound: the 404 is the reply of the handler, stored with what was written', async (t) => {
   const { send, ledger, runs } = await open(t, {
     first: (_request, reply) => {
@@ -482,6 +502,15 @@ test('after handlerTimeout has answered 503 the transaction goes on, and ends as
       'a late failure that is final is remembered, without its effects',
       () => Promise.reject(Object.assign(new Error('late'), { statusCode: 409, code: 'LATE' })),
       [409, 'LATE', 'replay'],
+      []
+    ],
+    [
+      'a late failure behind a hijacked reply is remembered, without its effects',
+      (_request, reply) => {
+        reply.hijack()
+        throw new Error('late')
+      },
+      NOT_REPLAYABLE,
       []
     ]
   ]

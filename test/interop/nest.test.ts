@@ -124,6 +124,13 @@ t.test('a missing, an expired, a revoked and a foreign credential, with the reci
   }
 })
 
+t.test("a pipe's 400 is kept, with no option set: a mended body is another request", async (t) => {
+  const { charge } = await guarded(t)
+  t.equal((await charge('k', 'of alice', { amount: -1 })).statusCode, 400)
+  t.ok(isReplay(await charge('k', 'of alice', { amount: -1 })))
+  t.equal((await charge('k', 'of alice', { amount: 1 })).statusCode, 422)
+})
+
 t.test("a pipe's 400 is not kept, with the recipe of the README: a mended body runs under the same key", async (t) => {
   const { charge } = await recipe(t)
   t.equal((await charge('k', 'of alice', { amount: -1 })).statusCode, 400)

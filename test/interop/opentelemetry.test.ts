@@ -1,6 +1,12 @@
 import { context, type Span, SpanStatusCode, trace } from '@opentelemetry/api'
 import { AsyncLocalStorageContextManager } from '@opentelemetry/context-async-hooks'
 import {
+  AggregationTemporality,
+  InMemoryMetricExporter,
+  MeterProvider,
+  PeriodicExportingMetricReader
+} from '@opentelemetry/sdk-metrics'
+import {
   BasicTracerProvider,
   InMemorySpanExporter,
   type ReadableSpan,
@@ -8,7 +14,7 @@ import {
 } from '@opentelemetry/sdk-trace-base'
 import Fastify, { type FastifyInstance, type FastifyRequest } from 'fastify'
 import t, { type Test } from 'tap'
-import { traceIdempotency } from '../../examples/opentelemetry.js'
+import { measureIdempotency, traceIdempotency } from '../../examples/opentelemetry.js'
 import idempotency, { type IdempotencyOptions, MemoryStore } from '../../index.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
 import { inject } from '../support/app.js'
@@ -133,4 +139,42 @@ t.test('without another way to find it, the span is the active one', async (t) =
     span.end()
   })
   t.same(exporter.getFinishedSpans().map(eventsOf), [['idempotency.acquired', 'idempotency.stored']])
+})
+
+t.test('metrics by the OpenTelemetry API count what becomes of requests, and the keys that are held', async (t) => {
+  const exporter = new InMemoryMetricExporter(AggregationTemporality.CUMULATIVE)
+  const reader = new PeriodicExportingMetricReader({ exporter, exportIntervalMillis: 60_000 })
+  const provider = new MeterProvider({ readers: [reader] })
+  t.teardown(() => provider.shutdown())
+  const app = Fastify() as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  measureIdempotency(app, provider.getMeter('test'))
+  await app.register(idempotency, { required: true })
+  const [hold, entered] = [latch(), latch()]
+  app.post('/', { config: { idempotency: true } }, async () => {
+    entered.open()
+    await hold.promise
+    return 'ran'
+  })
+  const values = async (name: string) => {
+    exporter.reset()
+    await reader.forceFlush()
+    const all = exporter.getMetrics().flatMap(({ scopeMetrics }) => scopeMetrics.flatMap(({ metrics }) => metrics))
+    const points = all.find(({ descriptor }) => descriptor.name === name)?.dataPoints ?? []
+    return points.map(({ value, attributes }) => [Object.values(attributes).join(' '), value])
+  }
+  const first = post(app, { key: 'k' })
+  await entered.promise
+  t.same(await values('idempotency.claims'), [['/', 1]])
+  hold.open()
+  await first
+  await post(app, { key: 'k' })
+  await app.inject({ method: 'POST', url: '/' })
+  t.same(await values('idempotency.claims'), [['/', 0]])
+  t.same(await values('idempotency.events'), [
+    ['acquired /', 1],
+    ['stored /', 1],
+    ['replayed /', 1],
+    ['refused / FST_IDEMPOTENCY_KEY_MISSING', 1]
+  ])
 })

@@ -1,7 +1,7 @@
 import underPressure from '@fastify/under-pressure'
 import Fastify, { type FastifyInstance } from 'fastify'
 import t, { type Test } from 'tap'
-import idempotency from '../../index.js'
+import idempotency, { MemoryStore } from '../../index.js'
 import { until } from '../support/latch.js'
 import { isReplay, type Order, orders, post, register } from './kit.js'
 
@@ -52,3 +52,34 @@ for (const order of orders) {
     })
   })
 }
+
+t.test('healthy() as healthCheck: without its store a server is under pressure, and with it no more', async (t) => {
+  const store = new MemoryStore()
+  const app = Fastify() as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  await app.register(idempotency, { store })
+  await app.register(underPressure, {
+    healthCheck: () => app.idempotency.healthy(),
+    healthCheckInterval: 5,
+    exposeStatusRoute: '/ready'
+  })
+  app.get('/', async () => 'without a key')
+  const statuses = () => Promise.all(['/ready', '/'].map(async (url) => (await app.inject(url)).statusCode))
+  t.same(await statuses(), [200, 200])
+  const { get } = store
+  store.get = () => Promise.reject(new Error('down'))
+  await until(() => app.isUnderPressure())
+  t.same(await statuses(), [503, 503], 'routes that need no store as well')
+  store.get = get
+  await until(() => !app.isUnderPressure())
+  t.same(await statuses(), [200, 200])
+})
+
+t.test('healthy() as healthCheck of @fastify/under-pressure, registered before: it is never ready', async (t) => {
+  const app = Fastify() as unknown as FastifyInstance
+  t.teardown(() => app.close())
+  await app.register(underPressure, { healthCheck: () => app.idempotency.healthy(), exposeStatusRoute: '/ready' })
+  await app.register(idempotency)
+  app.get('/', async () => 'without a key')
+  t.equal((await app.inject('/')).statusCode, 503)
+})

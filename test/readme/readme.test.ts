@@ -312,6 +312,7 @@ t.test('abandoned: the outcome of a dead owner is not known', async (t) => {
   t.equal(await replays(app, '/payouts'), true)
 })
 
+// What a browser makes of it is tried in browser/cross-origin.test.ts.
 t.test('cors: scripts of another origin see the mark of a replay', async (t) => {
   const app = await bare(t)
   await snippet('cors', { app })

@@ -1,4 +1,5 @@
 import { createSecretKey, randomBytes, randomUUID } from 'node:crypto'
+import { join } from 'node:path'
 import t, { type Test } from 'tap'
 import {
   type ClaimTransaction,
@@ -7,7 +8,9 @@ import {
   MemoryStore,
   PostgresStore,
   RedisStore,
+  SqliteStore,
   type StoredRecord,
+  type StoredReply,
   type StoredStep,
   type TransactionAcquisition,
   type TransactionClaim
@@ -15,7 +18,9 @@ import {
 import { storageKey } from '../../lib/operation/storage-key.js'
 import { build, inject, REPLAYED } from '../support/app.js'
 import { startPostgres } from '../support/postgres.js'
+import { makeFolder } from '../support/process.js'
 import { startRedis } from '../support/redis.js'
+import { openSqlite } from '../support/sqlite.js'
 import { claim, conforms, finish, lapsed, newKey, reply, same, take, tombstone } from '../support/store-fixtures.js'
 
 const [redis, postgres] = await Promise.all([startRedis(), startPostgres()])
@@ -52,8 +57,9 @@ conforms(t, 'an EncryptedStore in front of a RedisStore keeps every promise of a
     store,
     second,
     spoil: async (key: string) => {
+      // In what is sealed as the fingerprint, which a list reads as well.
       const value = (await clients[0].getBuffer(keyPrefix + key)) as Buffer
-      const at = value.length - 20
+      const at = value.indexOf('["') + 20
       await clients[0].setrange(keyPrefix + key, at, Buffer.from([(value[at] as number) ^ 1]))
     },
     dispose: async () => {
@@ -77,18 +83,36 @@ conforms(t, 'an EncryptedStore in front of a PostgresStore keeps every promise o
   const inner = [new PostgresStore({ pool, table }), new PostgresStore({ pool, table })] as const
   const [store, second] = [new EncryptedStore(inner[0], { keys }), new EncryptedStore(inner[1], { keys: rotated })]
   const spoil = (key: string) =>
-    pool.query(`UPDATE ${table} SET body = set_byte(body, 40, get_byte(body, 40) # 1) WHERE key = $1`, [key])
+    pool.query(`UPDATE ${table} SET fingerprint = reverse(fingerprint) WHERE key = $1`, [key])
   return { store, second, spoil, dispose: () => Promise.all([store.close?.(), second.close?.()]) }
 })
 
+const folder = makeFolder('encrypted')
+conforms(t, 'an EncryptedStore in front of a SqliteStore keeps every promise of a store', () => {
+  const path = join(folder, randomUUID())
+  const databases = [openSqlite(path), openSqlite(path)] as const
+  const inner = databases.map((database) => new SqliteStore({ database })) as [SqliteStore, SqliteStore]
+  const [store, second] = [new EncryptedStore(inner[0], { keys }), new EncryptedStore(inner[1], { keys: rotated })]
+  return {
+    store,
+    second,
+    spoil: (key: string) => putInClear(inner[0], key),
+    dispose: async () => {
+      await Promise.all([store.close?.(), second.close?.()])
+      for (const database of databases) database.close()
+    }
+  }
+})
+
 t.test('an EncryptedStore has what the store behind it has, and nothing else', async (t) => {
-  const names = ['step', 'changed', 'get', 'delete', 'begin', 'close'] as const
+  const names = ['step', 'changed', 'get', 'delete', 'list', 'settle', 'begin', 'close'] as const
   const has = (store: IdempotencyStore) => names.filter((name) => store[name] !== undefined)
   const whole = new MemoryStore()
   const least = { acquire: whole.acquire, renew: whole.renew, complete: whole.complete, release: whole.release }
   t.same(has(new EncryptedStore(least, { keys })), [])
-  t.same(has(new EncryptedStore(whole, { keys })), ['step', 'changed', 'get', 'delete', 'close'])
-  t.same(has(new EncryptedStore(new PostgresStore({ pool }), { keys })), [...names])
+  const all = ['step', 'changed', 'get', 'delete', 'list', 'settle', 'close']
+  t.same(has(new EncryptedStore(whole, { keys })), all)
+  t.ok(has(new EncryptedStore(new PostgresStore({ pool }), { keys })).includes('begin'))
 })
 
 /* Confidentiality */
@@ -336,19 +360,38 @@ t.test('a record that was added to, where the store behind can be read, is refus
   }
 })
 
-t.test('a tombstone and a reply look alike from outside, and of no time', async (t) => {
+t.test('all replies look alike from outside, tombstones show their reasons, and nothing shows a time', async (t) => {
   const inner = new MemoryStore()
   const store = new EncryptedStore(inner, { keys })
-  for (const record of [tombstone('hijacked'), tombstone('stream-failed'), reply()]) {
+  const alike = { kind: 'reply', createdAt: 0, statusCode: 200, headers: [], text: false }
+  for (const [record, expected] of [
+    [reply(), alike],
+    [reply({ statusCode: 402, text: false }), alike],
+    [tombstone('hijacked'), { kind: 'tombstone', createdAt: 0, reason: 'hijacked' }],
+    [tombstone('settled'), { kind: 'tombstone', createdAt: 0, reason: 'settled' }]
+  ] as const) {
     const key = newKey()
     await finish(store, key, record)
     const found = await inner.get(key)
-    if (found?.state !== 'completed' || found.record.kind !== 'reply') return t.fail('it is no reply')
-    const { fingerprint, body, ...outside } = found.record
-    t.strictSame(outside, { kind: 'reply', createdAt: 0, statusCode: 200, headers: [], text: false })
+    if (found?.state !== 'completed') return t.fail('it is no record')
+    const { fingerprint, body, ...outside } = found.record as StoredReply
+    t.strictSame(outside, expected)
     t.match(fingerprint, /^[\w-]{60,}$/)
-    t.notOk(`${body.toString('latin1')}${fingerprint}`.includes('hijacked'))
     same(t, await store.acquire(key, claim()), record)
+  }
+})
+
+t.test('a tombstone whose reason or time was changed is refused', async (t) => {
+  const inner = new MemoryStore()
+  const store = new EncryptedStore(inner, { keys })
+  const key = newKey()
+  await finish(store, key, tombstone('hijacked'))
+  const found = await inner.get(key)
+  if (found?.state !== 'completed') return t.fail('no record')
+  for (const change of [{ reason: 'stream-failed' }, { createdAt: 1 }] as const) {
+    await inner.delete(key)
+    await finish(inner, key, { ...found.record, ...change } as StoredRecord)
+    await t.rejects(store.acquire(key, claim()), { message: /damaged/ })
   }
 })
 

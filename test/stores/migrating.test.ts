@@ -1,27 +1,33 @@
 import { randomUUID } from 'node:crypto'
+import { join } from 'node:path'
 import Fastify, { type FastifyInstance } from 'fastify'
 import t from 'tap'
 import idempotency, {
   type IdempotencyStore,
   MemoryStore,
   MigratingStore,
+  MysqlStore,
   PostgresStore,
-  RedisStore
+  RedisStore,
+  SqliteStore
 } from '../../index.js'
 import { build, REPLAYED } from '../support/app.js'
 import { endures } from '../support/bad-network.js'
 import { FlakyStore } from '../support/flaky-store.js'
+import { startMariadb } from '../support/mariadb.js'
 import { startPostgres } from '../support/postgres.js'
+import { makeFolder } from '../support/process.js'
 import { newSeed, Random } from '../support/random.js'
 import { startRedis } from '../support/redis.js'
+import { openSqlite } from '../support/sqlite.js'
 import { conforms } from '../support/store-fixtures.js'
 import { exclusiveHistory, takeoverHistory } from '../support/store-histories.js'
 
 /* What it promises as a store, alone and beside processes that have one of the two. Each rule is in unit/migrating-store. */
 
-const [redis, postgres] = await Promise.all([startRedis(), startPostgres()])
-t.teardown(() => Promise.all([redis.close(), postgres.close()]))
-const [client, pool] = [await redis.client(), postgres.pool()]
+const [redis, postgres, mariadb] = await Promise.all([startRedis(), startPostgres(), startMariadb()])
+t.teardown(() => Promise.all([redis.close(), postgres.close(), mariadb.close()]))
+const [client, pool, mysql] = [await redis.client(), postgres.pool(), mariadb.pool()]
 
 /** One of the two stores, as two processes have it. */
 interface Side {
@@ -49,6 +55,24 @@ const kinds = {
       clients: [new PostgresStore({ pool, table }), new PostgresStore({ pool, table })] as const,
       spoil: (key: string) => pool.query(`UPDATE ${table} SET headers = '{}' WHERE key = $1`, [key])
     })
+  },
+  mysql: async () => {
+    const table = `keys_${randomUUID().replaceAll('-', '')}`
+    await new MysqlStore({ pool: mysql, table }).createTable()
+    return () => ({
+      clients: [new MysqlStore({ pool: mysql, table }), new MysqlStore({ pool: mysql, table })] as const,
+      spoil: (key: string) => mysql.query(`UPDATE ${table} SET value = 'x' WHERE \`key\` = ?`, [key])
+    })
+  },
+  sqlite: async () => {
+    const path = join(makeFolder('migrating'), 'keys')
+    const databases = [openSqlite(path), openSqlite(path)] as const
+    t.teardown(() => databases.map((database) => database.close()))
+    return () => ({
+      clients: [new SqliteStore({ database: databases[0] }), new SqliteStore({ database: databases[1] })] as const,
+      spoil: async (key: string) =>
+        databases[0].prepare(`UPDATE idempotency_keys SET value = x'00' WHERE key = ? RETURNING 1`).all(key)
+    })
   }
 } satisfies Record<string, () => Promise<() => Side>>
 
@@ -69,14 +93,17 @@ function moving(from: Side, to: Side) {
 const moves: [from: Kind, to: Kind][] = [
   ['memory', 'memory'],
   ['redis', 'postgres'],
-  ['postgres', 'redis']
+  ['postgres', 'redis'],
+  ['sqlite', 'mysql'],
+  ['mysql', 'sqlite']
 ]
 
 for (const [from, to] of moves) {
   const [newFrom, newTo]: (() => Side)[] = await Promise.all([kinds[from](), kinds[to]()])
   const stores = () => moving((newFrom as () => Side)(), (newTo as () => Side)())
   conforms(t, `a MigratingStore from ${from} to ${to} keeps every promise of a store`, stores)
-  if (from !== 'postgres') endures(t, `a MigratingStore from ${from} to ${to} behind a bad network`, stores)
+  if (from === 'memory' || from === 'redis')
+    endures(t, `a MigratingStore from ${from} to ${to} behind a bad network`, stores)
 }
 
 /* In an application */

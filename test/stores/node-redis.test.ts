@@ -36,6 +36,8 @@ for (const [kind, create] of unconnected) {
       () => store.release('k', 't'),
       () => store.get('k'),
       () => store.delete('k'),
+      () => store.list(['reply'], null),
+      () => store.settle('k', 'f', 'ended'),
       () => store.changed('k', never)
     ]
     for (const call of calls) await t.rejects(soon(call()), NOT_CONNECTED)

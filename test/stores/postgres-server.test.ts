@@ -7,6 +7,9 @@ import { type PostgresPool, PostgresStore, type PostgresStoreOptions } from '../
 import type {
   Acquisition,
   ClaimTransaction,
+  ListedKey,
+  ListedKind,
+  ListedPage,
   StoredRecord,
   TransactionAcquisition,
   TransactionClaim
@@ -84,6 +87,10 @@ async function finish(store: PostgresStore, key: string, record: StoredRecord = 
   await store.complete(key, await take(store, key), record, LONG)
 }
 
+async function leave(store: PostgresStore, key: string): Promise<void> {
+  await finish(store, key, tombstone('too-large'))
+}
+
 async function expired(store: PostgresStore, key: string): Promise<void> {
   await store.complete(key, await take(store, key), reply(), 1)
   await until(async () => (await store.get(key)) === null)
@@ -95,7 +102,31 @@ async function awaited(rows: Rows, table: string, key: string): Promise<void> {
   await until(waiting, { message: 'the note that somebody waits' })
 }
 
+/** What is abandoned, without the time since when, which is not long. */
+function justNow(t: Test, found: Acquisition | TransactionAcquisition): object {
+  const { lapsedMs, ...others } = found as { lapsedMs: number }
+  t.ok(lapsedMs >= 0 && lapsedMs < LONG, `abandoned ${lapsedMs} ms ago`)
+  return others
+}
+
 const never = () => new AbortController().signal
+
+const KINDS = ['running', 'abandoned', 'reply', 'tombstone'] as const
+const SETTLEMENTS = [{ record: tombstone('settled'), ttlMs: LONG }, 'ended'] as const
+
+/** What is listed of a store: all of it, page by page. */
+async function listed(store: PostgresStore, kinds: readonly ListedKind[] = KINDS): Promise<ListedKey[]> {
+  const found: ListedKey[] = []
+  let cursor: string | null = null
+  do {
+    const page: ListedPage = await store.list(kinds, cursor)
+    found.push(...page.keys)
+    cursor = page.cursor
+  } while (cursor !== null)
+  return found
+}
+
+const listedKeys = async (store: PostgresStore) => (await listed(store)).map(({ key }) => key)
 
 /** Brings a key of the store into a state, and gives what its owner's token was. */
 const STATES: Record<string, (store: PostgresStore, key: string) => Promise<string | undefined>> = {
@@ -205,7 +236,8 @@ t.test('an idle connection that breaks does not end the process, although the po
 const PARTS = {
   table: /^PostgresStore option "table" takes a name of letters, digits and underscores, .*, got /,
   pool: /^PostgresStore option "pool" takes a pool of pg, .*, got /,
-  sweepInterval: /^PostgresStore option "sweepInterval" takes a positive integer of milliseconds, or null .*, got /
+  sweepInterval:
+    /^PostgresStore option "sweepInterval" takes a positive integer of milliseconds or a text such as '24h', or null .*, got /
 }
 
 const pgLike = { query() {}, connect() {}, transact() {} }
@@ -235,7 +267,7 @@ for (const [option, wrong] of [
     ]
   ],
   ['pool', [undefined, null, {}, pgLike, { ...pgLike, on: true }, { query() {}, on() {} }, 5432, () => {}]],
-  ['sweepInterval', [0, -1, 1.5, Number.NaN, Infinity, 2 ** 53, '1', true, {}, 1n]]
+  ['sweepInterval', [0, -1, 1.5, Number.NaN, Infinity, 2 ** 53, 'soon', true, {}, 1n]]
 ] as [keyof typeof PARTS, unknown[]][]) {
   t.test(`a wrong "${option}" is refused by a message that says what it takes, and what it got`, async (t) => {
     const good = { pool: ownPool(t), table: 'a', sweepInterval: null }
@@ -421,6 +453,9 @@ const CALLS: [name: string, call: (store: PostgresStore, key: string) => Promise
   ['release', (store, key) => store.release(key, 'token')],
   ['get', (store, key) => store.get(key)],
   ['delete', (store, key) => store.delete(key)],
+  ['list', (store) => store.list(KINDS, null)],
+  ['settle', (store, key) => store.settle(key, 'fingerprint', { record: reply(), ttlMs: LONG })],
+  ['settle as ended', (store, key) => store.settle(key, 'fingerprint', 'ended')],
   ['changed', (store, key) => store.changed(key, never())],
   ['begin', (store, key) => store.begin(key, wish())]
 ]
@@ -455,7 +490,7 @@ for (const [name, prepare] of Object.entries(STATES)) {
     })
   }
 
-  t.test(`looking at a key that is ${name}, and forgetting it, is one statement each`, async (t) => {
+  t.test(`looking at a key that is ${name}, listing it, and forgetting it, is one statement each`, async (t) => {
     const { store, second } = await open(t)
     const key = newKey()
     await prepare(second, key)
@@ -463,9 +498,36 @@ for (const [name, prepare] of Object.entries(STATES)) {
     const looked = await shared.statements(() => store.get(key))
     t.equal(looked.sent.length, 1)
     t.equal(looked.result?.state ?? null, nothing ? null : shown(name))
+    const shows = await shared.statements(() => store.list(KINDS, null))
+    t.equal(shows.sent.length, 1)
+    t.strictSame(
+      shows.result.keys.map(({ state }) => state),
+      nothing ? [] : [shown(name)]
+    )
+    const tried = await shared.statements(() => store.delete(key, true))
+    t.equal(tried.sent.length, 1)
+    t.equal(tried.result, !nothing && name !== 'running')
     const forgotten = await shared.statements(() => store.delete(key))
     t.equal(forgotten.sent.length, 1)
-    t.equal(forgotten.result, !nothing)
+    t.equal(forgotten.result, name === 'running')
+  })
+}
+
+for (const settlement of SETTLEMENTS) {
+  const how = settlement === 'ended' ? 'as ended' : 'by a record'
+  t.test(`settling ${how} is one statement, and so that nobody has it any more`, async (t) => {
+    const { store, second, row } = await open(t)
+    for (const prepare of [STATES.abandoned, STATES.ended]) {
+      const key = newKey()
+      await prepare?.(second, key)
+      const before = await row(key)
+      const { result, sent } = await shared.statements(() => store.settle(key, 'fingerprint', settlement))
+      t.equal(result, true)
+      t.equal(sent.length, 1, sent.join('\n\n'))
+      const after = await row(key)
+      t.not(after.token, before.token)
+      t.strictSame([after.found_state, after.found_fingerprint], [null, null])
+    }
   })
 }
 
@@ -635,6 +697,21 @@ for (const [name, end] of [
     }
   })
 }
+
+t.test('who waits for a claim that lapses, and is settled, is told', async (t) => {
+  const { store, second, table, rows } = await open(t)
+  const heard = await hear(t)
+  for (const settlement of SETTLEMENTS) {
+    const key = newKey()
+    await take(store, key)
+    const waiter = second.changed(key, never())
+    await awaited(rows, table, key)
+    await rows(`UPDATE "${table}" SET lease_end = clock_timestamp() WHERE key = $1`, [key])
+    t.equal(await store.settle(key, 'fingerprint', settlement), true)
+    await soon(waiter)
+    t.strictSame(await heard(), [sha256(key)])
+  }
+})
 
 t.test('who waits for a claim that is taken over is told of the end of the takeover', async (t) => {
   const { store, second, table, rows } = await open(t)
@@ -1188,6 +1265,11 @@ for (const [name, pool] of [
     t.equal(await second.delete(key), false)
     const dead = newKey()
     await lapsed(store, dead, { fingerprint: RICH.fingerprint })
+    t.equal(await second.settle(dead, RICH.fingerprint, 'ended'), true)
+    const [shows] = await listed(second)
+    t.match(shows, { key: dead, state: 'abandoned', ended: true, fingerprint: RICH.fingerprint })
+    const { lapsedMs } = shows as { lapsedMs: number }
+    t.ok(lapsedMs < LONG, `settled ${lapsedMs} ms ago`)
     t.strictSame(await second.acquire(dead, claim({ takeover: true })), { state: 'acquired', attempt: 2 })
 
     const hostile = `k\\'"\0${newKey()}`
@@ -1238,6 +1320,87 @@ t.test("two spellings of one table see each other's claims and transactions", as
   }
 })
 
+/* Pages */
+
+/** Puts rows into the table, with keys in the order of their numbers, and others around them. */
+const insert = (rows: Rows, table: string, count: number, state = 'running') =>
+  rows(
+    `INSERT INTO "${table}" (key, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)
+      SELECT to_char(n, 'FM0000000'), 'token', 'fingerprint', 1, $2, 'now'::timestamptz + '1 hour', 1000,
+        'now'::timestamptz + '2 hours'
+      FROM generate_series(1, $1) AS n`,
+    [count, state]
+  )
+
+t.test('a page looks at 500 rows, in the order of their keys, and may have none', async (t) => {
+  const { store, table, rows } = await open(t)
+  await insert(rows, table, 1_200)
+  await rows(`UPDATE "${table}" SET state = 'released' WHERE key <= '0000600'`)
+  await rows(`UPDATE "${table}" SET state = 'ended' WHERE key = '0000700'`)
+  const pages: string[][] = []
+  let cursor: string | null = null
+  do {
+    const page: ListedPage = await store.list(['running'], cursor)
+    pages.push(page.keys.map(({ key }) => key))
+    cursor = page.cursor
+  } while (cursor !== null)
+  t.same(
+    pages.map((keys) => [keys.length, keys[0], keys.at(-1)]),
+    [
+      [0, undefined, undefined],
+      [399, '0000601', '0001000'],
+      [200, '0001001', '0001200']
+    ]
+  )
+  t.strictSame(await store.list(['abandoned'], '0000500'), {
+    keys: [{ key: '0000700', state: 'abandoned', fingerprint: 'fingerprint', attempt: 1, ended: true, lapsedMs: 0 }],
+    cursor: '0001000'
+  })
+})
+
+t.test('a table without rows is a page without keys, and keys of any text are on one', async (t) => {
+  const { store } = await open(t)
+  t.strictSame(await store.list(KINDS, null), { keys: [], cursor: null })
+  const keys = ['', '\0', ' ', 'A', '\\', 'a', 'a\0', 'ä', '😀']
+  for (const key of keys) await finish(store, key)
+  await finish(store, 'l'.repeat(501))
+  t.strictSame(new Set(await listedKeys(store)), new Set(keys), 'but for one that is too long to be kept')
+  t.equal((await store.list(KINDS, '')).keys.length, keys.length - 1, 'a page begins behind its cursor')
+})
+
+t.test('a page is found by the primary key, and reads no more than its rows, and no bodies', async (t) => {
+  const { store, pool, table, rows, operator } = await open(t)
+  await insert(rows, table, 10_000, 'completed')
+  await rows(`UPDATE "${table}" SET status_code = 201, created_at = 1, headers = '[]', body = 'x', body_is_text = true`)
+  await rows(`VACUUM ANALYZE "${table}"`)
+  const { sent } = await shared.statements(() => store.list(KINDS, null))
+  const client = await operator.connect()
+  t.teardown(() => client.release(true))
+  await client.query(`PREPARE page (text, text[]) AS ${sent[0]}`)
+  for (const mode of ['force_generic_plan', 'force_custom_plan']) {
+    await client.query(`SET plan_cache_mode = ${mode}`)
+    for (const cursor of ['NULL', "'0005000'"]) {
+      const explained = await client.query(
+        `EXPLAIN (ANALYZE, VERBOSE, FORMAT JSON) EXECUTE page (${cursor}, '{reply,tombstone}')`
+      )
+      const scans = nodesOf(explained.rows[0]['QUERY PLAN'][0].Plan).filter((node) => node['Relation Name'] === table)
+      t.match(scans, [{ 'Index Name': `${table}_pkey`, 'Index Cond': /key/, 'Actual Rows': 500 }], `${mode}, ${cursor}`)
+      t.equal(scans.length, 1)
+    }
+  }
+  t.equal((await store.list(['reply'], '0005000')).keys.length, 500)
+  t.notMatch(JSON.stringify((await pool.query(sent[0] as string, [null, KINDS])).fields), /body|headers|steps/)
+})
+
+interface PlanNode {
+  Plans?: PlanNode[]
+  [property: string]: unknown
+}
+
+function nodesOf(node: PlanNode): PlanNode[] {
+  return [node, ...(node.Plans ?? []).flatMap(nodesOf)]
+}
+
 /* Rows that are not ours */
 
 for (const [what, changes] of [
@@ -1276,6 +1439,7 @@ for (const [what, changes] of [
     await t.rejects(store.acquire(key, claim({ takeover: true })), error)
     await t.rejects(store.get(key), error)
     await t.rejects(store.begin(key, wish({ takeover: true })), error)
+    t.strictSame(await listedKeys(store), [other], 'it is not listed, and the rest is')
     t.equal(await store.renew(key, 'token', LONG), false)
     t.equal(await store.complete(key, 'token', reply(), LONG), false)
     t.equal(await store.release(key, 'token'), false)
@@ -1285,6 +1449,23 @@ for (const [what, changes] of [
     await until(() => pool.idleCount === pool.totalCount, { message: 'the clients to be back' })
     t.equal(await store.delete(key), true, 'and can be deleted')
     t.strictSame(await second.acquire(key, claim()), { state: 'acquired', attempt: 1 })
+  })
+}
+
+for (const [what, changes] of [
+  ['no attempt', 'attempt = 0'],
+  ['an attempt below zero', 'attempt = -1'],
+  ['no time for which it is remembered', "retain_ms = 'NaN'"],
+  ['an endless time for which it is remembered', "retain_ms = 'Infinity'"],
+  ['no end at all', "expires_at = 'infinity'"]
+] as const) {
+  t.test(`what was given back, with ${what}, is an error, and is not listed`, async (t) => {
+    const { store, table, rows } = await open(t)
+    const [key, other] = [newKey(), newKey()]
+    for (const each of [key, other]) await STATES.ended?.(store, each)
+    await rows(`UPDATE "${table}" SET ${changes} WHERE key = $1`, [key])
+    await t.rejects(store.get(key), { isFree: false, message: UNDECODABLE })
+    t.strictSame(await listedKeys(store), [other])
   })
 }
 
@@ -1315,31 +1496,56 @@ for (const [what, steps] of [
   })
 }
 
-for (const state of ['paused', 'RUNNING', 'acquired', 'locked', 'unknown', '']) {
-  for (const [what, bring] of Object.entries({ running: take, abandoned: lapsed, completed: finish })) {
-    t.test(`a ${what} row whose state became "${state}" is an error, whoever asks, and is left as it is`, async (t) => {
+for (const [became, changes] of [
+  ...['paused', 'RUNNING', 'acquired', 'locked', 'unknown', ''].map((state) => [
+    `the state "${state}"`,
+    `state = '${state}'`
+  ]),
+  ...[0, 2, -1].map((version) => [`the version ${version}`, `version = ${version}`])
+] as [became: string, changes: string][]) {
+  const brings = { running: take, abandoned: lapsed, completed: finish, released: STATES.released, lost: leave }
+  for (const [what, bring] of Object.entries(brings)) {
+    if (what === 'released' && became.startsWith('the state')) continue
+    t.test(`a ${what} row that is of ${became} is an error, whoever asks, and is left as it is`, async (t) => {
       const { store, table, rows } = await open(t)
       const key = newKey()
-      const token = (await bring(store, key)) ?? 'token'
-      await rows(`UPDATE "${table}" SET state = $2 WHERE key = $1`, [key, state])
+      const token = (await bring?.(store, key)) ?? 'token'
+      await rows(`UPDATE "${table}" SET ${changes} WHERE key = $1`, [key])
       const stored = () => rows(`SELECT ctid, xmax, * FROM "${table}" WHERE key = $1`, [key])
       const before = await stored()
-      const error = { message: UNDECODABLE }
+      const error = { isFree: false, message: UNDECODABLE }
       for (const takeover of [false, true]) {
         await t.rejects(store.acquire(key, claim({ takeover })), error)
         await t.rejects(store.acquire(key, claim({ takeover, token })), error, 'also of its own token')
         await t.rejects(store.begin(key, wish({ takeover })), error)
       }
       await t.rejects(store.get(key), error)
+      t.strictSame(await listed(store), [])
       t.equal(await store.renew(key, token, LONG), false)
+      t.equal(await store.step(key, token, ['a', 'b']), false)
       t.equal(await store.complete(key, token, reply(), LONG), false)
       t.equal(await store.release(key, token), false)
+      for (const settlement of SETTLEMENTS) t.equal(await store.settle(key, 'fingerprint', settlement), false)
+      t.equal(await store.delete(key, true), false, 'it may be running')
+      await soon(store.changed(key, never()))
       t.strictSame(await stored(), before)
       t.equal(await store.delete(key), true, 'it can be deleted')
       t.strictSame(await store.acquire(key, claim()), { state: 'acquired', attempt: 1 })
     })
   }
 }
+
+t.test('a row of another version that has expired is as good as none, and what replaces it is of ours', async (t) => {
+  const { store, table, rows, row } = await open(t)
+  const [key, other] = [newKey(), newKey()]
+  for (const each of [key, other]) await store.step(each, await lapsed(store, each), ['of another', 'version'])
+  await rows(`UPDATE "${table}" SET version = 2, attempt = 7, expires_at = clock_timestamp()`)
+  t.equal(await store.get(key), null)
+  t.strictSame(await store.acquire(key, claim({ takeover: true })), { state: 'acquired', attempt: 1 })
+  t.equal((await row(key))?.version, 1)
+  t.strictSame(await (await hold(store, other)).complete(reply(), LONG), { state: 'committed' })
+  same(t, await store.get(other), reply())
+})
 
 t.test('a request whose row is in an unknown state gets 503, and its handler does not run', async (t) => {
   const { store, rows, table } = await open(t)
@@ -1484,7 +1690,8 @@ t.test('a transaction takes over a key that is abandoned, with the next attempt,
   const key = newKey()
   const token = await lapsed(store, key, { fingerprint: 'the dead' })
   const before = await row(key)
-  t.strictSame(await second.begin(key, wish()), { state: 'abandoned', fingerprint: 'the dead', attempt: 1 })
+  const abandoned = { state: 'abandoned', fingerprint: 'the dead', attempt: 1 }
+  t.strictSame(justNow(t, await second.begin(key, wish())), abandoned)
   const undone = await second.begin(key, wish({ takeover: true }))
   t.match(undone, { state: 'acquired', attempt: 2 })
   await held(undone).rollback()
@@ -1511,7 +1718,7 @@ t.test(
       const before = await row(key)
       const attempt = unused ? 1 : 2
       const left = unused ? { fingerprint: 'the dead', attempt } : { fingerprint: 'the heir', attempt, ended: true }
-      t.strictSame(await second.begin(key, wish()), { state: 'abandoned', ...left })
+      t.strictSame(justNow(t, await second.begin(key, wish())), { state: 'abandoned', ...left })
       const undone = await second.begin(key, wish({ takeover: true }))
       t.match(undone, { state: 'acquired', attempt: attempt + 1 })
       await held(undone).rollback()
@@ -1631,6 +1838,73 @@ t.test('a key that a transaction is taking over from the dead is running for all
   )
 })
 
+t.test('what a transaction holds is not listed, not settled, and not deleted, until it is over', async (t) => {
+  const { store, second } = await open(t)
+  for (const name of ['free', 'released', 'expired', 'abandoned', 'ended']) {
+    const key = newKey()
+    await STATES[name]?.(store, key)
+    const before = await second.get(key)
+    const transaction = await hold(store, key, { takeover: true })
+    t.strictSame(await listed(second), [], name)
+    for (const settlement of SETTLEMENTS)
+      t.equal(await soon(second.settle(key, 'fingerprint', settlement)), false, name)
+    t.equal(await soon(second.delete(key, true)), false, name)
+    await transaction.rollback()
+    t.equal((await second.get(key))?.state, before?.state, 'nothing of it was changed')
+    t.strictSame(await listedKeys(second), before === null ? [] : [key], name)
+    t.equal(await second.settle(key, 'fingerprint', SETTLEMENTS[0]), before !== null, name)
+    t.equal(await second.delete(key, true), before !== null, name)
+  }
+})
+
+t.test(
+  'a transaction that comes while a key is settled or deleted finds it running, or what became of it',
+  async (t) => {
+    const { store, second } = await open(t)
+    for (let round = 0; round < 20; round++) {
+      const key = newKey()
+      await lapsed(store, key)
+      const record = tombstone('settled')
+      const [isDone, found] = await Promise.all([
+        round % 2 === 0 ? second.settle(key, 'fingerprint', { record, ttlMs: LONG }) : second.delete(key, true),
+        store.begin(key, wish({ takeover: true }))
+      ])
+      if (found.state === 'acquired') await found.transaction.complete(reply(), LONG)
+      if (found.state === 'acquired' && found.attempt === 2) t.equal(isDone, false, 'it was taken over')
+      if (isDone && round % 2 === 0) same(t, await store.get(key), record)
+      t.ok(isDone || found.state === 'acquired', 'one of them has it')
+    }
+  }
+)
+
+t.test('what waits for a row judges it as it is then', async (t) => {
+  const { store, second, table, operator } = await open(t)
+  const waits: [string, (key: string) => Promise<boolean>][] = [
+    ['settle by a record', (key) => second.settle(key, 'fingerprint', SETTLEMENTS[0])],
+    ['settle as ended', (key) => second.settle(key, 'fingerprint', 'ended')],
+    ['delete unless it is running', (key) => second.delete(key, true)]
+  ]
+  const client = await operator.connect()
+  t.teardown(() => client.release(true))
+  for (const [what, change] of waits) {
+    const key = newKey()
+    const token = await lapsed(store, key)
+    await client.query('BEGIN')
+    await client.query(`UPDATE "${table}" SET lease_end = lease_end + interval '1 hour' WHERE key = $1`, [key])
+    const changed = change(key)
+    const isWaiting = async () =>
+      (
+        await operator.query("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE $1", [
+          `%${table}%`
+        ])
+      ).rowCount
+    await until(isWaiting, { message: `${what} to wait for the row` })
+    await client.query('COMMIT')
+    t.equal(await changed, false, what)
+    t.equal(await store.complete(key, token, reply(), LONG), true, 'its owner has it, who has renewed it meanwhile')
+  }
+})
+
 t.test('a transaction that was rolled back leaves no trace', async (t) => {
   const { store, second, pool, table, rows } = await open(t)
   await rows(`CREATE TABLE "${table}_books" (amount int)`)
@@ -1699,7 +1973,7 @@ t.test('a transaction that takes over leaves the steps until it is committed', a
   await store.step(key, token, ['a', 'b'])
   await store.release(key, token)
   const steps = [['a', 'b']]
-  t.strictSame(await second.begin(key, wish()), {
+  t.strictSame(justNow(t, await second.begin(key, wish())), {
     state: 'abandoned',
     fingerprint: 'fingerprint',
     attempt: 1,

@@ -1,7 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import t from 'tap'
 import { type RedisClient, RedisStore } from '../../index.js'
+import type { ListedKind } from '../../types/index.js'
 import { endures } from '../support/bad-network.js'
+import { until } from '../support/latch.js'
 import { slotOf, startCluster } from '../support/redis-cluster.js'
 import { claim, conforms, lapsed, newKey, reply, same, soon, take } from '../support/store-fixtures.js'
 
@@ -91,6 +93,20 @@ for (const [name, clients] of CLIENTS) {
   })
 }
 
+const ALL: ListedKind[] = ['running', 'abandoned', 'reply', 'tombstone']
+
+/** The keys on all pages, each once. */
+async function listed(store: RedisStore, from: string | null = null): Promise<string[]> {
+  const found = new Set<string>()
+  let cursor = from
+  do {
+    const page: Awaited<ReturnType<typeof store.list>> = await store.list(ALL, cursor)
+    for (const { key } of page.keys) found.add(key)
+    cursor = page.cursor
+  } while (cursor !== null)
+  return [...found].sort()
+}
+
 /** Runs while a slot is on its way from one master to the other, and after it has arrived there. */
 async function whileMoving(slot: number, from: number, to: number, run: (arrived: boolean) => Promise<void>) {
   const ids = await Promise.all(admins.map((admin) => admin.cluster('MYID') as Promise<string>))
@@ -118,16 +134,74 @@ for (const [name, clients] of CLIENTS.slice(1)) {
     const port = ranges.find(([first, last]) => first <= slot && slot <= last)?.[2][1]
     const source = cluster.nodes.findIndex((node) => node.port === port)
     let token = ''
+    let cursor: string | null = null
     await whileMoving(slot, source, (source + 1) % 3, async (arrived) => {
       if (!arrived) {
         token = await take(store, key)
         t.match(await second.acquire(key, claim()), { state: 'running' })
         t.match(await store.get(key), { state: 'running' })
         t.equal(await second.renew(key, token, 60_000), true)
+        for (const each of [store, second]) t.strictSame(await listed(each), [key])
+        cursor = (await store.list(ALL, null)).cursor
       } else {
+        const moved = { message: /masters of the Redis Cluster, or their slots.*list from the beginning/ }
+        await t.rejects(store.list(ALL, cursor), moved)
+        for (const each of [store, second]) t.strictSame(await listed(each), [key])
         t.equal(await store.complete(key, token, reply(), 60_000), true)
         same(t, await second.acquire(key, claim()), reply())
       }
     })
   })
 }
+
+for (const [name, clients] of CLIENTS) {
+  t.test(`on ${name} keys of all masters are listed, also right after the connections to them were lost`, async (t) => {
+    const { store, second, dispose, interrupt, prefix } = await stores(clients)
+    t.teardown(dispose)
+    const keys = Array.from({ length: 60 }, newKey).sort()
+    await Promise.all(keys.map((key) => take(store, key)))
+    for (const admin of admins) {
+      const own = (await admin.keys(`${prefix}*`)).length
+      t.ok(own > 0 && own < keys.length, `${own} of them on one master`)
+    }
+    for (const each of [store, second]) {
+      t.strictSame(await listed(each), keys)
+      for (let n = 0; n < 5; n++) {
+        await interrupt()
+        t.strictSame(await until(() => listed(each).catch(() => null)), keys)
+      }
+    }
+  })
+
+  t.test(`on ${name} a prefix with braces has all keys on one master, and no other is walked`, async (t) => {
+    const prefix = `{${randomUUID()}}:`
+    const [store] = clients.map((client) => new RedisStore(client, { keyPrefix: prefix })) as [RedisStore, RedisStore]
+    t.teardown(() => store.close())
+    const keys = Array.from({ length: 20 }, newKey).sort()
+    await Promise.all(keys.map((key) => take(store, key)))
+    t.strictSame(await listed(store), keys)
+    const walked = await Promise.all(
+      cluster.nodes.map(async (node) => {
+        const { scripted } = await node.commands(() => listed(store))
+        return scripted.some(([name]) => name?.toLowerCase() === 'scan')
+      })
+    )
+    t.equal(walked.filter(Boolean).length, 1)
+  })
+}
+
+t.test("in a Cluster a client's own prefix is looked for, and is no part of the keys that are listed", async (t) => {
+  const keyPrefix = `${randomUUID()} [*]:`
+  for (const client of [
+    await cluster.client({ keyPrefix }),
+    await cluster.client({ redisOptions: { keyPrefix } }),
+    await cluster.nodeRedis({ keyPrefix })
+  ]) {
+    const store = new RedisStore(client)
+    t.teardown(() => store.close())
+    const keys = Array.from({ length: 20 }, newKey).sort()
+    await Promise.all(keys.map((key) => take(store, key)))
+    t.strictSame(await listed(store), keys)
+    for (const key of keys) t.equal(await store.delete(key), true)
+  }
+})

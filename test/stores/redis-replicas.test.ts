@@ -7,7 +7,7 @@ import { type RedisClient, RedisStore, type RedisStoreOptions } from '../../inde
 import { build, REPLAYED } from '../support/app.js'
 import { until } from '../support/latch.js'
 import { startRedis } from '../support/redis.js'
-import { claim, newKey, reply, take } from '../support/store-fixtures.js'
+import { claim, lapsed, newKey, reply, take } from '../support/store-fixtures.js'
 
 /* `new RedisStore(client, { replicas })`: a reply counts as stored when replicas have it. */
 
@@ -123,6 +123,21 @@ withEach(
   }
 )
 
+withEach('a record that settles a key counts as stored when replicas have it', async (t, open) => {
+  const { store } = await open({ replicas: 1, replicaTimeout: 50 })
+  const [key, other] = [newKey(), newKey()]
+  for (const each of [key, other]) await lapsed(store, each)
+  const settlement = { record: reply(), ttlMs: LONG }
+  t.equal(await until(() => store.settle(key, 'fingerprint', settlement).catch(() => false)), true)
+  t.equal((await onReplica.getBuffer(`idempotency:${key}`))?.toString('latin1', 0, 1), 'C', 'a record')
+  await replica.pause()
+  t.teardown(() => replica.resume())
+  t.equal(await store.settle(key, 'fingerprint', settlement), false, 'what is not stored is not waited for')
+  t.equal(await store.settle(other, 'fingerprint', 'ended'), true, 'nor is what is no record')
+  const unsafe = store.settle(other, 'fingerprint', settlement)
+  await t.rejects(unsafe, { message: '0 of 1 replicas have the reply' })
+})
+
 withEach('more replicas than there are have nothing', async (t, open) => {
   const { store } = await open({ replicas: 2, replicaTimeout: 50 })
   const key = newKey()
@@ -171,7 +186,7 @@ t.test('bad options are refused', async (t) => {
   for (const replicas of [-1, 1.5, '1', null]) {
     t.throws(() => new RedisStore(client, { replicas } as never), { code, message: /"replicas" takes a number/ })
   }
-  for (const replicaTimeout of [0, -1, 1.5, '1', null]) {
+  for (const replicaTimeout of [0, -1, 1.5, 'soon', null]) {
     t.throws(() => new RedisStore(client, { replicaTimeout } as never), { code, message: /"replicaTimeout" takes/ })
   }
   const cluster = Object.assign(Object.create(client), { isCluster: true })

@@ -55,8 +55,20 @@ t.test('the store goes on with the new master when Sentinel makes another one', 
   const store = new RedisStore(client)
   const key = newKey()
   const token = await take(store, key)
+  const others = admin.pipeline()
+  for (let n = 0; n < 2_000; n++) others.set(`other:${n}`, '')
+  await others.exec()
+  const { cursor } = await store.list(['running'], null)
   await observer.call('SENTINEL', 'FAILOVER', 'main')
   await until(async () => /role:master/.test(await onReplica.info('replication')), { timeout: 60_000 })
   await until(() => store.complete(key, token, reply(), 60_000).catch(() => false), { timeout: 60_000 })
   t.match(await store.acquire(key, claim()), { state: 'completed' })
+  t.type(cursor, 'string')
+  // The new master has its keys in another order. The old one may still answer for a moment.
+  const isRefused = () =>
+    store.list(['running'], cursor).then(
+      () => false,
+      (error) => /server that this cursor is from is gone/.test(error.message)
+    )
+  await until(isRefused, { timeout: 60_000, message: 'the cursor to be refused' })
 })

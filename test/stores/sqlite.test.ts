@@ -227,7 +227,7 @@ for (const [what, options, message] of [
     (table) =>
       [`the table ${table}`, { database, table }, /option "table" takes a name of letters, digits and/] as const
   ),
-  ...[0, -1, 1.5, '1'].map(
+  ...[0, -1, 1.5, 'soon'].map(
     (sweepInterval) =>
       [`an interval of ${sweepInterval}`, { database, sweepInterval }, /"sweepInterval" takes/] as const
   )

@@ -52,6 +52,8 @@ export interface Post {
   key?: string
   body?: string | Buffer
   headers?: Record<string, string>
+  /** Whose connections are used; otherwise each request has one of its own. */
+  agent?: http.Agent
 }
 
 export async function listen(app: FastifyInstance): Promise<number> {
@@ -60,13 +62,13 @@ export async function listen(app: FastifyInstance): Promise<number> {
 }
 
 /** Starts a request over a real socket, and leaves its response to be read. */
-export function start(port: number, { path = '/', method = 'POST', key, body, headers = {} }: Post = {}) {
+export function start(port: number, { path = '/', method = 'POST', key, body, headers = {}, agent }: Post = {}) {
   const request = http.request({
     host: '127.0.0.1',
     port,
     path,
     method,
-    agent: false,
+    agent: agent ?? false,
     headers: {
       host: SERVICE,
       ...(key === undefined ? {} : { 'idempotency-key': key }),

@@ -1,7 +1,17 @@
 import { EventEmitter } from 'node:events'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { StoreUnderTest } from '../../lib/testkit.js'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply, StoredStep } from '../../types/index.js'
+import type {
+  Acquisition,
+  Claim,
+  IdempotencyStore,
+  ListedKey,
+  ListedKind,
+  Settlement,
+  StoredRecord,
+  StoredReply,
+  StoredStep
+} from '../../types/index.js'
 import { type Found, ModelData, ModelStore, type Row } from './model-store.js'
 
 // Stores that are wrong in one thing each, as people have got it wrong.
@@ -144,6 +154,16 @@ function givingBack(then: (row: Row, now: number, before: Row) => void): Model {
       const before = { ...row }
       super.giveBack(row, found, unused, now)
       then(row, now, before)
+    }
+  }
+}
+
+/** The model, with a list that says something else of a key. */
+function listing(change: (found: ListedKey) => object | null): Model {
+  return class extends ModelStore {
+    protected override listed(key: string, now: number) {
+      const found = super.listed(key, now)
+      return found && (change(found) as ListedKey | null)
     }
   }
 }
@@ -677,26 +697,36 @@ const models: Record<string, Model> = {
     }
   },
   'does not delete a record': class extends ModelStore {
-    override async delete(key: string) {
-      return this.known(key, this.now())?.state === 'completed' || super.delete(key)
+    override async delete(key: string, unlessRunning?: boolean) {
+      return this.known(key, this.now())?.state === 'completed' || super.delete(key, unlessRunning)
     }
   },
   'does not delete a running claim': class extends ModelStore {
-    override async delete(key: string) {
-      return this.known(key, this.now())?.state !== 'running' && super.delete(key)
+    override async delete(key: string, unlessRunning?: boolean) {
+      return this.known(key, this.now())?.state !== 'running' && super.delete(key, unlessRunning)
     }
   },
   'has always deleted something': class extends ModelStore {
-    override async delete(key: string) {
-      await super.delete(key)
+    override async delete(key: string, unlessRunning?: boolean) {
+      await super.delete(key, unlessRunning)
       return true
     }
   },
   'deletes everything': class extends ModelStore {
-    override async delete(key: string) {
-      const existed = await super.delete(key)
-      this.data.rows.clear()
+    override async delete(key: string, unlessRunning?: boolean) {
+      const existed = await super.delete(key, unlessRunning)
+      if (existed) this.data.rows.clear()
       return existed
+    }
+  },
+  'deletes what is running although it must not': class extends ModelStore {
+    override delete(key: string) {
+      return super.delete(key)
+    }
+  },
+  'deletes nothing unless it may delete what is running': class extends ModelStore {
+    override async delete(key: string, unlessRunning?: boolean) {
+      return !unlessRunning && super.delete(key)
     }
   },
   'cannot be closed twice': class extends ModelStore {
@@ -958,9 +988,9 @@ const models: Record<string, Model> = {
   'gives the steps of what was deleted': (() => {
     const deleted = new Map<string, StoredStep[]>()
     return class extends ModelStore {
-      override async delete(key: string) {
+      override async delete(key: string, unlessRunning?: boolean) {
         deleted.set(key, this.known(key, this.now())?.steps ?? [])
-        return super.delete(key)
+        return super.delete(key, unlessRunning)
       }
       protected override take(key: string, claim: Claim, attempt: number, now: number, found?: Found) {
         const steps = deleted.get(key)
@@ -984,6 +1014,211 @@ const models: Record<string, Model> = {
   'gives the steps that it keeps': class extends ModelStore {
     protected override stepsOf({ steps }: Row) {
       return steps.length === 0 ? {} : { steps }
+    }
+  },
+
+  'lists leases in seconds': listing((found) =>
+    found.state === 'running' ? { ...found, leaseMs: found.leaseMs / 1_000 } : found
+  ),
+  'lists what has lapsed as if that were just now': listing((found) =>
+    found.state === 'abandoned' ? { ...found, lapsedMs: 0 } : found
+  ),
+  'lists what has lapsed as if that were long ago': listing((found) =>
+    found.state === 'abandoned' ? { ...found, lapsedMs: found.lapsedMs + 60_000 } : found
+  ),
+  'does not list that a claim has ended': listing(({ ...found }) => {
+    if (found.state === 'abandoned') delete found.ended
+    return found
+  }),
+  'lists what was given back as running': class extends ModelStore {
+    protected override isOneOf(kinds: readonly ListedKind[], found: ListedKey) {
+      if (found.state === 'abandoned' && found.ended) return kinds.includes('running')
+      return super.isOneOf(kinds, found)
+    }
+  },
+  'lists every tombstone by the same reason': listing((found) =>
+    found.state === 'completed' && typeof found.outcome === 'string' ? { ...found, outcome: 'too-large' } : found
+  ),
+  'lists every reply by the same status': listing((found) =>
+    found.state === 'completed' && typeof found.outcome === 'number' ? { ...found, outcome: 201 } : found
+  ),
+  'lists no ttl as infinity': listing((found) =>
+    found.state === 'completed' ? { ...found, ttlMs: found.ttlMs ?? Number.POSITIVE_INFINITY } : found
+  ),
+  'lists all kinds': class extends ModelStore {
+    protected override isOneOf() {
+      return true
+    }
+  },
+  'lists one kind at a time': class extends ModelStore {
+    protected override isOneOf([kind]: readonly ListedKind[], found: ListedKey) {
+      return super.isOneOf([kind as ListedKind], found)
+    }
+  },
+  'lists one page': class extends ModelStore {
+    override async list(kinds: readonly ListedKind[], cursor: string | null) {
+      return { ...(await super.list(kinds, cursor)), cursor: null }
+    }
+  },
+  'lists the first page again and again': class extends ModelStore {
+    override list(kinds: readonly ListedKind[]) {
+      return super.list(kinds, null)
+    }
+  },
+  'lists what was released': class extends ModelStore {
+    protected override listed(key: string, now: number) {
+      const row = this.known(key, now)
+      if (row?.state !== 'released') return super.listed(key, now)
+      const { fingerprint, attempt } = row
+      return { key, state: 'abandoned' as const, fingerprint, attempt, lapsedMs: 0 }
+    }
+  },
+  'lists what has expired': class extends ModelStore {
+    protected override listed(key: string, now: number) {
+      const row = this.data.rows.get(key)
+      return super.listed(key, row === undefined ? now : Math.min(now, row.expires - 0.1))
+    }
+  },
+  'lists keys as they might be in a URL': listing((found) => ({ ...found, key: encodeURIComponent(found.key) })),
+  'takes over what it lists': class extends ModelStore {
+    protected override listed(key: string, now: number) {
+      const found = super.listed(key, now)
+      if (found?.state === 'abandoned') void super.acquire(key, looker)
+      return found
+    }
+  },
+  'prolongs what it lists': class extends ModelStore {
+    protected override listed(key: string, now: number) {
+      const row = this.known(key, now)
+      if (row?.state === 'running' && row.leaseEnd > now) row.leaseEnd += 60_000
+      return super.listed(key, now)
+    }
+  },
+  'tells who gets a key nothing of how long it was abandoned': answering(({ ...found }) => {
+    if (found.state === 'abandoned') delete found.lapsedMs
+    return found
+  }),
+  'tells who gets a key nothing of the attempt that runs': answering(({ ...found }) => {
+    if (found.state === 'running') delete found.attempt
+    return found
+  }),
+  'cannot list beside what it cannot decode': class extends ModelStore {
+    protected override listed(key: string, now: number) {
+      const row = this.known(key, now)
+      if (row?.state === 'completed') this.decode(row.record)
+      return super.listed(key, now)
+    }
+  },
+
+  'keeps what was settled for an hour': class extends ModelStore {
+    protected override put(row: Row, settlement: Exclude<Settlement, 'ended'>, now: number) {
+      super.put(row, { ...settlement, ttlMs: 3_600_000 }, now)
+    }
+  },
+  'settles by a reply only': class extends ModelStore {
+    override async settle(key: string, fingerprint: string, settlement: Settlement) {
+      if (settlement !== 'ended' && settlement.record.kind === 'tombstone') return false
+      return super.settle(key, fingerprint, settlement)
+    }
+  },
+  'settles no tombstones': class extends ModelStore {
+    protected override isUnsettled(row: Row, now: number) {
+      return row.state !== 'completed' && super.isUnsettled(row, now)
+    }
+  },
+  'settles nothing as ended': class extends ModelStore {
+    override async settle(key: string, fingerprint: string, settlement: Settlement) {
+      return settlement !== 'ended' && super.settle(key, fingerprint, settlement)
+    }
+  },
+  'forgets what it settles as ended': class extends ModelStore {
+    override async settle(key: string, fingerprint: string, settlement: Settlement) {
+      const settled = await super.settle(key, fingerprint, settlement)
+      if (settled && settlement === 'ended') this.data.rows.delete(key)
+      return settled
+    }
+  },
+  'forgets the steps of what it settles as ended': class extends ModelStore {
+    override async settle(key: string, fingerprint: string, settlement: Settlement) {
+      const settled = await super.settle(key, fingerprint, settlement)
+      const row = this.known(key, this.now())
+      if (settled && row) row.steps = []
+      return settled
+    }
+  },
+  'settles nothing that has ended': class extends ModelStore {
+    protected override isUnsettled(row: Row, now: number) {
+      return row.state !== 'ended' && super.isUnsettled(row, now)
+    }
+  },
+  'settles what is running': class extends ModelStore {
+    protected override isUnsettled(row: Row, now: number) {
+      return row.state === 'running' || super.isUnsettled(row, now)
+    }
+  },
+  'settles what has a reply': class extends ModelStore {
+    protected override isUnsettled(row: Row, now: number) {
+      return row.state === 'completed' || super.isUnsettled(row, now)
+    }
+  },
+  'settles what was released': class extends ModelStore {
+    protected override isUnsettled(row: Row, now: number) {
+      return row.state === 'released' || super.isUnsettled(row, now)
+    }
+  },
+  'settles what has expired': class extends ModelStore {
+    override async settle(key: string, fingerprint: string, settlement: Settlement) {
+      const row = this.data.rows.get(key)
+      if (row?.state === 'completed') row.expires = Number.POSITIVE_INFINITY
+      return super.settle(key, fingerprint, settlement)
+    }
+  },
+  'lets a tombstone be as if it were given back': class extends ModelStore {
+    override async settle(key: string, fingerprint: string, settlement: Settlement) {
+      const row = this.known(key, this.now())
+      if (settlement === 'ended' && row?.state === 'completed' && this.isUnsettled(row, this.now())) row.state = 'ended'
+      return super.settle(key, fingerprint, settlement)
+    }
+  },
+  'settles whatever the fingerprint is': class extends ModelStore {
+    protected override isMeant() {
+      return true
+    }
+  },
+  'trims the fingerprint of what it settles': class extends ModelStore {
+    protected override isMeant(row: Row, fingerprint: string) {
+      return super.isMeant(row, fingerprint.trim())
+    }
+  },
+  'leaves what it settles to the owner of before': class extends ModelStore {
+    protected override nobody(row: Row) {
+      return row.token
+    }
+  },
+  'lets the owner of before complete what was settled as ended': (() => {
+    const owners = new WeakMap<Row, string>()
+    return class extends ModelStore {
+      override async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null) {
+        const row = this.known(key, this.now())
+        if (row?.state === 'ended' && owners.get(row) === token) Object.assign(row, { state: 'running', token })
+        return super.complete(key, token, record, ttlMs)
+      }
+      protected override nobody(row: Row) {
+        owners.set(row, row.token)
+        return super.nobody(row)
+      }
+    }
+  })(),
+  'looks first and settles later': class extends ModelStore {
+    override async settle(key: string, fingerprint: string, settlement: Settlement) {
+      const now = this.now()
+      const row = this.known(key, now)
+      if (row === undefined || !this.isUnsettled(row, now)) return false
+      const seen = { ...row }
+      await sleep(1)
+      // As it was when it was looked at.
+      this.data.rows.set(this.rowKey(key), seen)
+      return super.settle(key, fingerprint, settlement)
     }
   }
 }

@@ -1,4 +1,4 @@
-import type { CasDriver, Content, Lasting, Row } from '../../lib/stores/cas/driver.js'
+import type { CasDriver, Content, Lasting, Row, RowPage, RowState } from '../../lib/stores/cas/driver.js'
 
 /** A table in memory whose clock stands still until it is moved. */
 export class MemoryDriver implements CasDriver {
@@ -52,6 +52,19 @@ export class MemoryDriver implements CasDriver {
       const row = this.rows.get(key)
       return row?.state === 'running' && row.leaseEnd > this.now
     })
+  }
+
+  /** Two rows are a page. */
+  async page(after: string | null, states: readonly RowState[], recordBytes: number): Promise<RowPage> {
+    this.calls.push('page')
+    const keys = [...this.rows.keys()].filter((key) => after === null || key > after).sort()
+    const rows = keys.slice(0, 2).map((key) => {
+      const row = this.rows.get(key) as Content & { revision: string }
+      const value = row.state === 'completed' ? row.value.subarray(0, recordBytes) : row.value
+      return { ...row, key, value, now: this.now }
+    })
+    const last = keys.length > 2 ? (keys[1] ?? null) : null
+    return { rows: rows.filter(({ state }) => states.includes(state)), last }
   }
 
   async sweep(): Promise<boolean> {

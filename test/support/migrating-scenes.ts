@@ -10,7 +10,7 @@ import { claim, newKey, reply } from './store-fixtures.js'
  * whatever order; and what anybody was told before has to stay true.
  */
 
-type Store = IdempotencyStore & { step: NonNullable<IdempotencyStore['step']> }
+type Store = IdempotencyStore & Required<Pick<IdempotencyStore, 'step' | 'get' | 'settle'>>
 export type Pair = Record<'from' | 'to', Store>
 /** What is wrong with the way in which a process uses its two stores. */
 export type Sabotage = (pair: Pair) => Pair
@@ -130,6 +130,16 @@ export class Process {
     this.told.owner = null
   }
 
+  /** Somebody has found out what became of it. */
+  async settle(): Promise<void> {
+    const found = await this.store.get(this.key)
+    if (found?.state !== 'abandoned') return
+    const record = reply({ fingerprint: this.token })
+    if (!(await this.store.settle(this.key, found.fingerprint, { record, ttlMs: null }))) return
+    this.#mustOwn('settle')
+    this.told.record ??= record
+  }
+
   async release(unused = false): Promise<void> {
     const { told, token } = this
     // Who has begun to give a key away does not own it any more, and a first attempt is as if it had never been.
@@ -178,18 +188,28 @@ const befores: Record<string, (scene: Scene, who: Who) => Promise<void>> = {
   }
 }
 
+type Deed = (process: Process, scene: Scene) => Promise<void>
+
+/** What is done by who has the key. */
+function owning(deed: Deed): Deed {
+  return async (process, scene) => {
+    if ((await process.acquire()) === 'acquired') await deed(process, scene)
+  }
+}
+
 /** What the process is about to do when it dies. */
-const deeds: Record<string, (process: Process, scene: Scene) => Promise<void>> = {
-  acquires: async () => {},
-  renews: (process) => process.renew(),
-  'keeps a step': (process) => process.step('of the dead'),
-  completes: (process) => process.complete(),
-  'completes what has lapsed': (process, scene) => {
+const deeds: Record<string, Deed> = {
+  acquires: owning(async () => {}),
+  renews: owning((process) => process.renew()),
+  'keeps a step': owning((process) => process.step('of the dead')),
+  completes: owning((process) => process.complete()),
+  'completes what has lapsed': owning((process, scene) => {
     scene.lapse()
     return process.complete()
-  },
-  'gives back': (process) => process.release(),
-  'gives back unused': (process) => process.release(true)
+  }),
+  'gives back': owning((process) => process.release()),
+  'gives back unused': owning((process) => process.release(true)),
+  settles: (process) => process.settle()
 }
 
 /** What is asked of both stores at the same time. */
@@ -222,10 +242,7 @@ export async function allDeaths(phase: Who[], sabotage?: Sabotage): Promise<{ br
     const scene = new Scene(sabotage ?? ((pair) => pair))
     await befores[before]?.(scene, who)
     const dying = scene.process('both', life)
-    const lived = (async () => {
-      if ((await dying.acquire()) === 'acquired') await deeds[deed]?.(dying, scene)
-    })()
-    await Promise.race([lived, settled(life)])
+    await Promise.race([deeds[deed]?.(dying, scene), settled(life)])
     if (life.isOver) deaths++
     await goOn(scene, order, after)
     const where = `${before} of ${who}: who ${deed} dies; then ${order} ${after}`

@@ -1,5 +1,21 @@
+import { randomUUID } from 'node:crypto'
 import { EventEmitter } from 'node:events'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredReply, StoredStep } from '../../types/index.js'
+import type {
+  Acquisition,
+  Claim,
+  IdempotencyStore,
+  ListedKey,
+  ListedKind,
+  ListedPage,
+  Settlement,
+  StoredRecord,
+  StoredReply,
+  StoredStep,
+  Unfinished
+} from '../../types/index.js'
+
+/** How many keys are a page, at least: it is a quarter of all, so that a list of many costs no more than it has to. */
+const PAGE = 20
 
 /** What is known of a key. All times are monotonic milliseconds. */
 export interface Row {
@@ -107,11 +123,33 @@ export class ModelStore implements IdempotencyStore {
     return row.state === 'completed' ? this.completed(row, now) : this.held(row, now)
   }
 
-  async delete(key: string): Promise<boolean> {
-    const row = this.known(key, this.now())
+  async delete(key: string, unlessRunning = false): Promise<boolean> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (unlessRunning && row?.state === 'running' && row.leaseEnd > now) return false
     this.data.rows.delete(this.rowKey(key))
     if (row?.state === 'running') this.ended(key, 'deleted')
     return row !== undefined && row.state !== 'released'
+  }
+
+  async list(kinds: readonly ListedKind[], cursor: string | null): Promise<ListedPage> {
+    const now = this.now()
+    const rest = [...this.data.rows.keys()].filter((key) => cursor === null || key > cursor).sort()
+    const count = Math.max(PAGE, Math.ceil(this.data.rows.size / 4))
+    const listed = rest.slice(0, count).map((key) => this.listed(key, now))
+    const keys = listed.filter((found) => found !== null && this.isOneOf(kinds, found)) as ListedKey[]
+    return { keys, cursor: rest[count] === undefined ? null : (rest[count - 1] as string) }
+  }
+
+  async settle(key: string, fingerprint: string, settlement: Settlement): Promise<boolean> {
+    const now = this.now()
+    const row = this.known(key, now)
+    if (row === undefined || !this.isUnsettled(row, now) || !this.isMeant(row, fingerprint)) return false
+    if (settlement === 'ended' && row.state === 'completed') return false
+    if (settlement === 'ended') this.giveBack(row, null, false, now)
+    else this.put(row, settlement, now)
+    row.token = this.nobody(row)
+    return true
   }
 
   async close(): Promise<void> {}
@@ -203,14 +241,58 @@ export class ModelStore implements IdempotencyStore {
     return ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs
   }
 
-  protected held(row: Row, now: number): Acquisition {
+  protected held(row: Row, now: number): Unfinished & { steps?: StoredStep[] } {
     const { state, fingerprint, attempt, leaseEnd } = row
-    if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: leaseEnd - now, ...this.stepsOf(row) }
-    return { state: 'abandoned', fingerprint, attempt, ...(state === 'ended' && { ended: true }), ...this.stepsOf(row) }
+    if (leaseEnd > now) return { state: 'running', fingerprint, attempt, leaseMs: leaseEnd - now, ...this.stepsOf(row) }
+    const found = { state: 'abandoned', fingerprint, attempt, lapsedMs: now - leaseEnd, ...this.stepsOf(row) } as const
+    return state === 'ended' ? { ...found, ended: true } : found
   }
 
   protected completed({ record, expires }: Row, now: number): Acquisition {
     return { state: 'completed', record: this.decode(record), ttlMs: Number.isFinite(expires) ? expires - now : null }
+  }
+
+  /** What a list says of a row, whatever it is asked for. */
+  protected listed(key: string, now: number): ListedKey | null {
+    const row = this.known(key, now)
+    if (row === undefined || row.state === 'released') return null
+    if (row.state !== 'completed') {
+      const { steps, ...found } = this.held(row, now)
+      return { ...found, key }
+    }
+    try {
+      const { fingerprint, createdAt, ...record } = this.decode(row.record)
+      const outcome = record.kind === 'reply' ? record.statusCode : record.reason
+      const ttlMs = Number.isFinite(row.expires) ? row.expires - now : null
+      return { key, state: 'completed', fingerprint, createdAt, outcome, ttlMs }
+    } catch {
+      return null
+    }
+  }
+
+  protected isOneOf(kinds: readonly ListedKind[], found: ListedKey): boolean {
+    if (found.state !== 'completed') return kinds.includes(found.state)
+    return kinds.includes(typeof found.outcome === 'number' ? 'reply' : 'tombstone')
+  }
+
+  /** Is nobody running it, and has it no reply? */
+  protected isUnsettled({ state, leaseEnd, record }: Row, now: number): boolean {
+    if (state === 'completed') return this.decode(record).kind === 'tombstone'
+    return state !== 'released' && leaseEnd <= now
+  }
+
+  protected isMeant(row: Row, fingerprint: string): boolean {
+    return (row.state === 'completed' ? this.decode(row.record) : row).fingerprint === fingerprint
+  }
+
+  protected put(row: Row, { record, ttlMs }: Exclude<Settlement, 'ended'>, now: number): void {
+    const expires = this.expires(row, ttlMs, now)
+    Object.assign(row, { state: 'completed', record: this.encode(record), expires, steps: [] })
+  }
+
+  /** Whose a settled key is. */
+  protected nobody(_row: Row): string {
+    return randomUUID()
   }
 
   protected encode(record: StoredRecord): string {

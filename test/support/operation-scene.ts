@@ -4,6 +4,7 @@ import type { Test } from 'tap'
 import { idempotencyEvents } from '../../lib/events.js'
 import type { RequestSnapshot } from '../../lib/http/request-snapshot.js'
 import { composeFingerprint } from '../../lib/operation/fingerprint.js'
+import { PLAIN } from '../../lib/operation/hashes.js'
 import type { HeldClaim } from '../../lib/operation/held-claim.js'
 import { Operation, type Verdict } from '../../lib/operation/operation.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
@@ -161,7 +162,7 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
   const registrationOf = () => {
     const operations = new Set<Operation>()
     const ended = (operation: Operation) => operations.delete(operation)
-    return { operations, closed: false, closing: false, ended } as unknown as Registration
+    return { hashes: [PLAIN], operations, closed: false, closing: false, ended } as unknown as Registration
   }
   const registration = registrationOf()
   const given = {
@@ -176,6 +177,7 @@ export function scene(t: Test, { shows = true, policy = {} as Partial<Policy> } 
     reruns: true,
     transaction: false,
     bypasses: false,
+    redact: null,
     maxStepsSize: 65_536,
     ...policy
   } as Policy

@@ -8,8 +8,6 @@ export async function warningsOf(code: string, work: () => unknown): Promise<str
   const listen = (warning: Error & { code?: string }) => {
     if (warning.code === code) told.push(warning.message)
   }
-  // What was done before has its warnings in the next tick.
-  await new Promise((resolve) => setImmediate(resolve))
   process.on('warning', listen)
   try {
     await work()

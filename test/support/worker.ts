@@ -9,7 +9,7 @@ export interface Job {
   name: string
   /** The handler takes this long. */
   ms?: number
-  /** The handler goes on when this Redis key exists. */
+  /** The handler goes on when this Redis key exists, and fails when it does not after a minute. */
   until?: string
 }
 
@@ -36,7 +36,9 @@ app.post('/jobs', { config: { idempotency: true } }, async (request: FastifyRequ
   signal?.addEventListener('abort', () => void counters.rpush(`aborted:${name}`, process.pid))
   const run = await counters.incr(`runs:${name}`)
   await sleep(ms)
-  while (until !== undefined && !(await counters.exists(until))) await sleep(10)
+  for (const end = Date.now() + 60_000; until !== undefined && !(await counters.exists(until)); await sleep(10)) {
+    if (Date.now() > end) throw new Error(`Nobody set ${until}`)
+  }
   return reply.code(201).send({ run, attempt, pid: process.pid } satisfies Done)
 })
 

@@ -12,6 +12,7 @@ import { stepOf } from '../support/transaction-scenes.js'
 
 interface Doc {
   _id: string
+  version: number
   fingerprint: string
   result?: string
   expiresAt: Date | null
@@ -140,6 +141,21 @@ t.test('duplicates get the result of the first, and a conflict of the work calls
   t.match(await first, { result: '2', resumed: false })
   for (const other of await Promise.all(others)) t.match(other, { result: '2', resumed: true })
   t.equal(runs, 2)
+})
+
+t.test('a document of another version is an error that says so, until it has expired', async (t) => {
+  const { steps, collection } = open()
+  const [fresh, expired] = [stepOf(), stepOf({ expiresAt: Date.now() - 1 })]
+  for (const step of [fresh, expired]) await steps.once(step, async () => '1')
+  for (const doc of collection.committed.values()) {
+    t.equal(doc.version, 1)
+    doc.version = 2
+  }
+  await t.rejects(
+    steps.once(fresh, async () => t.fail() as never),
+    { message: /another version of fastify-idempotency/ }
+  )
+  t.match(await steps.once(expired, async () => '2'), { result: '2', resumed: false })
 })
 
 t.test('an expired step is done anew; names and operations are told apart', async (t) => {

@@ -50,6 +50,10 @@ class Driver {
   }
 }
 
+function numbersAs({ expires_at, version, ...row }: Row, as: (number: unknown) => unknown): Row {
+  return { ...row, expires_at: expires_at && as(expires_at), version: version && as(version) }
+}
+
 /** With its table, and without a sweep that comes between. */
 async function open(changes: (driver: Driver) => Partial<Options> = () => ({})) {
   const driver = new Driver()
@@ -105,11 +109,9 @@ t.test('whatever shape rows come in, and whatever stands for a number or a text'
         result: result && Buffer.from(String(result)),
         fingerprint: fingerprint && Buffer.from(String(fingerprint))
       })),
-    'numbers as text': (rows) => rows.map((row) => ({ ...row, expires_at: row.expires_at && String(row.expires_at) })),
-    'numbers as BigInt': (rows) =>
-      rows.map((row) => ({ ...row, expires_at: row.expires_at && BigInt(String(row.expires_at)) })),
-    'numbers as objects': (rows) =>
-      rows.map((row) => ({ ...row, expires_at: row.expires_at && { toString: () => String(row.expires_at) } }))
+    'numbers as text': (rows) => rows.map((row) => numbersAs(row, String)),
+    'numbers as BigInt': (rows) => rows.map((row) => numbersAs(row, (number) => BigInt(String(number)))),
+    'numbers as objects': (rows) => rows.map((row) => numbersAs(row, (number) => ({ toString: () => String(number) })))
   }
   for (const [name, shape] of Object.entries(shapes)) {
     const { driver, steps } = await open()
@@ -222,6 +224,38 @@ t.test('a begin without a transaction is told apart from a step that was committ
   t.match(driver.rows(), [{ result: null }])
   const again = steps.once(step, async () => '1')
   await t.rejects(again, { message: /not written in a transaction/, cause: { code: /CONSTRAINT/ } })
+})
+
+t.test('a row of another version is an error that says so, until it has expired', async (t) => {
+  const { driver, steps } = await open()
+  const [fresh, expired] = [stepOf(), stepOf({ expiresAt: Date.now() - 1 })]
+  for (const step of [fresh, expired]) await steps.once(step, async () => '1')
+  t.match(driver.rows(), [{ version: 1 }, { version: 1 }])
+  driver.database.exec('UPDATE idempotency_steps SET version = 2')
+  const before = driver.rows()[0]
+  let runs = 0
+  const again = steps.once(fresh, async () => String(++runs))
+  await t.rejects(again, { message: /another version of fastify-idempotency/, cause: { code: /CONSTRAINT/ } })
+  t.same([runs, driver.rows()[0]], [0, before])
+  t.match(await steps.once(expired, async () => '2'), { result: '2', resumed: false })
+  t.match(driver.rows()[1], { result: '2', version: 1 })
+})
+
+t.test('a winner of another version is an error that says so, also where it has expired already', async (t) => {
+  const step = stepOf({ expiresAt: Date.now() - 1 })
+  const { steps } = await open((driver) => ({
+    async begin(work) {
+      const result = await driver.options.begin(work)
+      const isWon = driver.rows().some(({ operation, version }) => operation === step.operation && version === 1)
+      if (!isWon) return result
+      driver.database.exec('UPDATE idempotency_steps SET version = 2')
+      throw new Error('lost')
+    }
+  }))
+  await t.rejects(
+    steps.once(step, async () => '1'),
+    { message: /another version of fastify-idempotency/, cause: { message: 'lost' } }
+  )
 })
 
 t.test('a begin that does not wait for its work is found out', async (t) => {

@@ -1,3 +1,4 @@
+import { createSecretKey } from 'node:crypto'
 import '@fastify/postgres'
 import redis from '@fastify/redis'
 import Fastify, { type FastifyInstance } from 'fastify'
@@ -18,6 +19,7 @@ import idempotency, {
   type RequestIdempotency,
   type StoredRecord
 } from '../../index.js'
+import { type TestClaim, type TestRecord, TestStore } from '../../lib/testing.js'
 import {
   type ConformanceCase,
   type ConformanceOptions,
@@ -48,13 +50,20 @@ export async function usage(): Promise<void> {
   app.post('/refunds', { config: { idempotency: { required: true, ttl: 3_600_000 } } }, async () => 'x')
   app.post('/own', { config: { idempotency: { getKey: async (request) => request.body as string } } }, async () => 'x')
   // @ts-expect-error: of the wrong type
-  app.post('/wrong', { config: { idempotency: { ttl: '1h' } } }, async () => 'x')
+  app.post('/wrong', { config: { idempotency: { ttl: true } } }, async () => 'x')
   // @ts-expect-error: not an option
   await app.register(idempotency, { tll: 1 })
   // @ts-expect-error: not a hook
   await app.register(idempotency, { hook: 'onSend' })
   // @ts-expect-error: it has to answer at once
   await app.register(idempotency, { shouldStore: async () => true })
+
+  await app.register(idempotency, { secret: Buffer.alloc(32) })
+  await app.register(idempotency, { secret: [createSecretKey(Buffer.alloc(32)), 'x'.repeat(43), null] as const })
+  // @ts-expect-error: what is not set must not be taken for none
+  await app.register(idempotency, { secret: process.env.SECRET })
+  // @ts-expect-error: none is left out
+  await app.register(idempotency, { secret: null })
 
   await app.register(idempotency, { scope: false, target: (request) => request.url, hook: 'preHandler' })
   // @ts-expect-error: callers are one, or a function tells them apart
@@ -119,6 +128,32 @@ export async function usage(): Promise<void> {
   new RedisStore()
   // @ts-expect-error: not a Redis client
   new RedisStore({})
+}
+
+/** A store for tests of one's own routes. */
+export async function testing(): Promise<void> {
+  const store = new TestStore()
+  await Fastify().register(idempotency, { store })
+  await store.advance(30_000)
+  await store.abandon('key', { scope: 'alice' })
+  // @ts-expect-error: a client's key is text
+  await store.abandon(1)
+  store.fail(1)
+  store.fail()
+  store.hang()
+  const release: () => void = store.hold()
+  release()
+  store.recover()
+  store.clear()
+  const [claim]: TestClaim[] = store.claims()
+  const states: ('running' | 'abandoned' | 'ended' | undefined)[] = [claim?.state]
+  const [record]: TestRecord[] = store.records()
+  // @ts-expect-error: a tombstone has no status
+  record?.statusCode
+  if (record?.kind === 'reply') record.statusCode.toFixed(states.length)
+  else record?.reason.toUpperCase()
+  // @ts-expect-error: it has no options
+  new TestStore({ maxEntries: 1 })
 }
 
 /** The conformance kit goes with any test runner. */

@@ -220,6 +220,16 @@ t.test('what is worth another attempt, and what is final', async (t) => {
   const CODE = 'FST_IDEMPOTENCY_'
   const problem = 'application/problem+json; charset=utf-8'
   const replay = { 'idempotent-replayed': 'true' }
+  // What error handlers make of the plugin's error.
+  const bodies: Record<string, [type: string, body: string | null]> = {
+    "Fastify's own form": ['application/json', JSON.stringify({ statusCode: 409, code: `${CODE}IN_PROGRESS` })],
+    'problem details': [problem, JSON.stringify({ status: 409, title: 'Conflict' })],
+    'a form of its own': ['application/json', JSON.stringify({ error: { type: 'idempotency_error' } })],
+    'broken JSON': ['application/json', '{'],
+    HTML: ['text/html', '<h1>Conflict</h1>'],
+    'an empty body': ['text/plain', ''],
+    'no body': ['', null]
+  }
   const cases: [what: string, reply: Response, again: boolean][] = [
     ['409 in progress', refusal(409, `${CODE}IN_PROGRESS`), true],
     ['409 claim lost', refusal(409, `${CODE}CLAIM_LOST`), true],
@@ -227,7 +237,15 @@ t.test('what is worth another attempt, and what is final', async (t) => {
     ['409 in progress, not as JSON', refusal(409, `${CODE}IN_PROGRESS`, {}, 'text/plain'), false],
     ['409 not replayable', refusal(409, `${CODE}NOT_REPLAYABLE`), false],
     ['409 abandoned', refusal(409, `${CODE}ABANDONED`), false],
-    ["409 of the application's own", refusal(409, 'OUT_OF_STOCK', { 'retry-after': '1' }), false],
+    ["409 of the application's own", refusal(409, 'OUT_OF_STOCK'), false],
+    ...Object.entries(bodies).map(
+      ([what, [type, body]]) =>
+        [
+          `409 with Retry-After, ${what}`,
+          new Response(body, { status: 409, headers: { ...(type && { 'content-type': type }), 'retry-after': '1' } }),
+          true
+        ] as [string, Response, boolean]
+    ),
     ['409 that is no JSON', new Response('{', { status: 409, headers: { 'content-type': 'application/json' } }), false],
     ['409 that is null', new Response('null', { status: 409, headers: { 'content-type': 'application/json' } }), false],
     ['409 without a body', new Response(null, { status: 409 }), false],
@@ -242,7 +260,8 @@ t.test('what is worth another attempt, and what is final', async (t) => {
       (status) => [String(status), new Response(null, { status }), false] as [string, Response, boolean]
     ),
     ['a replay of a 500', new Response('x', { status: 500, headers: replay }), false],
-    ['a replay of a 503', refusal(503, 'MINE', { ...replay, 'retry-after': '1' }), false]
+    ['a replay of a 503', refusal(503, 'MINE', { ...replay, 'retry-after': '1' }), false],
+    ['a replay of a 409', refusal(409, 'MINE', { ...replay, 'retry-after': '1' }), false]
   ]
   for (const [what, reply, again] of cases) {
     const { sender, requests, time } = server(t, reply, created)
@@ -282,6 +301,71 @@ t.test('shouldRetry has the first word, reads a copy, and may leave it to the de
   const broken = () => Promise.reject(new Error('mine'))
   await t.rejects(three.time.run(three.sender({ shouldRetry: broken })(URL_, order)), { message: 'mine' })
   t.equal(three.requests.length, 1, 'whose errors are nobody else')
+})
+
+t.test('shouldRetry is not asked about a replay, which is returned', async (t) => {
+  const { sender, requests, time } = server(
+    t,
+    new Response('boom', { status: 500 }),
+    new Response('boom', { status: 500, headers: { 'idempotent-replayed': 'true' } })
+  )
+  const asked: number[] = []
+  const shouldRetry = ({ status }: Response) => asked.push(status) > 0
+  const response = await time.run(sender({ shouldRetry })(URL_, order))
+  t.same([asked, requests.length], [[500], 2])
+  t.same([await response.text(), response.idempotency.replayed], ['boom', true])
+})
+
+/** A reply without end, in numbered chunks, which counts what is read of it. */
+function endless(status: number, headers: Record<string, string>) {
+  const count = { bytes: 0, cancelled: false }
+  const body = new ReadableStream<Uint8Array>(
+    {
+      pull(controller) {
+        controller.enqueue(new Uint8Array(1_024).fill(count.bytes / 1_024))
+        count.bytes += 1_024
+      },
+      cancel() {
+        count.cancelled = true
+      }
+    },
+    { highWaterMark: 0 }
+  )
+  return { count, reply: () => new Response(body, { status, headers }) }
+}
+
+t.test('of a body that is only looked at a few KiB are read, and the rest is let go', async (t) => {
+  const json = { 'content-type': 'application/json' }
+  for (const [what, status, headers] of [
+    ['409 with Retry-After', 409, { ...json, 'retry-after': '1' }],
+    ['503', 503, json]
+  ] as const) {
+    const { count, reply } = endless(status, headers)
+    const { sender, time } = server(t, reply, created)
+    t.equal((await time.run(sender()(URL_, order))).status, 201, what)
+    t.ok(count.bytes < 32 * 1_024, `${count.bytes} bytes of a ${what}`)
+    t.equal(count.cancelled, true, what)
+  }
+})
+
+t.test('to find out a code no megabyte is read, and what was read is not lost to the caller', async (t) => {
+  const { count, reply } = endless(409, { 'content-type': 'application/json' })
+  const { sender, requests, time } = server(t, reply, created)
+  const response = await time.run(sender({ streamReplies: true })(URL_, order))
+  t.same([response.status, requests.length], [409, 1])
+  t.ok(count.bytes < 32 * 1_024, `${count.bytes} bytes`)
+  const reader = (response.body as ReadableStream<Uint8Array>).getReader()
+  for (let chunk = 0; chunk < 40; chunk++) t.equal((await reader.read()).value?.[0], chunk)
+  await reader.cancel()
+  t.equal(count.cancelled, true)
+})
+
+t.test('a copy that shouldRetry leaves unread does not hold up what the caller reads', async (t) => {
+  const { count, reply } = endless(200, { 'content-type': 'text/event-stream' })
+  const { sender, time } = server(t, reply)
+  const response = await time.run(sender({ shouldRetry: () => false })(URL_, order))
+  await (response.body as ReadableStream<Uint8Array>).cancel()
+  t.equal(count.cancelled, true, 'nobody else has a hold on it')
 })
 
 t.test('pauses double up to a limit, with jitter between half and whole', async (t) => {
@@ -495,6 +579,26 @@ t.test('a reply may have no body, also one to be repeated, or one that is passed
     t.equal((await time.run(sender({ streamReplies })(URL_, order))).status, 204)
     t.equal(requests.length, 2)
   }
+})
+
+t.test('with streamReplies nothing is waited for of a reply that is to be repeated', async (t) => {
+  for (const reply of [refusal(503, 'x'), refusal(409, 'x', { 'retry-after': '0' })]) {
+    const { status, headers } = reply
+    const { sender, time } = server(t, () => new Response(new ReadableStream(), { status, headers }), created)
+    t.equal((await time.run(sender({ streamReplies: true })(URL_, order))).status, 201)
+    t.ok(time.now() < 30_000, `${status}`)
+  }
+})
+
+t.test('with streamReplies a 409 that breaks off is asked for again, and nothing of it is left behind', async (t) => {
+  const broken: Answering = ({ signal }) => {
+    const { body, headers } = inParts(signal, 'broken', 'application/json')
+    return new Response(body, { status: 409, headers })
+  }
+  const { sender, time } = server(t, broken, created)
+  const { signal } = new AbortController()
+  t.equal((await time.run(sender({ streamReplies: true })(URL_, { ...order, signal }))).status, 201)
+  t.equal(getEventListeners(signal, 'abort').length, 1, 'the last attempt alone listens')
 })
 
 t.test('with streamReplies a 409 is understood all the same', async (t) => {

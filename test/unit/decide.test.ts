@@ -51,9 +51,9 @@ for (const [found, waits, reruns, knowingAll, before] of TABLE) {
   const options = `onConflict: '${waits ? 'wait' : 'reject'}', onAbandoned: '${reruns ? 'rerun' : 'reject'}'`
   t.test(`the same request finds ${found} (${options})`, async (t) => {
     const given = FOUND[found]?.(OURS) as Acquisition
-    t.strictSame(decide(given, OURS, true, policy), knowingAll)
-    t.strictSame(decide(given, OURS, false, policy), before)
-    t.strictSame(decide(given, `${HEAD}.`, false, policy), before, 'its payload is not known yet')
+    t.strictSame(decide(given, [OURS], true, policy), knowingAll)
+    t.strictSame(decide(given, [OURS], false, policy), before)
+    t.strictSame(decide(given, [`${HEAD}.`], false, policy), before, 'its payload is not known yet')
   })
 
   t.test(`another request finds ${found} (${options}): it is refused, whatever else`, async (t) => {
@@ -63,7 +63,7 @@ for (const [found, waits, reruns, knowingAll, before] of TABLE) {
       [`${'g'.repeat(22)}tnih.payload`, 'target']
     ] as const) {
       for (const knowsAll of [true, false]) {
-        const decision = decide(FOUND[found]?.(theirs) as Acquisition, OURS, knowsAll, policy)
+        const decision = decide(FOUND[found]?.(theirs) as Acquisition, [OURS], knowsAll, policy)
         t.strictSame(decision, { do: 'refuse', with: 'KEY_REUSED', differs })
       }
     }
@@ -73,7 +73,7 @@ for (const [found, waits, reruns, knowingAll, before] of TABLE) {
 t.test('a key that was free is held, or reserved while not all is known of the request', async (t) => {
   for (const attempt of [1, 2]) {
     const policy = { waits: false, reruns: true }
-    t.strictSame(decide({ state: 'acquired', attempt }, OURS, true, policy), { do: 'hold', attempt, steps: [] })
-    t.strictSame(decide({ state: 'acquired', attempt }, OURS, false, policy), { do: 'reserve' })
+    t.strictSame(decide({ state: 'acquired', attempt }, [OURS], true, policy), { do: 'hold', attempt, steps: [] })
+    t.strictSame(decide({ state: 'acquired', attempt }, [OURS], false, policy), { do: 'reserve' })
   }
 })

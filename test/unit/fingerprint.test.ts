@@ -673,6 +673,72 @@ t.test('what looks like a part of a form in the JSON of its client is a value', 
   }
 })
 
+t.test('all small values are told apart: where one ends, and the next begins', async (t) => {
+  const scalars = [null, true, false, 0, 1, '', 'a', 'b']
+  /** All arrays of at most two of these values, and all objects of at most two of them. */
+  const containersOf = (values: unknown[]): unknown[] => [
+    [],
+    {},
+    ...values.flatMap((a) => [[a], { a }, { b: a }]),
+    ...values.flatMap((a) => values.flatMap((b) => [[a, b], { a, b }]))
+  ]
+  const flat = containersOf(scalars)
+  const few = [null, 0, 'a']
+  // Two levels deep: [[1], 2] and [[1, 2]], {a: {b: 1}, c: 2} and {a: {b: 1, c: 2}}.
+  const values = [...scalars, ...flat, ...containersOf([...few, ...containersOf(few)])]
+  const texts = new Map(values.map((value) => [JSON.stringify(value), value]))
+  t.ok(texts.size > 2_000)
+  t.equal(new Set([...texts.values()].map((value) => payload(value))).size, texts.size)
+})
+
+t.test('a long string is not taken for a short one and what comes after it', async (t) => {
+  // What is in the long one is what the others are written as, byte by byte, should lengths be cut to a byte.
+  const flags = Array.from({ length: 256 }, () => true)
+  t.not(payload([`abc${'t'.repeat(256)}`]), payload(['abc', ...flags]))
+  t.not(payload(['t'.repeat(256)]), payload(['', ...flags]))
+})
+
+t.test('what an object shows of itself is not taken for its members', async (t) => {
+  class Shows {
+    *[Symbol.iterator]() {
+      yield 'x'
+      yield 'y'
+    }
+  }
+  const all = [{ x: 'y' }, new Shows(), ['x', 'y'], new Set(['x', 'y']), new Map([['x', 'y']]), form([['x', 'y']])]
+  t.equal(new Set(all.map((value) => payload(value))).size, all.length)
+})
+
+t.test('in large bodies the last value counts, wherever it comes to lie', async (t) => {
+  // The writer's first 16 KiB end within each of them once; true takes one byte.
+  const long = (last: string) => [`${'a'.repeat(90)}${last}`, `${'a'.repeat(200)}${last}`]
+  const last = [true, false, 1, 2, 1.5, 2.5, ...long('a'), ...long('b'), [], {}, { a: 1 }, { a: 2 }, { b: 1 }]
+  for (let length = 16_384 - 100; length < 16_384 + 4; length++) {
+    const before = Array.from({ length }, () => true)
+    const hashes = new Set(last.map((value) => payload([before, value])))
+    if (hashes.size !== last.length) t.fail(`after ${length} others`)
+  }
+  t.not(payload(Array.from({ length: 20_000 }, () => 1)), payload(Array.from({ length: 20_001 }, () => 1)))
+})
+
+t.test('objects side by side, the second with the names of the first and more: all of its members count', async (t) => {
+  const names = Array.from({ length: 34 }, (_, n) => `m${n}`)
+  const small = { m0: 1, m1: 1 }
+  const large = Object.fromEntries(names.map((name) => [name, 1]))
+  for (const name of names) t.not(payload([small, { ...large, [name]: 2 }]), payload([small, large]), name)
+})
+
+t.test(
+  'a value that is in itself so often that it has no end makes the payload unknown; many others do not',
+  async (t) => {
+    let doubled: unknown = [1]
+    for (let n = 0; n < 60; n++) doubled = [doubled, doubled]
+    t.equal(payload(doubled), '')
+    const many = Array.from({ length: 600_000 }, () => [1])
+    t.not(payload(many), '')
+  }
+)
+
 t.test('strings of any length and alphabet are told apart', async (t) => {
   const strings = ['', 'a', 'é', '中', '\ud800', '\udc00', '\ufffd'].flatMap((char) =>
     [0, 1, 2, 3, 94, 95, 96, 97, 98, 255, 256, 257, 5_000, 20_000, 20_001].map((length) => 'b'.repeat(length) + char)

@@ -1,11 +1,14 @@
 import t from 'tap'
-import { type IdempotencyStore, MemoryStore } from '../../index.js'
+import { type IdempotencyOptions, type IdempotencyStore, MemoryStore } from '../../index.js'
 import { InstanceApi } from '../../lib/instance-api.js'
 import { storageKey } from '../../lib/operation/storage-key.js'
+import { registrationOptions } from '../../lib/options.js'
+import { Registration } from '../../lib/registration.js'
 
 const UUID = /^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/
 /** `run` is tried on a server. */
-const apiOf = (options: ConstructorParameters<typeof InstanceApi>[0]) => new InstanceApi(options, null as never)
+const apiOf = (options: IdempotencyOptions) =>
+  new InstanceApi(new Registration(registrationOptions(options)), null as never, null as never)
 const claim = { token: 't', fingerprint: 'f', leaseMs: 1_000, retainMs: 1_000, takeover: false }
 
 t.test('generateKey makes a new UUID each time', async (t) => {

@@ -79,6 +79,26 @@ t.test('a key that is deleted here is forgotten at once', async (t) => {
   t.match(await cache.acquire(key, claim()), { state: 'acquired' })
 })
 
+t.test('a key that is settled here is forgotten at once', async (t) => {
+  const cache = new LocalCache(new MemoryStore())
+  const key = newKey()
+  await cache.complete(key, await take(cache, key), tombstone('hijacked'), LONG)
+  t.match(await cache.acquire(key, claim()), { record: { kind: 'tombstone' } })
+  t.equal(await cache.settle?.(key, 'fingerprint', { record: reply(), ttlMs: LONG }), true)
+  same(t, await cache.acquire(key, claim()), reply())
+})
+
+t.test('a list, and whether to delete what is running, go on to the store', async (t) => {
+  const store = new MemoryStore()
+  const cache = new LocalCache(store)
+  const key = newKey()
+  await take(cache, key)
+  t.strictSame(await cache.list?.(['running'], null), await store.list(['running']))
+  t.strictSame(await cache.list?.(['reply'], null), { keys: [], cursor: null })
+  t.equal(await cache.delete?.(key, true), false)
+  t.equal(await cache.delete?.(key), true)
+})
+
 t.test('an answer that was on its way while the key was deleted is not kept', async (t) => {
   const gate = latch()
   let held = false
@@ -318,7 +338,8 @@ t.test(
 t.test('what a store lacks, a LocalCache in front of it lacks as well', async (t) => {
   const { acquire, renew, complete, release } = new MemoryStore()
   const cache = new LocalCache({ acquire, renew, complete, release })
-  t.strictSame([cache.step, cache.changed, cache.get, cache.delete, cache.begin, cache.close], Array(6).fill(undefined))
+  const { step, changed, get, delete: forget, list, settle, begin, close } = cache
+  t.strictSame([step, changed, get, forget, list, settle, begin, close], Array(8).fill(undefined))
 })
 
 t.test('bad options are named', async (t) => {
@@ -326,7 +347,7 @@ t.test('bad options are named', async (t) => {
   const code = 'FST_IDEMPOTENCY_INVALID_OPTION'
   t.throws(() => new LocalCache({} as IdempotencyStore), { code, message: /LocalCache takes an IdempotencyStore/ })
   for (const name of ['maxEntries', 'maxBytes', 'maxAge']) {
-    for (const value of [0, -1, 1.5, '10', null]) {
+    for (const value of [0, -1, 1.5, 'ten', null]) {
       t.throws(() => new LocalCache(store, { [name]: value }), {
         code,
         message: new RegExp(`LocalCache option "${name}"`)

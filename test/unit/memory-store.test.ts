@@ -721,7 +721,7 @@ t.test('claims with steps are swept when they are forgotten, and sweeping ends w
 t.test('an answer without steps says nothing of them', async (t) => {
   const store = new MemoryStore()
   t.strictSame(await store.acquire('k', claim('a')), { state: 'acquired', attempt: 1 })
-  t.strictSame(Object.keys((await store.get('k')) ?? {}), ['state', 'fingerprint', 'leaseMs'])
+  t.strictSame(Object.keys((await store.get('k')) ?? {}), ['state', 'fingerprint', 'leaseMs', 'attempt'])
   t.equal(await store.release('k', 'a'), true)
   t.strictSame(await states(store, 'k'), ['free'])
 })

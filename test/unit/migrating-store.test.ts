@@ -1,6 +1,6 @@
 import t from 'tap'
 import { EncryptedStore, type IdempotencyStore, LocalCache, MemoryStore, MigratingStore } from '../../index.js'
-import { raise } from '../../lib/stores/migrating/attempts.js'
+import { raise } from '../../lib/stores/attempts.js'
 import { build } from '../support/app.js'
 import { latch } from '../support/latch.js'
 import { claim, finish, lapsed, newKey, reply, same, take } from '../support/store-fixtures.js'
@@ -38,8 +38,8 @@ class Changed extends MemoryStore {
   override release(...args: Parameters<MemoryStore['release']>) {
     return this.#call('release', () => super.release(...args))
   }
-  override delete(key: string) {
-    return this.#call('delete', () => super.delete(key))
+  override delete(...args: Parameters<MemoryStore['delete']>) {
+    return this.#call('delete', () => super.delete(...args))
   }
   override close() {
     return this.#call('close', () => super.close())
@@ -87,14 +87,17 @@ t.test('it takes two stores, and says which of them is none', (t) => {
 })
 
 t.test('what a store need not have, it has where both have it, and close where one has', async (t) => {
-  const names = ['step', 'changed', 'get', 'delete', 'begin', 'close'] as const
+  const names = ['step', 'changed', 'get', 'delete', 'list', 'settle', 'begin', 'close'] as const
   const has = (store: IdempotencyStore) => names.filter((name) => store[name] !== undefined)
   const whole = new MemoryStore()
   const least = (): IdempotencyStore => {
     const { acquire, renew, complete, release } = new MemoryStore()
     return { acquire, renew, complete, release }
   }
-  t.same(has(new MigratingStore(whole, new MemoryStore())), ['step', 'changed', 'get', 'delete', 'close'])
+  const all = ['step', 'changed', 'get', 'delete', 'list', 'settle', 'close']
+  t.same(has(new MigratingStore(whole, new MemoryStore())), all)
+  const blind: IdempotencyStore = Object.assign(new MemoryStore(), { get: undefined })
+  t.same(has(new MigratingStore(whole, blind)), ['step', 'changed', 'delete', 'list', 'close'])
   t.same(has(new MigratingStore(whole, least())), ['close'])
   t.same(has(new MigratingStore(least(), whole)), ['close'])
   t.same(has(new MigratingStore(least(), least())), [])
@@ -179,9 +182,8 @@ t.test('what is abandoned in both is what the later attempt has left, with the s
     ['a', '1'],
     ['b', '2']
   ]
-  const left = { state: 'abandoned', fingerprint: 'later', attempt: 2, steps }
-  t.strictSame(await store.acquire(key, claim()), left)
-  t.strictSame(await store.get(key), left)
+  const left = { state: 'abandoned', fingerprint: 'later', attempt: 2, steps, ended: undefined }
+  for (const found of [await store.acquire(key, claim()), await store.get(key)]) t.match(found, left)
 })
 
 for (const [behind, ahead] of [
@@ -208,7 +210,7 @@ for (const [behind, ahead] of [
       t.strictSame(await store.acquire(key, heir), { state: 'acquired', attempt: 4, steps })
       t.equal(await store.release(key, heir.token), true)
       const left = { state: 'abandoned', fingerprint: 'the heir', attempt: 4, ended: true, steps }
-      for (const side of [scenery.from, scenery.to]) t.strictSame(await side.get(key), left)
+      for (const side of [scenery.from, scenery.to]) t.match(await side.get(key), left)
     }
   )
 }
@@ -365,10 +367,11 @@ t.test('what has ended in one store and has lapsed in the other has not ended', 
       else await scenery[side].renew(key, token, 1)
     }
     await lapse()
-    t.strictSame(await store.acquire(key, claim()), {
+    t.match(await store.acquire(key, claim()), {
       state: 'abandoned',
       fingerprint: 'fingerprint',
       attempt: 1,
+      ended: undefined,
       steps: [['a', '1']]
     })
   }
@@ -627,6 +630,46 @@ t.test('delete forgets `to` first, and says whether there was anything', async (
     await finish(side, key)
     t.equal(await store.delete(key), true)
   }
+})
+
+t.test('what is abandoned in both is so since both leases have lapsed', async (t) => {
+  const lapsedFor = (lapsedMs?: number) => {
+    const found = { state: 'abandoned', fingerprint: '', attempt: 1, ...(lapsedMs && { lapsedMs }) } as const
+    return Object.assign(new MemoryStore(), { get: async () => found })
+  }
+  const told = async (inFrom?: number, inTo?: number) => {
+    const found = await new MigratingStore(lapsedFor(inFrom), lapsedFor(inTo)).get?.('key')
+    return (found as { lapsedMs?: number }).lapsedMs
+  }
+  t.equal(await told(500, 300), 300)
+  t.equal(await told(300, 500), 300)
+  t.equal(await told(undefined, 500), undefined, 'what one of them does not know is not known')
+})
+
+t.test('list shows all of `to`, then all of `from`, page by page', async (t) => {
+  const keys = ['a', 'b', 'c', '']
+  /** Each key is a page, and the cursor of the page behind it. */
+  const paged = (outcome: number) =>
+    Object.assign(new MemoryStore(), {
+      list: async (kinds: readonly string[], cursor: string | null) => {
+        t.strictSame(kinds, ['reply'])
+        const at = cursor === null ? 0 : keys.indexOf(cursor) + 1
+        const found = { state: 'completed', fingerprint: '', createdAt: 0, outcome, ttlMs: null } as const
+        return {
+          keys: [{ ...found, key: keys[at] as string }],
+          cursor: at < keys.length - 1 ? (keys[at] as string) : null
+        }
+      }
+    })
+  const { list } = new MigratingStore(paged(201), paged(202)) as unknown as Required<IdempotencyStore>
+  const listed: unknown[] = []
+  for (let cursor: string | null = null; ; ) {
+    const page = await list(['reply'], cursor)
+    for (const found of page.keys) listed.push([found.key, found.state === 'completed' && found.outcome])
+    cursor = page.cursor
+    if (cursor === null) break
+  }
+  t.strictSame(listed, [...keys.map((key) => [key, 202]), ...keys.map((key) => [key, 201])])
 })
 
 t.test('who listens hears the end of a claim in both, in `from` alone and in `to` alone', async (t) => {

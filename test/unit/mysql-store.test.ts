@@ -98,8 +98,11 @@ t.test('options are checked by name', async (t) => {
   for (const table of ['', 'a b', 'a`b', '1a', 'a.b.c', '.a', 'a.', 'ä', 'k'.repeat(65), 5, null]) {
     refuses({ table }, /^MysqlStore option "table" takes a name of letters, digits and underscores, at most 64, /)
   }
-  for (const sweepInterval of [0, -1, 1.5, '5', Number.NaN]) {
-    refuses({ sweepInterval }, /^MysqlStore option "sweepInterval" takes a positive integer of milliseconds, or null/)
+  for (const sweepInterval of [0, -1, 1.5, 'soon', Number.NaN]) {
+    refuses(
+      { sweepInterval },
+      /^MysqlStore option "sweepInterval" takes a positive integer of milliseconds or a text such as '24h', or null/
+    )
   }
 })
 

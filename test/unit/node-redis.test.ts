@@ -102,6 +102,35 @@ t.test('scripts have their keys behind their number, and what is read of the ser
   t.strictSame(sent[3]?.[0], ['EVAL', 'source', '1', Buffer.from([255, 0xc3, 0xa9])], 'a prefix that is no text')
 })
 
+t.test('SCAN and INFO are a chain, by one connection; what they match and find is with the prefix', async (t) => {
+  const { sent, single: only } = client(([command]) => (command === 'INFO' ? fails('NOPERM')() : ['0', []]))
+  const connection = connectionBy(single(only), { _keyPrefix: 'p:' })
+  t.equal(connection.keyPrefix, 'p:')
+  t.equal(connectionBy(single(only)).keyPrefix, '')
+  t.match(await connection.scan('17', Buffer.from('p:k*'), 300), [[null, ['0', []]], [{ message: 'NOPERM' }]])
+  await connection.slots()
+  t.strictSame(
+    sent.map(([args]) => args),
+    [
+      ['SCAN', '17', 'MATCH', Buffer.from('p:k*'), 'COUNT', '300'],
+      ['INFO', 'server'],
+      ['CLUSTER', 'SLOTS']
+    ]
+  )
+  t.type(sent[0]?.[1].chainId, 'symbol')
+  t.equal(sent[0]?.[1].chainId, sent[1]?.[1].chainId)
+  t.strictSame(sent[2]?.[1], { typeMapping: {}, asap: false, timeout: undefined })
+  const failing = connectionBy(single(client(fails('LOADING')).single))
+  for (const call of [() => failing.scan('0', Buffer.from('*'), 300), () => failing.slots()]) {
+    const error = await call().then(
+      () => ({}),
+      (error: Error) => error
+    )
+    t.match(error, { message: 'LOADING' })
+    t.notOk('command' in error)
+  }
+})
+
 t.test('a connection is known by its number; a client that has none is an error', async (t) => {
   const { fake, single: only } = client()
   const connection = connectionBy(single(only))

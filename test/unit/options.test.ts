@@ -88,6 +88,7 @@ t.test('every option has the default that the contract promises', async (t) => {
     nested: false,
     ttl: 86_400_000,
     retain: 86_400_000,
+    redact: null,
     maxReplySize: 1_048_576,
     maxStepsSize: 65_536,
     excludeHeaders: new Set(),
@@ -135,6 +136,7 @@ const overrides: [keyof IdempotencyRouteOptions, unknown, unknown, keyof Policy,
   ['onAbandoned', 'reject', 'rerun', 'reruns', true],
   ['ttl', 10, null, 'ttl', null],
   ['shouldStore', () => false, yes, 'shouldStore', yes],
+  ['redact', (reply: unknown) => reply, text, 'redact', text],
   ['maxReplySize', 10, 20, 'maxReplySize', 20],
   ['maxStepsSize', 10, 20, 'maxStepsSize', 20],
   ['excludeHeaders', ['X-Ours'], ['X-Theirs'], 'excludeHeaders', new Set(['x-theirs'])],
@@ -154,6 +156,13 @@ t.test("a route overrides the plugin's options one by one, and inherits the othe
     const inherited = policy({}, { [name]: plugin })[member]
     t.ok(equal(inherited, policy({ [name]: plugin })[member]), `${name} of the plugin`)
     t.notOk(equal(inherited, expected), `${name} is told apart`)
+  }
+})
+
+t.test('every duration may be a text', async (t) => {
+  for (const name of ['ttl', 'lease', 'waitTimeout', 'storeTimeout'] as const) {
+    t.equal(policy({ [name]: '90s' })[name], 90_000, name)
+    t.equal(policy({}, { [name]: '2 minutes' })[name], 120_000, `${name} of the plugin`)
   }
 })
 
@@ -231,6 +240,8 @@ function worded(value: unknown): [value: unknown, got: string] {
   return [value, `${inspect(value)} (${Array.isArray(value) ? 'array' : typeof value})`]
 }
 const NUMBERS = [0, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY, 2 ** 53, '10', 10n, true].map(worded)
+const DURATION = "a positive integer of milliseconds or a text such as '24h'"
+const DURATIONS = [0, -1, 1.5, Number.NaN, 2 ** 53, '0', '-1d', 'soon', '', '1e99 years', 10n, true].map(worded)
 const BOOLEANS = ['true', 1, 0, null].map(worded)
 const FUNCTIONS = ['user', true, null, {}].map(worded)
 const HEADERS = [true, '', 'a b', 'ключ', 'a:', null, ['X-Key']].map(worded)
@@ -251,6 +262,8 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
       [storeWith({ changed: true }), '(object)'],
       [storeWith({ get: true }), '(object)'],
       [storeWith({ delete: true }), '(object)'],
+      [storeWith({ list: true }), '(object)'],
+      [storeWith({ settle: true }), '(object)'],
       [storeWith({ begin: true }), '(object)'],
       [storeWith({ close: null }), '(object)']
     ]
@@ -270,12 +283,13 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
     ['onSend', 'prehandler', 'constructor', ['onRequest'], null].map(worded)
   ],
   onConflict: ["'reject' or 'wait'", ['bypass', true, null].map(worded)],
-  waitTimeout: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
-  lease: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
+  waitTimeout: [DURATION, [...DURATIONS, [null, 'null']]],
+  lease: [DURATION, [...DURATIONS, [null, 'null']]],
   onAbandoned: ["'rerun' or 'reject'", ['wait', false, null].map(worded)],
   transaction: ["true, false or 'nested'", ['yes', null].map(worded)],
-  ttl: ['a positive integer of milliseconds, or null for ever', NUMBERS],
+  ttl: [`${DURATION}, or null for ever`, DURATIONS],
   shouldStore: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => true, '(function)']]],
+  redact: ['a function that answers at once (not async)', [...FUNCTIONS, [async () => null, '(function)']]],
   maxReplySize: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
   maxStepsSize: ['a positive integer of bytes', [...NUMBERS, [null, 'null']]],
   excludeHeaders: [
@@ -290,7 +304,7 @@ const wrong: Record<keyof IdempotencyRouteOptions, [takes: string, values: [valu
   ],
   replayHeader: ['a header name, or false', HEADERS],
   onStoreError: ["'reject' or 'bypass'", ['rerun', false, null].map(worded)],
-  storeTimeout: ['a positive integer of milliseconds', [...NUMBERS, [null, 'null']]],
+  storeTimeout: [DURATION, [...DURATIONS, [null, 'null']]],
   problemDetails: ['true or false', BOOLEANS],
   documentationUrl: [
     'an absolute URL',
@@ -497,7 +511,7 @@ t.test('an option that is not known is refused at the registration, and the know
   const typos = ['tll', 'Header', 'constructor', 'toString', 'hasOwnProperty', '']
   for (const name of typos) {
     const message = refusal(() => registered({ [name]: undefined }))
-    const known = [...Object.keys(wrong), 'global', 'methods'].join(', ')
+    const known = [...Object.keys(wrong), 'global', 'methods', 'secret'].join(', ')
     t.equal(message, `option "${name}" is not known; known are ${known}`)
   }
   const message = refusal(() => registered(JSON.parse('{"__proto__":{"ttl":1}}')))
@@ -505,7 +519,7 @@ t.test('an option that is not known is refused at the registration, and the know
 })
 
 t.test("an option that is not known is refused at a route, and so are the registration's own", async (t) => {
-  for (const name of ['tll', 'global', 'methods', 'prefix', 'logLevel', 'logSerializers', 'constructor']) {
+  for (const name of ['tll', 'global', 'methods', 'secret', 'prefix', 'logLevel', 'logSerializers', 'constructor']) {
     const message = refusal(() => declared({ [name]: undefined }))
     t.equal(message, `option "${name}"${WHERE} is not known; known are ${Object.keys(wrong).join(', ')}`)
   }

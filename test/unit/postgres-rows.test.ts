@@ -4,6 +4,8 @@ import {
   AS_TEXT,
   acquisitionOf,
   type FoundRow,
+  type ListedRow,
+  listedOf,
   messageOf,
   recordValues,
   stepValues
@@ -100,27 +102,46 @@ t.test('the values of a reply and of a tombstone', async (t) => {
 t.test('what a claim has found', async (t) => {
   t.strictSame(acquisitionOf(row({ found: 'acquired', attempt: '3' }), 7), { state: 'acquired', attempt: 3 })
   t.strictSame(acquisitionOf(row({ found: 'locked' }), 7), { state: 'running', fingerprint: '', leaseMs: 7 })
-  t.strictSame(acquisitionOf(row({ found: 'running', left_ms: '1000.1' }), 7), {
-    state: 'running',
-    fingerprint: 'f',
-    leaseMs: 1_001
-  })
-  t.strictSame(acquisitionOf(row({ found: 'running', left_ms: '-5' }), 7), {
-    state: 'running',
-    fingerprint: 'f',
-    leaseMs: 0
-  })
-  t.strictSame(acquisitionOf(row({ found: 'running', fingerprint: null }), 7), {
-    state: 'running',
-    fingerprint: '',
-    leaseMs: 1_001
-  })
-  t.strictSame(acquisitionOf(row({ found: 'abandoned', attempt: '2' }), 7), {
-    state: 'abandoned',
-    fingerprint: 'f',
-    attempt: 2
-  })
+  const running = { state: 'running', fingerprint: 'f', leaseMs: 1_001, attempt: 1 }
+  t.strictSame(acquisitionOf(row({ found: 'running', left_ms: '1000.1' }), 7), running)
+  t.strictSame(acquisitionOf(row({ found: 'running', left_ms: '-5' }), 7), { ...running, leaseMs: 0 })
+  t.strictSame(acquisitionOf(row({ found: 'running', fingerprint: null }), 7), { ...running, fingerprint: '' })
+  const abandoned = { state: 'abandoned', fingerprint: 'f', attempt: 2, lapsedMs: 1_000 }
+  const lapsed = { attempt: '2', left_ms: '-1000.9' }
+  t.strictSame(acquisitionOf(row({ found: 'abandoned', ...lapsed }), 7), abandoned)
+  t.strictSame(acquisitionOf(row({ found: 'abandoned', ...lapsed, left_ms: '0.1' }), 7), { ...abandoned, lapsedMs: 0 })
+  t.strictSame(acquisitionOf(row({ found: 'ended', ...lapsed }), 7), { ...abandoned, ended: true })
+  for (const found of ['running', 'abandoned', 'ended'] as const) {
+    for (const damage of [{ left_ms: null }, { left_ms: 'x' }, { attempt: '0' }, { attempt: null }]) {
+      t.throws(() => acquisitionOf(row({ found, ...damage }), 7), UNDECODABLE, JSON.stringify(damage))
+    }
+  }
   t.throws(() => acquisitionOf(row({ found: 'unknown' }), 7), UNDECODABLE)
+})
+
+t.test('what is listed of a row is what is found there, without what may be large', async (t) => {
+  const { headers, body, body_is_text, steps, ...common } = row({})
+  const listed = (members: Partial<ListedRow>) => listedOf({ ...(common as ListedRow), key: 'a\\\\b\\0', ...members })
+  const [key, fingerprint, createdAt] = ['a\\b\0', 'f', 1_700_000_000_000]
+  const completed = { key, state: 'completed', fingerprint, createdAt }
+  t.strictSame(listed({}), { ...completed, outcome: 201, ttlMs: 1_001 })
+  t.strictSame(listed({ left_ms: null }), { ...completed, outcome: 201, ttlMs: null })
+  const lost = listed({ status_code: null, tombstone: 'settled' })
+  t.strictSame(lost, { ...completed, outcome: 'settled', ttlMs: 1_001 })
+  t.strictSame(listed({ found: 'running' }), { key, state: 'running', fingerprint, leaseMs: 1_001, attempt: 1 })
+  const ended = { key, state: 'abandoned', fingerprint, attempt: 1, ended: true, lapsedMs: 5 }
+  t.strictSame(listed({ found: 'ended', left_ms: '-5' }), ended)
+  t.equal(listed({ key: toKey('l'.repeat(501)) }), null, 'the key is not known')
+  for (const damage of [
+    { found: 'unknown' },
+    { found: 'running', left_ms: null },
+    { found: 'ended', attempt: '-1' },
+    { created_at: 'NaN' },
+    { status_code: '42' },
+    { tombstone: 'x' }
+  ] as const) {
+    t.equal(listed(damage), null, JSON.stringify(damage))
+  }
 })
 
 t.test('steps come back to the letter, in whatever state their claim is, and a record has none', async (t) => {

@@ -6,7 +6,7 @@ import { PostgresStore, type PostgresStoreOptions } from '../../index.js'
 import { AS_TEXT } from '../../lib/stores/postgres/rows.js'
 import { PostgresSql, SWEEP_ROWS } from '../../lib/stores/postgres/statements.js'
 import { toKey } from '../../lib/stores/storable-text.js'
-import { claim, reply } from '../support/store-fixtures.js'
+import { claim, reply, tombstone } from '../support/store-fixtures.js'
 
 /* What a PostgresStore sends to its pool, and what it makes of the answers. */
 
@@ -15,6 +15,7 @@ type Query = { text: string; values?: unknown[]; types: unknown }
 const sql = new PostgresSql(null, 'idempotency_keys')
 const contention = (code = '40001') => Object.assign(new Error('lost'), { code, severity: 'ERROR' })
 const ACQUIRED = { found: 'acquired', attempt: '1' }
+const NO_ROWS = { cursor: null, key: null }
 
 class Pool extends EventEmitter {
   readonly queries: Query[] = []
@@ -99,8 +100,9 @@ t.test('a table is letters, digits and underscores, perhaps after a schema', asy
 })
 
 t.test('sweeping has an interval of whole milliseconds, or none', async (t) => {
-  const takes = /option "sweepInterval" takes a positive integer of milliseconds, or null for never, got /
-  for (const sweepInterval of [0, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY, '5', true]) {
+  const takes =
+    /option "sweepInterval" takes a positive integer of milliseconds or a text such as '24h', or null for never, got /
+  for (const sweepInterval of [0, -1, 1.5, Number.NaN, Number.POSITIVE_INFINITY, 'soon', true]) {
     refuses({ pool: new Pool(), sweepInterval }, takes)
   }
   t.doesNotThrow(() => open({ sweepInterval: 1 }))
@@ -116,9 +118,9 @@ t.test('a pool whose connections break does not end the process, and gets one li
 t.test('each step is one statement with its values, read as text', async (t) => {
   const { pool, store } = open()
   const long = 'l'.repeat(600)
-  const { acquire, renew, complete, step, release, watch, get, remove, createTable } = sql
+  const { acquire, renew, complete, step, release, watch, get, remove, list, settle, settleAsEnded, createTable } = sql
   const yes = [{}]
-  pool.answers.push([ACQUIRED], yes, yes, yes, yes, [], [{ existed: 't' }], [])
+  pool.answers.push([ACQUIRED], yes, yes, yes, yes, [], [{ existed: 't' }], [{ existed: 't' }], [NO_ROWS], yes, yes, [])
   t.strictSame(
     await store.acquire(long, claim({ token: 't\0', fingerprint: 'f\\', leaseMs: 5, retainMs: 6, takeover: true })),
     {
@@ -132,7 +134,13 @@ t.test('each step is one statement with its values, read as text', async (t) => 
   t.equal(await store.release('k', 't'), true)
   t.equal(await store.get('k'), null)
   t.equal(await store.delete('k'), true)
+  t.equal(await store.delete('k', true), true)
+  t.strictSame(await store.list(['reply', 'running'], 'a'), { keys: [], cursor: null })
+  t.equal(await store.settle(long, 'f\\', { record: tombstone('settled'), ttlMs: 5 }), true)
+  t.equal(await store.settle('k', 'f\\', 'ended'), true)
   await store.createTable()
+  const nobodies = pool.queries.slice(-3, -1).map(({ values }) => values?.[1])
+  t.ok(nobodies.every((token) => String(token).length === 36) && nobodies[0] !== nobodies[1], 'nobody has these tokens')
   t.strictSame(pool.queries, [
     { text: acquire, values: [toKey(long), 't\\0', 'f\\\\', 5, 6, true], types: AS_TEXT },
     { text: renew, values: ['k', 't', 5], types: AS_TEXT },
@@ -144,7 +152,27 @@ t.test('each step is one statement with its values, read as text', async (t) => 
     { text: step, values: ['k', 't\\0', '["\\"a\\"",', '["\\"a\\"","\\u0000\\n"]\n'], types: AS_TEXT },
     { text: release, values: ['k', 't', 60_000, false], types: AS_TEXT },
     { text: get, values: ['k'], types: AS_TEXT },
-    { text: remove, values: ['k'], types: AS_TEXT },
+    { text: remove, values: ['k', false], types: AS_TEXT },
+    { text: remove, values: ['k', true], types: AS_TEXT },
+    { text: list, values: ['a', ['reply', 'running']], types: AS_TEXT },
+    {
+      text: settle,
+      values: [
+        toKey(long),
+        nobodies[0],
+        'fingerprint',
+        1_700_000_000_000,
+        null,
+        null,
+        null,
+        null,
+        'settled',
+        5,
+        'f\\\\'
+      ],
+      types: AS_TEXT
+    },
+    { text: settleAsEnded, values: ['k', nobodies[1], 'f\\\\'], types: AS_TEXT },
     { text: createTable, types: AS_TEXT }
   ])
   t.ok(watch)
@@ -161,12 +189,23 @@ t.test('times that have no date are as long as one can be', async (t) => {
 
 t.test('what is found is read from its row', async (t) => {
   const { pool, store } = open()
-  pool.answers.push([{ found: 'running', fingerprint: 'f', left_ms: '5' }])
-  t.strictSame(await store.get('k'), { state: 'running', fingerprint: 'f', leaseMs: 5 })
+  pool.answers.push([{ found: 'running', attempt: '2', fingerprint: 'f', left_ms: '5' }])
+  t.strictSame(await store.get('k'), { state: 'running', fingerprint: 'f', leaseMs: 5, attempt: 2 })
   pool.answers.push([{ found: 'locked' }])
   t.strictSame(await store.get('k'), { state: 'running', fingerprint: '', leaseMs: 0 })
   pool.answers.push([{ found: 'locked' }])
   t.strictSame(await store.acquire('k', claim({ leaseMs: 7 })), { state: 'running', fingerprint: '', leaseMs: 7 })
+})
+
+t.test('a page is what can be read of its rows, and its cursor is where they end', async (t) => {
+  const { pool, store } = open()
+  const row = { found: 'running', attempt: '1', fingerprint: 'f', left_ms: '5' }
+  const keys = ['a', toKey('l'.repeat(501)), 'b']
+  pool.answers.push(keys.map((key) => ({ ...row, key, found: key === 'b' ? 'unknown' : 'running', cursor: 'c' })))
+  const listed = { key: 'a', state: 'running', attempt: 1, fingerprint: 'f', leaseMs: 5 }
+  t.same(await store.list(['running'], null), { keys: [listed], cursor: 'c' })
+  pool.answers.push([{ ...NO_ROWS, cursor: 'c' }])
+  t.strictSame(await store.list(['running'], null), { keys: [], cursor: 'c' }, 'there may be more on the next one')
 })
 
 t.test('what was not there was not deleted', async (t) => {
@@ -228,7 +267,8 @@ t.test('no is said twice', async (t) => {
   t.equal(await store.renew('k', 't', 5), true)
   t.equal(await store.release('k', 't'), false)
   t.equal(await store.complete('k', 't', reply(), 5), false)
-  t.equal(pool.queries.length, 6)
+  t.equal(await store.settle('k', 'f', 'ended'), false)
+  t.equal(pool.queries.length, 8)
   t.strictSame(pool.queries[0], pool.queries[1])
 })
 

@@ -111,7 +111,7 @@ t.test('the server waits for a silent connection no longer than it can count', a
 })
 
 t.test('without the key it is over at once, and the client goes back', async (t) => {
-  for (const row of [{ found: 'locked' }, { found: 'running', fingerprint: 'g', left_ms: '7' }]) {
+  for (const row of [{ found: 'locked' }, { found: 'running', attempt: '1', fingerprint: 'g', left_ms: '7' }]) {
     const { acquired, client } = await open({ wake: true }, ({ answers }) => {
       answers.claim = [() => found(row)]
     })

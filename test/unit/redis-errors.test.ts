@@ -4,6 +4,7 @@ import {
   discreet,
   isAborted,
   isReadOnly,
+  isRefused,
   isSyntaxError,
   isWrongType
 } from '../../lib/stores/redis/errors.js'
@@ -31,6 +32,18 @@ t.test('the words of a replica, and of a server that does not know NX with GET, 
   t.equal(isReadOnly('READONLY'), false)
   t.equal(isSyntaxError(new Error('ERR syntax error')), true)
   t.equal(isSyntaxError(new Error('OOM')), false)
+})
+
+t.test('a command that a user may not give, or a server does not have, is known by its error', async (t) => {
+  for (const [message, is] of [
+    ["NOPERM User default has no permissions to run the 'info' command", true],
+    ["NOPERM this user has no permissions to run the 'info' command or its subcommand", true],
+    ["ERR unknown command 'INFO', with args beginning with: 'server' ", true],
+    ['ERR syntax error', false],
+    ['Socket closed unexpectedly', false]
+  ] as const) {
+    t.equal(isRefused(new Error(message)), is, message)
+  }
 })
 
 t.test('a key of another type is known by its error, be it that of a script', async (t) => {

@@ -2,7 +2,7 @@ import t from 'tap'
 import { RedisStore, type RedisStoreOptions } from '../../index.js'
 import { encodeRecord } from '../../lib/stores/record-codec.js'
 import type { RedisClient } from '../../lib/stores/redis/client.js'
-import { ACQUIRE, COMPLETE, DELETE, RELEASE, RENEW, STEP, WATCH } from '../../lib/stores/redis/scripts.js'
+import { ACQUIRE, COMPLETE, DELETE, RELEASE, RENEW, SETTLE, STEP, WATCH } from '../../lib/stores/redis/scripts.js'
 import type { StoredRecord } from '../../types/index.js'
 import { claim, reply, same, tombstone } from '../support/store-fixtures.js'
 
@@ -17,6 +17,7 @@ const SCRIPTS = {
   complete: COMPLETE,
   release: RELEASE,
   watch: WATCH,
+  settle: SETTLE,
   delete: DELETE
 }
 const nameOf = (sha: string) => Object.entries(SCRIPTS).find(([, script]) => script.sha === sha)?.[0]
@@ -90,6 +91,8 @@ const kept = (name: string, result: string) => {
   return Buffer.concat([lengths, Buffer.from(name + result)])
 }
 const recorded = (record: StoredRecord, token = 't') => encodeRecord(record, Buffer.from(owned('C', token)))
+/** What is told of the claim of somebody else. */
+const running = { state: 'running', fingerprint: 'theirs', attempt: 1 }
 const mine = claim({ token: 'mine', fingerprint: 'f', leaseMs: 500, retainMs: 1_000 })
 /** What an acquire makes of SET's answer, with so much left. */
 const acquiring = (set: unknown, left: unknown = 1_200, scripted?: Setup['scripted']) =>
@@ -158,7 +161,10 @@ t.test('options that are unknown or invalid are refused, by name', async (t) => 
     [{ replicas: -1 }, /"replicas" takes a number of replicas, got -1/],
     [{ replicas: 1.5 }, /"replicas" takes a number of replicas, got 1.5/],
     [{ replicas: '1' }, /"replicas" takes a number of replicas, got '1'/],
-    [{ replicaTimeout: 0 }, /"replicaTimeout" takes a positive integer of milliseconds, got 0 \(number\)/],
+    [
+      { replicaTimeout: 0 },
+      /"replicaTimeout" takes a positive integer of milliseconds or a text such as '24h', got 0 \(number\)/
+    ],
     [{ replicaTimeout: -1 }, /"replicaTimeout" takes/],
     [{ replicaTimeout: 1.5 }, /"replicaTimeout" takes/]
   ] as const) {
@@ -213,11 +219,11 @@ t.test('a record, and the live claim of somebody else, are understood without a 
       ttlMs
     })
   }
-  const running = acquiring(claimed('other'), '1200')
-  t.strictSame(await running.store.acquire('k', mine), { state: 'running', fingerprint: 'theirs', leaseMs: 200 })
+  const alive = acquiring(claimed('other'), '1200')
+  t.strictSame(await alive.store.acquire('k', mine), { ...running, leaseMs: 200 })
   const barely = acquiring(claimed('other'), 1_001)
-  t.strictSame(await barely.store.acquire('k', mine), { state: 'running', fingerprint: 'theirs', leaseMs: 1 })
-  for (const { scripts } of [found, running, barely]) t.strictSame(scripts, [])
+  t.strictSame(await barely.store.acquire('k', mine), { ...running, leaseMs: 1 })
+  for (const { scripts } of [found, alive, barely]) t.strictSame(scripts, [])
 })
 
 t.test('one who is only named like the other is somebody else', async (t) => {
@@ -249,14 +255,15 @@ t.test('all else is decided by the script: an own claim, a lapsed one, a release
 
 t.test('what the script has found', async (t) => {
   const found = (...reply: unknown[]) => acquiring(undefined, undefined, () => reply).store.acquire('k', mine)
-  t.strictSame(await found(0, claimed('other'), '1200', 0), { state: 'running', fingerprint: 'theirs', leaseMs: 200 })
-  t.strictSame(await found('0', claimed('other'), 900, '0'), { state: 'running', fingerprint: 'theirs', leaseMs: 0 })
+  t.strictSame(await found(0, claimed('other'), '1200', 0), { ...running, leaseMs: 200 })
+  t.strictSame(await found('0', claimed('other'), 900, '0'), { ...running, leaseMs: 0 })
   t.strictSame(await found(0, claimed('other', { attempt: '12' }), 900, '1'), {
     state: 'abandoned',
     fingerprint: 'theirs',
-    attempt: 12
+    attempt: 12,
+    lapsedMs: 100
   })
-  const abandoned = { state: 'abandoned', fingerprint: 'theirs', attempt: 2 }
+  const abandoned = { state: 'abandoned', fingerprint: 'theirs', attempt: 2, lapsedMs: 100 }
   t.strictSame(await found(0, later('P', 'A7:foundétheirs'), 900, 1), abandoned)
   t.strictSame(await found(0, later('P', 'E0:theirs'), 900, 1), abandoned)
   t.strictSame(await found(0, later('A', ':theirs'), 900, 1), abandoned)
@@ -437,7 +444,11 @@ t.test('a key is given back by one script, and remembers for a minute who did it
     ['release', 1, 'idempotency:k', 'P1\x01t', '1', '60000', 'idempotency:k']
   ])
   await store.delete('k')
-  t.strictSame(scripts[2], ['delete', 1, 'idempotency:k', 'idempotency:k'])
+  await store.delete('k', true)
+  t.strictSame(scripts.slice(2), [
+    ['delete', 1, 'idempotency:k', 'idempotency:k'],
+    ['delete', 1, 'idempotency:k', 'idempotency:k', '1']
+  ])
 })
 
 t.test('what is no string is nobody’s claim, and other errors are errors', async (t) => {
@@ -450,6 +461,10 @@ t.test('what is no string is nobody’s claim, and other errors are errors', asy
   const wrongType = failing('WRONGTYPE Operation against a key holding the wrong kind of value')
   t.equal(await wrongType.release('k', 't'), false)
   t.equal(await wrongType.step('k', 't', ['a', 'b']), false)
+  for (const settlement of ['ended', { record: reply(), ttlMs: 5 }] as const) {
+    t.equal(await wrongType.settle('k', 'f', settlement), false)
+    await t.rejects(failing('READONLY').settle('k', 'f', settlement), { message: 'READONLY' })
+  }
   await t.rejects(failing('READONLY').release('k', 't'), { message: 'READONLY' })
   await t.rejects(failing('READONLY').step('k', 't', ['a', 'b']), { message: 'READONLY' })
 })
@@ -462,6 +477,28 @@ t.test('a step is kept by one script, with its name and its result', async (t) =
   t.equal(await open({ scripted: () => 0 }).store.step('k', 't', ['charge', '']), false)
 })
 
+t.test('what nobody is running is settled by one script, in the name of nobody', async (t) => {
+  const { scripts, sent, store } = open()
+  const record = reply()
+  t.equal(await store.settle('k', 'a "b"', { record, ttlMs: 700 }), true)
+  t.equal(await store.settle('k', 'f', { record, ttlMs: null }), true)
+  t.equal(await store.settle('k', 'f', 'ended'), true)
+  const [first, forEver, ended] = scripts as [string, number, string, string, string, string, string?, string?][]
+  const tokenOf = (value = '') => value.slice(3, 3 + value.charCodeAt(2))
+  const value = (token: string) => recorded(record, token).toString('latin1')
+  t.strictSame(first, [
+    ...['settle', 1, 'idempotency:k', 'a "b"', 'idempotency:k'],
+    ...[value(tokenOf(first?.[5])), '["a \\"b\\"",', '700']
+  ])
+  t.strictSame(forEver?.slice(5), [value(tokenOf(forEver?.[5])), '["f",', ''])
+  t.strictSame(ended?.slice(3), ['f', 'idempotency:k', owned('E', tokenOf(ended?.[5]))])
+  const tokens = [first, forEver, ended].map((args) => tokenOf(args?.[5]))
+  t.equal(new Set(tokens).size, 3)
+  for (const token of tokens) t.match(token, /^[\w-]{16}$/)
+  t.strictSame(sent, [])
+  t.equal(await open({ scripted: () => 0 }).store.settle('k', 'f', 'ended'), false)
+})
+
 t.test('steps are read behind the fingerprint, whose length is told then', async (t) => {
   const steps = [
     ['', ''],
@@ -472,11 +509,18 @@ t.test('steps are read behind the fingerprint, whose length is told then', async
   const claimOf = (kind: string, rest: string) => Buffer.concat([later(kind, rest), bytes])
   const found = (value: Buffer, abandoned: number) =>
     acquiring(undefined, undefined, () => [0, value, 900, abandoned]).store.acquire('k', mine)
-  t.strictSame(await found(claimOf('P', ',3:é1'), 0), { state: 'running', fingerprint: 'é1', leaseMs: 0, steps })
+  t.strictSame(await found(claimOf('P', ',3:é1'), 0), {
+    state: 'running',
+    fingerprint: 'é1',
+    leaseMs: 0,
+    attempt: 2,
+    steps
+  })
   t.strictSame(await found(claimOf('P', 'A7,6:foundétheirs'), 1), {
     state: 'abandoned',
     fingerprint: 'theirs',
     attempt: 2,
+    lapsedMs: 100,
     steps
   })
   t.strictSame(await found(claimOf('E', ',0:'), 1), {
@@ -484,10 +528,11 @@ t.test('steps are read behind the fingerprint, whose length is told then', async
     fingerprint: '',
     attempt: 2,
     ended: true,
+    lapsedMs: 100,
     steps
   })
   const live = await acquiring(claimOf('P', ',6:theirs')).store.acquire('k', mine)
-  t.strictSame(live, { state: 'running', fingerprint: 'theirs', leaseMs: 200, steps }, 'without a script')
+  t.strictSame(live, { ...running, leaseMs: 200, attempt: 2, steps }, 'without a script')
   const ours = await acquiring(claimed('mine'), 1_200, () => ['2', bytes]).store.acquire('k', mine)
   t.strictSame(ours, { state: 'acquired', attempt: 2, steps })
 })
@@ -517,23 +562,29 @@ t.test('what is there is read by GET and PTTL', async (t) => {
       ]
     })
   const { sent, store } = got(claimed('other'))
-  t.strictSame(await store.get('k'), { state: 'running', fingerprint: 'theirs', leaseMs: 200 })
+  t.strictSame(await store.get('k'), { ...running, leaseMs: 200 })
   t.strictSame(sent, [
     [
       ['getBuffer', 'idempotency:k'],
       ['pttl', 'idempotency:k']
     ]
   ])
-  t.strictSame(await got(claimed('other'), 1_000).store.get('k'), {
-    state: 'abandoned',
-    fingerprint: 'theirs',
-    attempt: 1
+  const abandoned = { state: 'abandoned', fingerprint: 'theirs', attempt: 1 }
+  for (const [left, lapsedMs] of [
+    [1_000, 0],
+    ['999', 1],
+    [0, 1_000],
+    [-2, 1_000]
+  ] as const) {
+    t.strictSame(await got(claimed('other'), left).store.get('k'), { ...abandoned, lapsedMs }, `${left} ms are left`)
+  }
+  t.strictSame(await got(later('E', ':theirs'), 400).store.get('k'), {
+    ...abandoned,
+    attempt: 2,
+    ended: true,
+    lapsedMs: 600
   })
-  t.strictSame(await got(claimed('other'), '1001').store.get('k'), {
-    state: 'running',
-    fingerprint: 'theirs',
-    leaseMs: 1
-  })
+  t.strictSame(await got(claimed('other'), '1001').store.get('k'), { ...running, leaseMs: 1 })
   t.match(await got(recorded(reply()), 700).store.get('k'), { state: 'completed', ttlMs: 700 })
   t.match(await got(recorded(reply()), -2).store.get('k'), { state: 'completed', ttlMs: 0 }, 'gone between the two')
   for (const nothing of [null, undefined, 'text', Buffer.from(owned('R', 't'))]) {
@@ -605,7 +656,7 @@ t.test('fingerprints may have line breaks, and attempts several digits', async (
       [null, 5]
     ]
   })
-  t.strictSame(await store.get('k'), { state: 'abandoned', fingerprint: 'a\nb:c', attempt: 10 })
+  t.strictSame(await store.get('k'), { state: 'abandoned', fingerprint: 'a\nb:c', attempt: 10, lapsedMs: 995 })
 })
 
 t.test('keys have the prefix that was chosen', async (t) => {

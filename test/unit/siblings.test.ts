@@ -21,13 +21,17 @@ t.test('a MemoryStore is found on either side of a move', (t) => {
   t.end()
 })
 
-t.test('a worker of node:cluster has siblings, and what pm2 started as one of several', async (t) => {
-  t.equal(hasSiblings(true, {}), true)
-  t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '0', exec_mode: 'cluster_mode' }), true)
-  t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '1', exec_mode: 'fork_mode' }), true)
-  t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '0', exec_mode: 'fork_mode' }), false)
-  t.equal(hasSiblings(false, {}), false)
-})
+t.test(
+  'a worker of node:cluster has siblings, what pm2 started as one of several, and a function on AWS Lambda',
+  async (t) => {
+    t.equal(hasSiblings(true, {}), true)
+    t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '0', exec_mode: 'cluster_mode' }), true)
+    t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '1', exec_mode: 'fork_mode' }), true)
+    t.equal(hasSiblings(false, { NODE_APP_INSTANCE: '0', exec_mode: 'fork_mode' }), false)
+    t.equal(hasSiblings(false, { AWS_LAMBDA_FUNCTION_NAME: 'charges' }), true)
+    t.equal(hasSiblings(false, {}), false)
+  }
+)
 
 t.test('a MemoryStore in a process with siblings is told once, whatever is in front of it', async (t) => {
   t.strictSame(await told(new MemoryStore()), [], 'nothing where there are none')

@@ -41,6 +41,17 @@ t.test('a store that need not be closed is let go all the same', async (t) => {
   await t.resolves(inUse.leave())
 })
 
+t.test('a store is in use until the last registration has let go of it', async (t) => {
+  const context = StoreContext.of({} as IdempotencyStore)
+  const isInUse = () => [...StoreContext.inUse].includes(context)
+  t.equal(isInUse(), false)
+  for (let n = 0; n < 2; n++) context.enter()
+  await context.leave()
+  t.equal(isInUse(), true)
+  await context.leave()
+  t.equal(isInUse(), false)
+})
+
 t.test('a claim that nobody needs is given back once, used or unused, and who asked for it is told', async (t) => {
   const released: unknown[][] = []
   const inUse = releasing(async (...args) => {

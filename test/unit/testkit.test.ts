@@ -334,6 +334,7 @@ const caught: Record<string, string[]> = {
   ],
   'tells no ttl as infinity': [
     'without a ttl a record never expires',
+    'settle puts a record in the place of an abandoned claim',
     'get shows a record and what is left of its ttl'
   ],
   'tells numbers as text': ['a free key is acquired, with attempt 1', MORE],
@@ -484,6 +485,7 @@ const caught: Record<string, string[]> = {
     'a record that cannot be decoded is an error, and no answer and no free key, and others go on'
   ],
   'gives what it cannot decode': [
+    'list leaves out what cannot be decoded, and shows the rest',
     'a record that cannot be decoded is an error, and no answer and no free key, and others go on'
   ],
   'throws where it cannot decode': [
@@ -522,7 +524,12 @@ const caught: Record<string, string[]> = {
   'shows nothing as undefined': ['get gives null for a key that nobody claimed, and does not claim it', MORE],
   'does not delete a record': ['delete forgets a record', MORE],
   'does not delete a running claim': ['delete takes a running claim from its owner', MORE],
-  'has always deleted something': ['delete of a key that holds nothing is false', 'delete forgets a record'],
+  'has always deleted something': [
+    'delete of a key that holds nothing is false',
+    'delete forgets a record',
+    'delete unless it is running leaves a running claim',
+    'delete unless it is running forgets records and abandoned claims'
+  ],
   'deletes everything': ['delete leaves other keys as they are', MORE],
   'cannot be closed twice': ['close can be called again and again', MORE],
   'closes what others use': ['close lets go of one client only, and of no data'],
@@ -576,6 +583,7 @@ const caught: Record<string, string[]> = {
     'what is done to a step after it was stored does not change it'
   ],
   'shows steps to their owner only': [
+    'settle lets an abandoned claim be as its owner would give it back',
     'a conflict shows the steps, and so does what is abandoned',
     'get shows the steps',
     'what is done to the steps of an answer does not change them'
@@ -621,6 +629,75 @@ const caught: Record<string, string[]> = {
   ],
   'keeps the step that it was given': ['what is done to a step after it was stored does not change it'],
   'gives the steps that it keeps': ['what is done to the steps of an answer does not change them'],
+
+  'deletes what is running although it must not': ['delete unless it is running leaves a running claim'],
+  'deletes nothing unless it may delete what is running': [
+    'delete unless it is running forgets records and abandoned claims'
+  ],
+
+  'lists leases in seconds': ['list shows running claims, and what is left of their leases'],
+  'lists what has lapsed as if that were just now': ['list shows abandoned claims, and for how long they have been so'],
+  'lists what has lapsed as if that were long ago': [
+    'list shows abandoned claims, and for how long they have been so',
+    'list shows what its owner has given back, as abandoned and ended',
+    'get tells the same of a key as list'
+  ],
+  'does not list that a claim has ended': ['list shows what its owner has given back, as abandoned and ended'],
+  'lists what was given back as running': ['list shows what its owner has given back, as abandoned and ended'],
+  'lists every tombstone by the same reason': ['list shows replies by their status, and tombstones by their reason'],
+  'lists every reply by the same status': ['list shows replies by their status, and tombstones by their reason'],
+  'lists no ttl as infinity': ['list shows replies by their status, and tombstones by their reason'],
+  'lists all kinds': ['list shows the kinds that it is asked for, and no others'],
+  'lists one kind at a time': [
+    'list shows the kinds that it is asked for, and no others',
+    'list comes to an end, and shows every key on the way',
+    'list leaves out what cannot be decoded, and shows the rest'
+  ],
+  'lists one page': ['list comes to an end, and shows every key on the way'],
+  'lists the first page again and again': ['list comes to an end, and shows every key on the way'],
+  'lists what was released': ['list does not show what is free: released, expired, forgotten or deleted'],
+  'lists what has expired': ['list does not show what is free: released, expired, forgotten or deleted'],
+  'lists keys as they might be in a URL': [
+    'list shows a reply with a large body and many headers, and keys as they are'
+  ],
+  'takes over what it lists': ['list changes nothing', MORE],
+  'prolongs what it lists': ['list changes nothing', MORE],
+  'tells who gets a key nothing of how long it was abandoned': ['get tells the same of a key as list'],
+  'tells who gets a key nothing of the attempt that runs': ['get tells the same of a key as list'],
+  'cannot list beside what it cannot decode': ['list leaves out what cannot be decoded, and shows the rest'],
+
+  'keeps what was settled for an hour': ['settle puts a record in the place of an abandoned claim'],
+  'settles by a reply only': ['settle puts a record in the place of an abandoned claim'],
+  'settles no tombstones': ['settle puts a record in the place of a tombstone'],
+  'settles nothing as ended': [
+    'settle lets an abandoned claim be as its owner would give it back',
+    'settle of what has ended puts a record in its place, too',
+    'settle as ended leaves the owner of before nothing to complete'
+  ],
+  'forgets what it settles as ended': [
+    'settle lets an abandoned claim be as its owner would give it back',
+    'settle of what has ended puts a record in its place, too',
+    'settle as ended leaves the owner of before nothing to complete'
+  ],
+  'forgets the steps of what it settles as ended': [
+    'settle lets an abandoned claim be as its owner would give it back'
+  ],
+  'settles nothing that has ended': [
+    'settle lets an abandoned claim be as its owner would give it back',
+    'settle of what has ended puts a record in its place, too'
+  ],
+  'settles what is running': ['settle leaves what is running, replied or free'],
+  'settles what has a reply': ['settle leaves what is running, replied or free'],
+  'settles what was released': ['settle leaves what is running, replied or free'],
+  'settles what has expired': ['settle leaves what is running, replied or free'],
+  'lets a tombstone be as if it were given back': ['settle lets no tombstone be as if it were given back'],
+  'settles whatever the fingerprint is': ['settle leaves what has another fingerprint'],
+  'trims the fingerprint of what it settles': ['settle leaves what has another fingerprint'],
+  'leaves what it settles to the owner of before': ['settle by a record leaves the owner of before nothing'],
+  'lets the owner of before complete what was settled as ended': [
+    'settle as ended leaves the owner of before nothing to complete'
+  ],
+  'looks first and settles later': ['settle and a takeover at the same time are one after the other'],
 
   'shares nothing between clients': ['of 100 parallel claims by two clients exactly one is acquired', MORE],
   'does not answer': ['a free key is acquired, with attempt 1', MORE],

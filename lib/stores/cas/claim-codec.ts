@@ -1,6 +1,6 @@
 import type { StoredRecord, StoredStep } from '../../../types/index.js'
 import { UnreadableAnswer } from '../../errors.js'
-import { decodeRecord, encodeRecord } from '../record-codec.js'
+import { decodeRecord, decodeSummary, encodeRecord, type RecordSummary } from '../record-codec.js'
 
 /*
  * The value of a row. Its first byte is the version, '1'. Behind it:
@@ -61,6 +61,12 @@ export function encodeValue(record: StoredRecord): Buffer {
 export function decodeValue(value: Buffer): StoredRecord {
   if (value[0] !== VERSION[0]) throw undecodable()
   return decodeRecord(value, VERSION.length)
+}
+
+/** Of a record of which the first bytes alone are at hand; `null` where these are too few. */
+export function decodeValueSummary(value: Buffer): RecordSummary | null {
+  if (value[0] !== VERSION[0]) throw undecodable()
+  return decodeSummary(value, VERSION.length)
 }
 
 function foundIn(before: unknown): Found | null {

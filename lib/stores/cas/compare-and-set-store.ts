@@ -1,15 +1,42 @@
 import { randomBytes } from 'node:crypto'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../../types/index.js'
+import type {
+  Acquisition,
+  Claim,
+  IdempotencyStore,
+  ListedKey,
+  ListedKind,
+  ListedPage,
+  Settlement,
+  StoredRecord,
+  StoredStep
+} from '../../../types/index.js'
+import { UnreadableAnswer } from '../../errors.js'
 import { limited } from '../longest-time.js'
-import { toKey, toText } from '../storable-text.js'
+import { fromKey, toKey, toText } from '../storable-text.js'
 import { Sweeper } from '../sweeper.js'
 import { encodeClaim, encodeValue } from './claim-codec.js'
-import { type Decision, isCompletedBy, isFree, onAcquire, onGet, onRelease, onRenew, onStep } from './decisions.js'
-import type { CasDriver, Lasting, Row } from './driver.js'
+import {
+  type Decision,
+  isCompletedBy,
+  isFree,
+  isRunning,
+  onAcquire,
+  onGet,
+  onList,
+  onRelease,
+  onRenew,
+  onSettle,
+  onStep,
+  statesOf
+} from './decisions.js'
+import type { CasDriver, Lasting, Row, RowPage } from './driver.js'
 import { Watch } from './watch.js'
 
 /** How often a decision is made anew because the row has changed meanwhile. */
 const MOST_TRIES = 20
+
+/** In how many bytes of a record all but its body mostly is. */
+const HEAD_BYTES = 2_048
 
 /**
  * A store on a table of rows that are replaced as a whole, and only by who has seen them: for databases that can insert, find and
@@ -91,16 +118,34 @@ export class CompareAndSetStore implements IdempotencyStore {
     return row === null || isFree(row) ? null : onGet(row)
   }
 
-  async delete(key: string): Promise<boolean> {
+  async delete(key: string, unlessRunning = false): Promise<boolean> {
     const name = toKey(key)
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
       const row = await this.#driver.find(name)
-      if (row === null) return false
+      if (row === null || (unlessRunning && isRunning(row))) return false
       if (!(await this.#driver.remove(name, row.revision))) continue
       this.#watch.wake(name)
       return !isFree(row)
     }
     throw changesHands()
+  }
+
+  async list(kinds: readonly ListedKind[], cursor: string | null): Promise<ListedPage> {
+    const wanted = [...kinds]
+    const { rows, last } = await this.#driver.page(cursor, statesOf(wanted), HEAD_BYTES)
+    const keys: ListedKey[] = []
+    for (const row of rows) {
+      const key = fromKey(row.key)
+      const listed = key === null ? null : await this.#listed(row, wanted)
+      if (key !== null && listed !== null) keys.push({ ...listed, key })
+    }
+    return { keys, cursor: last }
+  }
+
+  async settle(key: string, fingerprint: string, settlement: Settlement): Promise<boolean> {
+    const name = toKey(key)
+    const nobody = this.#revision()
+    return (await this.#decide(name, (row) => onSettle(row, fingerprint, settlement, nobody))) ?? false
   }
 
   /** Stops deleting, and all waiting, until the store is used again. The database stays open: it is the caller's. */
@@ -116,6 +161,20 @@ export class CompareAndSetStore implements IdempotencyStore {
     }
     const row = await this.#driver.find(name)
     return row !== null && isCompletedBy(row, record.token)
+  }
+
+  async #listed(row: RowPage['rows'][number], kinds: readonly ListedKind[]): Promise<ListedKey | null> {
+    try {
+      const listed = onList(row, kinds)
+      if (listed !== 'unknown') return listed
+      const whole = await this.#driver.find(row.key)
+      const found = whole && onList({ ...whole, key: row.key }, kinds)
+      return found === 'unknown' ? null : found
+    } catch (error) {
+      // What is damaged must not keep the rest from being seen.
+      if (error instanceof UnreadableAnswer) return null
+      throw error
+    }
   }
 
   /** Decides on the row that is there, and carries it out while it is the same. `null` where there is no row. */

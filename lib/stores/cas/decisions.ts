@@ -1,7 +1,24 @@
-import type { Acquisition, Claim, StoredStep } from '../../../types/index.js'
+import type {
+  Acquisition,
+  Claim,
+  Finished,
+  ListedKey,
+  ListedKind,
+  Settlement,
+  StoredStep,
+  Unfinished
+} from '../../../types/index.js'
+import { kindOf } from '../listed-kind.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
-import { decodeClaim, decodeValue, encodeClaim, type StoredClaim } from './claim-codec.js'
-import type { Content, Row } from './driver.js'
+import {
+  decodeClaim,
+  decodeValue,
+  decodeValueSummary,
+  encodeClaim,
+  encodeValue,
+  type StoredClaim
+} from './claim-codec.js'
+import type { Content, Row, RowState } from './driver.js'
 
 /*
  * What becomes of a row, decided from the row alone and from the time at which the database gave it. Nothing here waits or
@@ -79,6 +96,70 @@ export function onGet(row: Row): Acquisition {
   return row.state === 'completed' ? completed(row) : unfinished(row, decodeClaim(row.value))
 }
 
+/** Of a key that nobody is running, with that fingerprint. `token` is nobody's: no owner of before finds itself in the row. */
+export function onSettle(row: Row, fingerprint: string, settlement: Settlement, token: string): Decision<boolean> {
+  const no = { change: null, answer: false }
+  if (isFree(row) || isAlive(row)) return no
+  const { now } = row
+  if (row.state === 'completed') {
+    const record = decodeValue(row.value)
+    if (settlement === 'ended' || record.kind === 'reply' || record.fingerprint !== fingerprint) return no
+    return { change: settled(now, settlement, token), answer: true }
+  }
+  const held = decodeClaim(row.value)
+  if (held.fingerprint !== fingerprint) return no
+  if (settlement !== 'ended') return { change: settled(now, settlement, token), answer: true }
+  const { attempt, retainMs, steps } = held
+  const value = encodeClaim({ attempt, retainMs, fingerprint, found: null, steps })
+  return { change: { state: 'ended', token, value, leaseEnd: now, expiresAt: now + retainMs }, answer: true }
+}
+
+function settled(now: number, { record, ttlMs }: Exclude<Settlement, 'ended'>, token: string): Content {
+  const expiresAt = ttlMs === null ? null : now + ttlMs
+  return { state: 'completed', token, value: encodeValue(record), leaseEnd: now, expiresAt }
+}
+
+/** Is a claim running that counts? */
+export function isRunning(row: Row): boolean {
+  return isAlive(row) && !isOver(row)
+}
+
+const STATES: Record<ListedKind, readonly RowState[]> = {
+  running: ['running'],
+  abandoned: ['running', 'ended', 'abandoned'],
+  reply: ['completed'],
+  tombstone: ['completed']
+}
+
+/** The states of the rows in which something of these kinds may be. */
+export function statesOf(kinds: readonly ListedKind[]): readonly RowState[] {
+  return [...new Set(kinds.flatMap((kind) => STATES[kind]))]
+}
+
+/**
+ * What a list says of a row, the value of which may be cut off; `null` for nothing of these kinds, `'unknown'` where more of
+ * the value is needed.
+ */
+export function onList(
+  row: Row & { readonly key: string },
+  kinds: readonly ListedKind[]
+): ListedKey | null | 'unknown' {
+  if (isFree(row) || !statesOf(kinds).includes(row.state)) return null
+  const { key } = row
+  const found = row.state === 'completed' ? finished(row) : withoutSteps(unfinished(row, decodeClaim(row.value)))
+  if (found === null) return 'unknown'
+  return kinds.includes(kindOf(found)) ? { ...found, key } : null
+}
+
+function finished(row: Row): Finished | null {
+  const summary = decodeValueSummary(row.value)
+  return summary && { state: 'completed', ...summary, ttlMs: ttlOf(row) }
+}
+
+function withoutSteps({ steps, ...found }: Unfinished & Steps): Unfinished {
+  return found
+}
+
 function isAlive({ state, leaseEnd, now }: Row): boolean {
   return state === 'running' && leaseEnd > now
 }
@@ -112,17 +193,26 @@ function contentOf({ state, token, value, leaseEnd, expiresAt }: Row): Content {
   return { state, token, value, leaseEnd, expiresAt }
 }
 
-function completed({ value, expiresAt, now }: Row): Acquisition {
-  return { state: 'completed', record: decodeValue(value), ttlMs: expiresAt === null ? null : expiresAt - now }
+function completed(row: Row): Acquisition {
+  return { state: 'completed', record: decodeValue(row.value), ttlMs: ttlOf(row) }
 }
 
-function unfinished(row: Row, { fingerprint, attempt, steps }: StoredClaim): Acquisition {
-  if (isAlive(row)) return { state: 'running', fingerprint, leaseMs: row.leaseEnd - row.now, ...stepsOf(steps) }
+function ttlOf({ expiresAt, now }: Row): number | null {
+  return expiresAt === null ? null : expiresAt - now
+}
+
+function unfinished(row: Row, { fingerprint, attempt, steps }: StoredClaim): Unfinished & Steps {
+  const { leaseEnd, now } = row
+  if (isAlive(row)) return { state: 'running', fingerprint, leaseMs: leaseEnd - now, attempt, ...stepsOf(steps) }
   const ended = row.state === 'ended' && { ended: true as const }
-  return { state: 'abandoned', fingerprint, attempt, ...ended, ...stepsOf(steps) }
+  return { state: 'abandoned', fingerprint, attempt, ...ended, lapsedMs: now - leaseEnd, ...stepsOf(steps) }
+}
+
+interface Steps {
+  steps?: readonly StoredStep[]
 }
 
 /** What an answer says of steps: nothing where there are none. */
-function stepsOf(steps: readonly StoredStep[]): { steps?: readonly StoredStep[] } {
+function stepsOf(steps: readonly StoredStep[]): Steps {
   return steps.length === 0 ? {} : { steps }
 }

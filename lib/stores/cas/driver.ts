@@ -37,6 +37,13 @@ export type Lasting = Pick<Content, 'token' | 'value'> & {
   readonly keepMs: number | null
 }
 
+/** Some rows, with their keys. */
+export interface RowPage {
+  readonly rows: readonly (Row & { readonly key: string })[]
+  /** After which key the next page begins; `null` after the last page. */
+  readonly last: string | null
+}
+
 /** A table with a row for each key. Rejections tell nothing of what is stored. */
 export interface CasDriver {
   /** A running claim, where there is no row of the key; `false` where there is one. */
@@ -50,6 +57,12 @@ export interface CasDriver {
   remove(key: string, found: string): Promise<boolean>
   /** Which of the keys have a running claim under a lease that has not lapsed. */
   running(keys: readonly string[]): Promise<readonly string[]>
+  /**
+   * Some rows in the order of their keys: of those that are in one of the states, all; perhaps others.
+   * @param after The key after which they begin; `null` for the first page.
+   * @param recordBytes How much of the value of a record is wanted. Claims are whole.
+   */
+  page(after: string | null, states: readonly RowState[], recordBytes: number): Promise<RowPage>
   /** Deletes some of what no longer counts; `true` when there may be more. */
   sweep(): Promise<boolean>
   /** Was that why a record was not taken? Left out where the database takes whatever can be encoded. */

@@ -1,23 +1,23 @@
 import type { KeyObject } from 'node:crypto'
-import { inspect } from 'node:util'
 import type {
   Acquisition,
   Claim,
   ClaimTransaction,
   IdempotencyStore,
+  ListedPage,
+  Settlement,
   StoredRecord,
-  StoredStep,
   TransactionAcquisition,
   TransactionClaim,
   TransactionClient,
   TransactionOutcome
 } from '../../../types/index.js'
-import { InvalidOption, UnreadableAnswer } from '../../errors.js'
+import { InvalidOption } from '../../errors.js'
 import { ANYTHING, checked } from '../../option-rules.js'
-import { describeStore } from '../../util/describe.js'
+import { describeSecret, describeStore } from '../../util/describe.js'
 import { isInFrontOf } from '../innermost.js'
 import { A_STORE, isStore } from '../is-store.js'
-import { decodeRecord, encodeRecord } from '../record-codec.js'
+import { Records } from './records.js'
 import { Keyring, secretOf } from './sealing.js'
 
 /** 32 random bytes: as they are, as text in base64, base64url or hex, or as a `KeyObject`. */
@@ -32,18 +32,15 @@ export interface EncryptedStoreOptions {
   keys: readonly EncryptionKey[]
 }
 
-const NOTHING = Buffer.alloc(0)
-/** What a sealed record looks like from outside, whatever is in it: a reply, of no time. */
-const OUTSIDE = { kind: 'reply', createdAt: 0, statusCode: 200, headers: [], text: false } as const
-
 /**
- * Encrypts what another store keeps: records, be they replies with their status, headers and bodies or tombstones with their
- * reasons, the times of both, the results of steps, and the fingerprints of requests, which are hashes of payloads that one
- * might guess. Each is bound to its key, and a result to the name of its step: moved to another one, or changed in any bit, it
- * cannot be decrypted, which is an error of the store, and never a reply.
+ * Encrypts what another store keeps: replies with their status, headers and bodies, the times of records, the results of
+ * steps, and the fingerprints of requests, which are hashes of payloads that one might guess, with the route, the caller's
+ * mark and the time that stand behind them. Each is bound to its key, and a result to the name of its step: moved to another
+ * one, or changed in any bit, it cannot be decrypted, which is an error of the store, and never a reply. A list leaves it out.
  *
- * In the clear stay: storage keys (hashes), tokens, the names of steps, leases and ttls, sizes, and whether there is a claim or
- * a record. What is too large for the other store is a tombstone there.
+ * In the clear stay: storage keys (hashes), tokens, the names of steps, attempts, leases and ttls, sizes, whether there is a
+ * claim, a reply or a tombstone, and why there is a tombstone: so the other store can tell which may be settled. A reason that
+ * was changed is an error as well, but for 'too-large', which is what the other store makes of what it has no room for.
  */
 export class EncryptedStore implements IdempotencyStore {
   // What a store need not have, this one has where the other has it.
@@ -52,6 +49,8 @@ export class EncryptedStore implements IdempotencyStore {
   readonly changed?: NonNullable<IdempotencyStore['changed']>
   readonly get?: NonNullable<IdempotencyStore['get']>
   readonly delete?: NonNullable<IdempotencyStore['delete']>
+  readonly list?: NonNullable<IdempotencyStore['list']>
+  readonly settle?: NonNullable<IdempotencyStore['settle']>
   readonly begin?: NonNullable<IdempotencyStore['begin']>
   readonly close?: NonNullable<IdempotencyStore['close']>
   readonly #store: IdempotencyStore
@@ -66,12 +65,17 @@ export class EncryptedStore implements IdempotencyStore {
     this.#store = store
     isInFrontOf(this, store)
     this.#records = new Records(new Keyring(secretsOf(keys)))
-    const { step, changed, get, delete: forget, begin, close } = store
+    const { step, changed, get, delete: forget, list, settle, begin, close } = store
     this.sharesLocks = store.sharesLocks === true
     if (step) this.step = async (key, token, done) => step.call(store, key, token, this.#records.sealedStep(key, done))
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)
     if (get) this.get = async (key) => this.#records.open(key, await get.call(store, key))
-    if (forget) this.delete = (key) => forget.call(store, key)
+    if (forget) this.delete = (key, unlessRunning) => forget.call(store, key, unlessRunning)
+    if (list) this.list = async (kinds, cursor) => this.#opened(await list.call(store, kinds, cursor))
+    if (get && settle) {
+      const [look, settleAs] = [get.bind(store), settle.bind(store)]
+      this.settle = (...args) => this.#settle(look, settleAs, ...args)
+    }
     if (begin) this.begin = (key, claim) => this.#begin(begin.bind(store), key, claim)
     if (close) this.close = () => close.call(store)
   }
@@ -90,6 +94,31 @@ export class EncryptedStore implements IdempotencyStore {
 
   release(key: string, token: string, unused?: boolean): Promise<boolean> {
     return this.#store.release(key, token, unused)
+  }
+
+  #opened({ keys, cursor }: ListedPage): ListedPage {
+    return { keys: keys.map((listed) => this.#records.openListed(listed)).filter((listed) => listed !== null), cursor }
+  }
+
+  /**
+   * The other store compares fingerprints as they are sealed, and none is sealed twice alike. So it is given the one that it
+   * has, if that is the right one when opened: then it settles what was looked at, and nothing else.
+   */
+  async #settle(
+    look: NonNullable<IdempotencyStore['get']>,
+    settleAs: NonNullable<IdempotencyStore['settle']>,
+    key: string,
+    fingerprint: string,
+    settlement: Settlement
+  ): Promise<boolean> {
+    const sealed = this.#records.sealedSettlement(key, settlement)
+    for (let before: string | null = null; ; ) {
+      const found = this.#records.unsettled(key, await look(key))
+      // Who is refused looks again: another one may be there, with the same fingerprint sealed anew.
+      if (found?.fingerprint !== fingerprint || found.sealed === before) return false
+      if (await settleAs(key, found.sealed, sealed)) return true
+      before = found.sealed
+    }
   }
 
   async #begin(
@@ -141,129 +170,22 @@ class SealingTransaction implements ClaimTransaction {
   }
 }
 
-/** Seals what goes to a store, and opens what comes from it. */
-class Records {
-  readonly #keyring: Keyring
-
-  constructor(keyring: Keyring) {
-    this.#keyring = keyring
-  }
-
-  sealedClaim<C extends Claim>(key: string, claim: C): C {
-    return { ...claim, fingerprint: this.#sealFingerprint(key, claim.fingerprint) }
-  }
-
-  sealedStep(key: string, [name, result]: StoredStep): StoredStep {
-    return [name, this.#keyring.seal(Buffer.from(result), aboutStep(key, name)).toString('base64url')]
-  }
-
-  seal(key: string, record: StoredRecord): StoredRecord {
-    // The record has both as well; these are for stores that make a tombstone of what is too large for them.
-    const base = JSON.stringify([record.fingerprint, record.createdAt])
-    const fingerprint = this.#keyring.seal(Buffer.from(base), aboutBase(key)).toString('base64url')
-    const body = this.#keyring.seal(encodeRecord(record, NOTHING), aboutRecord(key, fingerprint))
-    return { ...OUTSIDE, fingerprint, headers: [], body }
-  }
-
-  open<Found extends Acquisition>(key: string, found: Found): Found
-  open(key: string, found: Acquisition | null): Acquisition | null
-  open(key: string, found: Acquisition | null): Acquisition | null {
-    switch (found?.state) {
-      case 'acquired':
-        return { ...found, ...this.#openSteps(key, found.steps) }
-      case 'running':
-        // A claim that a transaction holds can be seen by nobody: what it looks like is not known.
-        if (found.fingerprint === '') return found
-        return { ...found, ...this.#openClaim(key, found) }
-      case 'abandoned':
-        return { ...found, ...this.#openClaim(key, found) }
-      case 'completed':
-        return { ...found, record: this.#open(key, found.record) }
-      default:
-        return found
-    }
-  }
-
-  #openClaim(key: string, { fingerprint, steps }: { fingerprint: string; steps?: readonly StoredStep[] }) {
-    return { fingerprint: this.#openFingerprint(key, fingerprint), ...this.#openSteps(key, steps) }
-  }
-
-  #openSteps(key: string, steps?: readonly StoredStep[]): { steps?: StoredStep[] } {
-    if (steps === undefined) return {}
-    const open = ([name, sealed]: StoredStep): StoredStep => [
-      name,
-      this.#keyring.open(Buffer.from(sealed, 'base64url'), aboutStep(key, name)).toString()
-    ]
-    return { steps: steps.map(open) }
-  }
-
-  #open(key: string, record: StoredRecord): StoredRecord {
-    const { fingerprint: sealed } = record
-    if (record.kind === 'tombstone') {
-      if (record.reason !== 'too-large') {
-        throw new UnreadableAnswer('A stored idempotency record is not encrypted, or damaged')
-      }
-      const base = this.#keyring.open(Buffer.from(sealed, 'base64url'), aboutBase(key)).toString()
-      const [fingerprint, createdAt] = JSON.parse(base) as [string, number]
-      return { kind: 'tombstone', reason: 'too-large', fingerprint, createdAt }
-    }
-    // None of it is used: but what is not as it was written was written by somebody else.
-    const { createdAt, statusCode, headers, text, body } = record
-    if (createdAt !== OUTSIDE.createdAt || statusCode !== OUTSIDE.statusCode || headers.length > 0 || text) {
-      throw new UnreadableAnswer('A stored idempotency record is damaged')
-    }
-    return decodeRecord(this.#keyring.open(body, aboutRecord(key, sealed)), 0)
-  }
-
-  #sealFingerprint(key: string, fingerprint: string): string {
-    return this.#keyring.seal(Buffer.from(JSON.stringify(fingerprint)), aboutFingerprint(key)).toString('base64url')
-  }
-
-  #openFingerprint(key: string, sealed: string): string {
-    return JSON.parse(this.#keyring.open(Buffer.from(sealed, 'base64url'), aboutFingerprint(key)).toString())
-  }
-}
-
-// What is sealed for one purpose and one key cannot be opened for another. JSON frames them unambiguously.
-
-function aboutFingerprint(key: string): string {
-  return JSON.stringify(['fingerprint', key])
-}
-
-function aboutStep(key: string, name: string): string {
-  return JSON.stringify(['step', key, name])
-}
-
-function aboutBase(key: string): string {
-  return JSON.stringify(['base', key])
-}
-
-function aboutRecord(key: string, base: string): string {
-  return JSON.stringify(['record', key, base])
-}
-
 /** @throws FST_IDEMPOTENCY_INVALID_OPTION, without the keys themselves: they are secrets. */
 function secretsOf(keys: unknown): KeyObject[] {
   if (!Array.isArray(keys) || keys.length === 0) {
-    throw new InvalidOption(`EncryptedStore option "keys" takes an array of keys, got ${describe(keys)}`)
+    throw new InvalidOption(`EncryptedStore option "keys" takes an array of keys, got ${describeSecret(keys)}`)
   }
   return keys.map((key: unknown, n) => {
     const secret = secretOf(key)
     if (secret === null) {
       const what = '32 bytes, as they are, in base64 or in hex, or a KeyObject'
-      throw new InvalidOption(`EncryptedStore option "keys" takes keys of ${what}; keys[${n}] is ${describe(key)}`)
+      throw new InvalidOption(
+        `EncryptedStore option "keys" takes keys of ${what}; keys[${n}] is ${describeSecret(key)}`
+      )
     }
     if (keys.slice(0, n).some((other) => secretOf(other)?.equals(secret))) {
       throw new InvalidOption(`EncryptedStore option "keys" takes each key once; keys[${n}] is there already`)
     }
     return secret
   })
-}
-
-/** What a value is, and nothing of what is in it. */
-function describe(value: unknown): string {
-  if (typeof value === 'string') return `a string of ${value.length} characters`
-  if (ArrayBuffer.isView(value)) return `${value.byteLength} bytes (${value.constructor.name})`
-  if (typeof value !== 'object' || value === null) return `${inspect(value).slice(0, 80)} (${typeof value})`
-  return Array.isArray(value) ? `an array of ${value.length}` : inspect(value, { depth: -1 })
 }

@@ -1,4 +1,4 @@
-import type { Acquisition, StoredRecord, StoredReply, TombstoneReason } from '../../../types/index.js'
+import type { Acquisition, ListedKey, StoredRecord, StoredReply, TombstoneReason } from '../../../types/index.js'
 import { Node } from './linked-map.js'
 
 /* A finished operation in the memory of this process, in as few bytes as can be. */
@@ -49,8 +49,22 @@ export class MemoryEntry extends Node {
 
   /** What a store says of it at this time. */
   at(now: number): Extract<Acquisition, { state: 'completed' }> {
-    const ttlMs = this.expires === Number.POSITIVE_INFINITY ? null : Math.ceil(this.expires - now)
-    return { state: 'completed', record: this.#copy(), ttlMs }
+    return { state: 'completed', record: this.#copy(), ttlMs: this.#ttlAt(now) }
+  }
+
+  /** The same without headers and body. */
+  listedAt(now: number): ListedKey {
+    const { key, fingerprint } = this
+    const createdAt = this.#createdAt + EPOCH
+    return { key, state: 'completed', fingerprint, createdAt, outcome: this.#outcome, ttlMs: this.#ttlAt(now) }
+  }
+
+  get isReply(): boolean {
+    return typeof this.#outcome === 'number'
+  }
+
+  #ttlAt(now: number): number | null {
+    return this.expires === Number.POSITIVE_INFINITY ? null : Math.ceil(this.expires - now)
   }
 
   #copy(): StoredRecord {

@@ -41,6 +41,10 @@ export class LinkedMap<T extends Node> {
     return this.#items.get(key)
   }
 
+  values(): Iterable<T> {
+    return this.#items.values()
+  }
+
   /** As the newest, in the place of the one with the same key. */
   set(item: T): void {
     const before = this.#items.get(item.key)

@@ -1,6 +1,7 @@
 import type {
   Acquisition,
   Claim,
+  Duration,
   IdempotencyStore,
   StoredRecord,
   TransactionAcquisition,
@@ -8,6 +9,7 @@ import type {
 } from '../../../types/index.js'
 import { InvalidOption } from '../../errors.js'
 import { BYTES, COUNT, checked, DURATION } from '../../option-rules.js'
+import { clock } from '../../util/clock.js'
 import { describeStore } from '../../util/describe.js'
 import { kPeek, resolved } from '../../util/sync-promise.js'
 import { isInFrontOf } from '../innermost.js'
@@ -28,11 +30,11 @@ export interface LocalCacheOptions {
    */
   maxBytes?: number
   /**
-   * Milliseconds for which a reply is replayed without asking the store again. It is how long a key that was
-   * deleted by another process may still be replayed by this one.
+   * For how long a reply is replayed without asking the store again. It is how long a key that was
+   * deleted or settled by another process may still be replayed by this one.
    * @default 10_000
    */
-  maxAge?: number
+  maxAge?: Duration
 }
 
 /** A finished operation, and when the store is to be asked for it again, in monotonic milliseconds. */
@@ -48,7 +50,7 @@ class CachedEntry extends MemoryEntry {
 /** When the store was asked, and what was known then. */
 interface Asked {
   readonly at: number
-  readonly deletions: number
+  readonly changes: number
 }
 
 const MOST_CLAIMS = 100_000
@@ -59,8 +61,8 @@ type Completed = Extract<Acquisition, { state: 'completed' }>
  * Keeps finished replies in this process, in front of any store: a replay needs no round trip then. Only what is
  * final is kept; who holds a key is always asked of the store. What is used least goes first.
  *
- * A record never outlives its ttl here. A key that this process deletes is forgotten at once; what another process
- * deletes may be replayed for `maxAge` milliseconds more.
+ * A record never outlives its ttl here. A key that this process deletes or settles is forgotten at once; what another
+ * process deletes or settles may be replayed for `maxAge` milliseconds more.
  */
 export class LocalCache implements IdempotencyStore {
   // What a store need not have, this one has where the other has it.
@@ -69,6 +71,8 @@ export class LocalCache implements IdempotencyStore {
   readonly changed?: NonNullable<IdempotencyStore['changed']>
   readonly get?: NonNullable<IdempotencyStore['get']>
   readonly delete?: NonNullable<IdempotencyStore['delete']>
+  readonly list?: NonNullable<IdempotencyStore['list']>
+  readonly settle?: NonNullable<IdempotencyStore['settle']>
   readonly begin?: NonNullable<IdempotencyStore['begin']>
   readonly close?: NonNullable<IdempotencyStore['close']>
   readonly #store: IdempotencyStore
@@ -79,8 +83,8 @@ export class LocalCache implements IdempotencyStore {
   readonly #cached = new LinkedMap<CachedEntry>()
   /** The claims that were made here, by their key: the record of one that has not been completed before is known. */
   readonly #claimed = new Map<string, string>()
-  /** Changes whenever a key is deleted: what was asked before may be from before. */
-  #deletions = 0
+  /** Changes whenever a key is deleted or settled: what was asked before may be from before. */
+  #changes = 0
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(store: IdempotencyStore, options: LocalCacheOptions = {}) {
@@ -92,13 +96,18 @@ export class LocalCache implements IdempotencyStore {
     this.#maxEntries = maxEntries ?? 10_000
     this.#maxBytes = maxBytes ?? 33_554_432
     this.#maxAge = maxAge ?? 10_000
-    const { step, changed, get, delete: forget, begin, close } = store
+    const { step, changed, get, delete: forget, list, settle, begin, close } = store
     this.sharesLocks = store.sharesLocks === true
     if (step) this.step = (key, token, done) => step.call(store, key, token, done)
     if (changed) this.changed = (key, signal) => changed.call(store, key, signal)
     // Who looks, an operator for instance, wants to see what is there.
     if (get) this.get = (key) => get.call(store, key)
-    if (forget) this.delete = (key) => this.#delete(key, forget.bind(store))
+    if (forget) this.delete = (key, unlessRunning) => this.#change(key, () => forget.call(store, key, unlessRunning))
+    if (list) this.list = (kinds, cursor) => list.call(store, kinds, cursor)
+    if (settle) {
+      this.settle = (key, fingerprint, settlement) =>
+        this.#change(key, () => settle.call(store, key, fingerprint, settlement))
+    }
     if (begin) this.begin = (key, claim) => this.#begin(key, claim, begin.bind(store))
     if (close) this.close = () => close.call(store)
   }
@@ -155,17 +164,18 @@ export class LocalCache implements IdempotencyStore {
     return found
   }
 
-  async #delete(key: string, forget: NonNullable<IdempotencyStore['delete']>): Promise<boolean> {
+  /** What is kept of the key may be wrong as soon as it is asked for, and whatever becomes of that. */
+  async #change(key: string, change: () => Promise<boolean>): Promise<boolean> {
     this.#forget(key)
     try {
-      return await forget(key)
+      return await change()
     } finally {
       this.#forget(key)
     }
   }
 
   #forget(key: string): void {
-    this.#deletions++
+    this.#changes++
     const cached = this.#cached.get(key)
     if (cached !== undefined) this.#cached.remove(cached)
   }
@@ -179,7 +189,7 @@ export class LocalCache implements IdempotencyStore {
   #find(key: string): Completed | null {
     const cached = this.#cached.get(key)
     if (cached === undefined) return null
-    const now = performance.now()
+    const now = clock.now()
     if (now >= cached.expires || now >= cached.stale) {
       this.#cached.remove(cached)
       return null
@@ -189,7 +199,7 @@ export class LocalCache implements IdempotencyStore {
   }
 
   #asked(): Asked {
-    return { at: performance.now(), deletions: this.#deletions }
+    return { at: clock.now(), changes: this.#changes }
   }
 
   #learn(key: string, { record, ttlMs }: Completed, asked: Asked): void {
@@ -205,8 +215,8 @@ export class LocalCache implements IdempotencyStore {
   }
 
   #put(cached: CachedEntry, asked: Asked): void {
-    // A key that was deleted meanwhile must not come back.
-    if (asked.deletions !== this.#deletions) return
+    // What was deleted or settled meanwhile must not come back.
+    if (asked.changes !== this.#changes) return
     this.#cached.set(cached)
     for (let { oldest } = this.#cached; oldest !== null && this.#isFull(); oldest = this.#cached.oldest) {
       this.#cached.remove(oldest)

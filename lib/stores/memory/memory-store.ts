@@ -1,6 +1,18 @@
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../../types/index.js'
+import type {
+  Acquisition,
+  Claim,
+  IdempotencyStore,
+  ListedKey,
+  ListedKind,
+  ListedPage,
+  Settlement,
+  StoredRecord,
+  StoredStep,
+  Unfinished
+} from '../../../types/index.js'
 import { StoreFull } from '../../errors.js'
 import { BYTES, COUNT, checked } from '../../option-rules.js'
+import { clock } from '../../util/clock.js'
 import { resolved } from '../../util/sync-promise.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
 import { MemoryEntry, sizeOf } from './entry.js'
@@ -47,9 +59,9 @@ interface Found {
 
 /** A finished operation, and who finished it. */
 class CompletedEntry extends MemoryEntry {
-  readonly token: string
+  readonly token: string | null
 
-  constructor(key: string, token: string, record: StoredRecord, expires: number) {
+  constructor(key: string, token: string | null, record: StoredRecord, expires: number) {
     super(key, record, expires)
     this.token = token
   }
@@ -67,6 +79,8 @@ class Released extends Node {
   }
 }
 
+/** Who finishes what nobody is running: no owner of before takes it for its own. */
+const NOBODY = null
 /** More releases than these are not remembered. */
 const MAX_RELEASED = 10_000
 /** What a step takes beside its name and its result, roughly. */
@@ -111,7 +125,7 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {
-    const now = performance.now()
+    const now = clock.now()
     const held = this.#ownedBy(token, key, now)
     if (held === undefined) return false
     this.#lease(held, now + leaseMs)
@@ -135,7 +149,7 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   async release(key: string, token: string, unused = false): Promise<boolean> {
-    const now = performance.now()
+    const now = clock.now()
     const held = this.#claimOf(key, now)
     if (held?.token !== token) {
       const released = this.#released.get(key)
@@ -152,7 +166,7 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   changed(key: string, signal: AbortSignal): Promise<void> {
-    const now = performance.now()
+    const now = clock.now()
     const held = this.#claimOf(key, now)
     if (signal.aborted || held === undefined || held.leaseEnd <= now) return Promise.resolve()
     return new Promise((resolve) => {
@@ -169,22 +183,53 @@ export class MemoryStore implements IdempotencyStore {
     })
   }
 
-  async get(key: string): Promise<Acquisition | null> {
-    const now = performance.now()
+  get(key: string): Promise<Acquisition | null> {
+    const now = clock.now()
     const held = this.#claimOf(key, now)
-    if (held !== undefined) return state(held, now)
-    const done = this.#doneOf(key, now)
-    return done === undefined ? null : done.at(now)
+    if (held !== undefined) return resolved<Acquisition>(state(held, now))
+    return resolved(this.#doneOf(key, now)?.at(now) ?? null)
   }
 
-  async delete(key: string): Promise<boolean> {
-    const now = performance.now()
-    const existed = this.#claimOf(key, now) !== undefined || this.#doneOf(key, now) !== undefined
+  async delete(key: string, unlessRunning = false): Promise<boolean> {
+    const now = clock.now()
+    const held = this.#claimOf(key, now)
+    if (unlessRunning && held !== undefined && held.leaseEnd > now) return false
+    const existed = held !== undefined || this.#doneOf(key, now) !== undefined
     this.#drop(key)
     const done = this.#done.get(key)
     if (done !== undefined) this.#done.remove(done)
     this.#wake(key)
     return existed
+  }
+
+  /** All of it is one page. */
+  list(kinds: readonly ListedKind[]): Promise<ListedPage> {
+    const now = clock.now()
+    const keys: ListedKey[] = []
+    for (const [key, held] of this.#claims) {
+      const listed = listedAt(key, held, now)
+      if (kinds.includes(listed.state) && held.leaseEnd + held.retainMs > now) keys.push(listed)
+    }
+    for (const done of this.#done.values()) {
+      if (kinds.includes(done.isReply ? 'reply' : 'tombstone') && done.expires > now) keys.push(done.listedAt(now))
+    }
+    return resolved<ListedPage>({ keys, cursor: null })
+  }
+
+  async settle(key: string, fingerprint: string, settlement: Settlement): Promise<boolean> {
+    const now = clock.now()
+    const held = this.#claimOf(key, now)
+    const done = held === undefined ? this.#doneOf(key, now) : undefined
+    if ((held ?? done)?.fingerprint !== fingerprint) return false
+    if (settlement === 'ended') {
+      if (held === undefined || held.leaseEnd > now) return false
+      giveBack(held, false)
+      this.#lease(held, now)
+    } else {
+      if (held === undefined ? done?.isReply : held.leaseEnd > now) return false
+      this.#finish(key, NOBODY, settlement.record, settlement.ttlMs, now)
+    }
+    return true
   }
 
   /** Stops the sweeping of expired entries until the store is used again. What it holds stays. */
@@ -194,7 +239,7 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   #acquire(key: string, claim: Claim): Acquisition {
-    const now = performance.now()
+    const now = clock.now()
     const held = this.#claimOf(key, now)
     if (held === undefined) {
       const done = this.#doneOf(key, now)
@@ -225,20 +270,24 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   #complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): boolean {
-    const now = performance.now()
+    const now = clock.now()
     if (this.#ownedBy(token, key, now) === undefined) return this.#doneOf(key, now)?.token === token
+    this.#finish(key, token, record, ttlMs, now)
+    this.#wake(key)
+    return true
+  }
+
+  #finish(key: string, token: string | null, record: StoredRecord, ttlMs: number | null, now: number): void {
     this.#drop(key)
     const { fingerprint, createdAt } = record
     const isTooLarge = sizeOf(key, record) > this.#maxBytes - this.#stepBytes
     const kept: StoredRecord = isTooLarge ? { kind: 'tombstone', reason: 'too-large', fingerprint, createdAt } : record
     this.#put(new CompletedEntry(key, token, kept, ttlMs === null ? Number.POSITIVE_INFINITY : now + ttlMs))
-    this.#wake(key)
-    return true
   }
 
   /** @throws StoreFull */
   #step(key: string, token: string, [name, result]: StoredStep): boolean {
-    const now = performance.now()
+    const now = clock.now()
     const held = this.#ownedBy(token, key, now)
     if (held === undefined) return false
     if (held.steps?.has(name)) return true
@@ -334,7 +383,7 @@ export class MemoryStore implements IdempotencyStore {
   }
 
   #sweep(): void {
-    const now = performance.now()
+    const now = clock.now()
     this.#done.scan(SWEEP_AT_ONCE, (done) => {
       if (done.expires <= now) this.#done.remove(done)
     })
@@ -389,8 +438,17 @@ function acquired({ attempt, steps }: ClaimEntry): Acquisition {
   return { state: 'acquired', attempt, steps: [...steps] }
 }
 
-function state({ fingerprint, attempt, leaseEnd, ended, steps: held }: ClaimEntry, now: number): Acquisition {
+function state(
+  { fingerprint, attempt, leaseEnd, ended, steps: held }: ClaimEntry,
+  now: number
+): Unfinished & { steps?: StoredStep[] } {
   const steps = held && { steps: [...held] }
-  if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now), ...steps }
-  return { state: 'abandoned', fingerprint, attempt, ...(ended && { ended }), ...steps }
+  if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now), attempt, ...steps }
+  const lapsedMs = Math.floor(now - leaseEnd)
+  return { state: 'abandoned', fingerprint, attempt, ...(ended && { ended }), lapsedMs, ...steps }
+}
+
+function listedAt(key: string, held: ClaimEntry, now: number): Unfinished & { key: string } {
+  const { steps, ...found } = state(held, now)
+  return { ...found, key }
 }

@@ -17,10 +17,10 @@ export function warnOfSiblings(store: IdempotencyStore): void {
 
 /**
  * A worker of node:cluster, as in pm2's cluster mode, or one of several processes of pm2's fork mode: pm2 counts them in
- * NODE_APP_INSTANCE.
+ * NODE_APP_INSTANCE. Or a function on AWS Lambda, which starts another one for each request that comes meanwhile.
  */
 export function hasSiblings(isWorker: boolean, env: NodeJS.ProcessEnv): boolean {
-  const { NODE_APP_INSTANCE: instance, exec_mode: mode } = env
-  if (isWorker) return true
+  const { NODE_APP_INSTANCE: instance, exec_mode: mode, AWS_LAMBDA_FUNCTION_NAME: lambda } = env
+  if (isWorker || lambda !== undefined) return true
   return instance !== undefined && (mode !== 'fork_mode' || Number(instance) > 0)
 }

@@ -1,32 +1,22 @@
-import type { Acquisition, StoredRecord, StoredStep } from '../../../types/index.js'
+import type { Acquisition, StoredRecord } from '../../../types/index.js'
+import { mergedSteps, withSteps } from '../steps.js'
 
 /* What two stores say of one key, as one answer. */
 
-export type Acquired = Extract<Acquisition, { state: 'acquired' }>
 export type Abandoned = Extract<Acquisition, { state: 'abandoned' }>
-type Steps = readonly StoredStep[] | undefined
 
 /**
- * The steps of both, each name once. Where results differ that of `to` counts: a step is kept in `from` first, so what
- * only `from` has nobody was told of, if a process that claims in `to` alone did it again meanwhile.
+ * What is abandoned in both: of the later attempt, given back only when nobody's outcome is unknown, and abandoned for as long
+ * as it is so in both.
  */
-export function mergedSteps(inFrom: Steps, inTo: Steps): readonly StoredStep[] {
-  const merged = new Map(inFrom ?? [])
-  for (const [name, result] of inTo ?? []) merged.set(name, result)
-  return [...merged]
-}
-
-/** As answers have them: left out where there are none. */
-export function withSteps<T extends Acquisition>(found: T, steps: readonly StoredStep[]): T {
-  return steps.length === 0 ? found : { ...found, steps }
-}
-
-/** What is abandoned in both: of the later attempt, and given back only when nobody's outcome is unknown. */
 export function bothAbandoned(inFrom: Abandoned, inTo: Abandoned): Abandoned {
   const later = inTo.attempt > inFrom.attempt ? inTo : inFrom
   const { fingerprint, attempt } = later
   const hasEnded = inFrom.attempt === inTo.attempt ? inFrom.ended && inTo.ended : later.ended
   const found: Abandoned = { state: 'abandoned', fingerprint, attempt, ...(hasEnded && { ended: true }) }
+  if (inFrom.lapsedMs !== undefined && inTo.lapsedMs !== undefined) {
+    found.lapsedMs = Math.min(inFrom.lapsedMs, inTo.lapsedMs)
+  }
   return withSteps(found, mergedSteps(inFrom.steps, inTo.steps))
 }
 

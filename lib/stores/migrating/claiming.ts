@@ -1,7 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Acquisition, Claim, IdempotencyStore } from '../../../types/index.js'
-import { type Abandoned, type Acquired, bothAbandoned, mergedSteps, withSteps } from './answers.js'
-import { raise } from './attempts.js'
+import { type Acquired, raise } from '../attempts.js'
+import { mergedSteps, withSteps } from '../steps.js'
+import { type Abandoned, bothAbandoned } from './answers.js'
 import { type KnownClaims, leaseLeft } from './known-claims.js'
 
 /*
@@ -21,7 +22,7 @@ export const PAUSE_MS = 5
 /** For how long these go on. */
 export const PATIENCE_MS = 1_000
 /** For how long a claim is remembered that takes over in order to put a record in its place. */
-const DAY_MS = 86_400_000
+export const DAY_MS = 86_400_000
 
 /** Claims that are held in two stores by the same token. */
 export class DoubleClaims {

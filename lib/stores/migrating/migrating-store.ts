@@ -8,7 +8,10 @@ import { innermost, isInFrontOf } from '../innermost.js'
 import { A_STORE, isStore } from '../is-store.js'
 import { copyOf, seen } from './answers.js'
 import { COMPLETION_MS, DoubleClaims, PATIENCE_MS, PAUSE_MS } from './claiming.js'
+import { deleteUnlessRunning } from './deleting.js'
 import { type KnownClaim, KnownClaims, leaseLeft } from './known-claims.js'
+import { listBoth } from './listing.js'
+import { DoubleSettlements } from './settling.js'
 
 /** A lease that has longer to go does not lapse while a claim is completed in both stores. */
 const SAFE_MS = 5_000
@@ -30,6 +33,12 @@ type Step = NonNullable<IdempotencyStore['step']>
  * that dies, or stands still for ten seconds, between the two halves of a completion leaves a record that only `to` has, which
  * nobody was shown. Who claims in both completes it; who claims in `from` alone, in the first deploy, may run the handler once
  * more before, as after every crash.
+ *
+ * To settle a key is such a completion, of what nobody is running in either: `from` is claimed, `to` gets the record in the
+ * place of what was looked at there, `from` gets it last. It is settled when both have it, also where one of them knew nothing
+ * of the key. Who is left in doubt, by an error, settles once more: that finishes what was begun, or says `false` and leaves
+ * what others have made of it. What runs is never deleted by halves: it is claimed in the same way before. `list` shows what
+ * either has, first all of `to` and then all of `from`, so most keys twice; what counts of a key is what `get` says.
  */
 export class MigratingStore implements IdempotencyStore {
   // What a store need not have, this one has where both have it.
@@ -38,6 +47,8 @@ export class MigratingStore implements IdempotencyStore {
   readonly changed?: NonNullable<IdempotencyStore['changed']>
   readonly get?: NonNullable<IdempotencyStore['get']>
   readonly delete?: NonNullable<IdempotencyStore['delete']>
+  readonly list?: NonNullable<IdempotencyStore['list']>
+  readonly settle?: NonNullable<IdempotencyStore['settle']>
   readonly close?: NonNullable<IdempotencyStore['close']>
   readonly #from: IdempotencyStore
   readonly #to: IdempotencyStore
@@ -70,20 +81,24 @@ export class MigratingStore implements IdempotencyStore {
       const changes = [from.changed.bind(from), to.changed.bind(to)] as const
       this.changed = (key, signal) => whenChanged(...changes, key, signal)
     }
-    if (from.get && to.get) {
-      const looks = [from.get.bind(from), to.get.bind(to)]
-      this.get = async (key) => {
-        const [inFrom = null, inTo = null] = await Promise.all(looks.map((get) => get(key)))
-        return seen(inFrom, inTo)
+    if (has(from, 'get') && has(to, 'get')) {
+      this.get = async (key) => seen(...(await Promise.all([from.get(key), to.get(key)])))
+    }
+    if (has(from, 'get', 'settle') && has(to, 'get', 'settle')) {
+      const settlements = new DoubleSettlements(from, to)
+      this.settle = (...args) => settlements.settle(...args)
+    }
+    if (has(from, 'delete') && has(to, 'delete')) {
+      // Should who asks in between find the record of `to`, it would be put into `from` again: so `to` forgets it first.
+      this.delete = async (key, unlessRunning = false) => {
+        if (unlessRunning) return deleteUnlessRunning(from, to, key)
+        const existed = await to.delete(key)
+        return (await from.delete(key)) || existed
       }
     }
-    if (from.delete && to.delete) {
-      const [forget, forgetFirst] = [from.delete.bind(from), to.delete.bind(to)]
-      // The other way round, who asks in between would put the record of `to` into `from` again.
-      this.delete = async (key) => {
-        const existed = await forgetFirst(key)
-        return (await forget(key)) || existed
-      }
+    if (from.list && to.list) {
+      const lists = [from.list.bind(from), to.list.bind(to)] as const
+      this.list = (kinds, cursor) => listBoth(...lists, kinds, cursor)
     }
     if (from.close || to.close) this.close = async () => void (await this.#inBoth(async (store) => store.close?.()))
   }
@@ -146,7 +161,7 @@ export class MigratingStore implements IdempotencyStore {
     if (leaseLeft(known) < SAFE_MS && !(await this.#secure(key, token))) {
       // It may have been completed before.
       if (await completeIn(this.#from)) return true
-      if (known?.isCompleting) return this.#settle(key, token, record, ttlMs)
+      if (known?.isCompleting) return this.#finish(key, token, record, ttlMs)
       if (!(await this.#claims.mend(key, token, this.#from))) return false
     }
     this.#isCompleting(key, token, true)
@@ -157,7 +172,7 @@ export class MigratingStore implements IdempotencyStore {
       await this.#from.release(key, token)
       return false
     }
-    return (await completeIn(this.#from)) || this.#settle(key, token, record, ttlMs)
+    return (await completeIn(this.#from)) || this.#finish(key, token, record, ttlMs)
   }
 
   #isCompleting(key: string, token: string, is: boolean): void {
@@ -178,7 +193,7 @@ export class MigratingStore implements IdempotencyStore {
    * `to` has the record, and the claim in `from` is gone all the same: it lost its data, or this process stood still. True if
    * the record is there in the end. Who has taken over meanwhile, and claims in both, is about to put it there.
    */
-  async #settle(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
+  async #finish(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
     const { fingerprint } = record
     const claim = { token, fingerprint, leaseMs: COMPLETION_MS, retainMs: COMPLETION_MS, takeover: false }
     for (const until = performance.now() + PATIENCE_MS; ; await sleep(PAUSE_MS)) {
@@ -214,6 +229,13 @@ export class MigratingStore implements IdempotencyStore {
       if (found.state !== 'running' || performance.now() > until) return false
     }
   }
+}
+
+function has<M extends keyof IdempotencyStore>(
+  store: IdempotencyStore,
+  ...methods: M[]
+): store is IdempotencyStore & Required<Pick<IdempotencyStore, M>> {
+  return methods.every((method) => store[method] !== undefined)
 }
 
 /**

@@ -1,4 +1,4 @@
-import type { CasDriver, Content, Lasting, Row, RowState } from '../cas/driver.js'
+import type { CasDriver, Content, Lasting, Row, RowPage, RowState } from '../cas/driver.js'
 import { type Columns, type CorePool, Database } from './database.js'
 import { claimFailure, isDuplicate, isTooLarge } from './errors.js'
 
@@ -17,6 +17,7 @@ const NOW = "TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) / 1e3"
 const BY_KEY = 'FORCE INDEX (PRIMARY)'
 
 const SWEEP_ROWS = 100
+const PAGE_ROWS = 500
 
 /** What a statement may have beside the value that it stores: keys and tokens, and what they are wrapped in. */
 const BESIDE_VALUE = 2_000
@@ -122,6 +123,19 @@ WHERE \`key\` IN (${places(asked)}) AND state = 'running' AND lease_end > ${NOW}
     return rows.map(({ found }) => textOf(found))
   }
 
+  async page(after: string | null, states: readonly RowState[], recordBytes: number): Promise<RowPage> {
+    const rows = await this.#database.rows(
+      `SELECT \`key\` AS found, state, token, revision, lease_end, expires_at, CASE
+  WHEN state NOT IN (?, ?, ?, ?) THEN '' WHEN state = 'completed' THEN SUBSTRING(value, 1, ?) ELSE value
+END AS value, ${NOW} AS looked_at
+FROM ${this.#table} ${BY_KEY} WHERE \`key\` > ? ORDER BY \`key\` LIMIT ${PAGE_ROWS}`,
+      ...[...padded(states, 4), recordBytes, bytes(after ?? '')]
+    )
+    const found = rows.map((row) => ({ ...rowOf(row), key: textOf(row.found) }))
+    const last = rows.length === PAGE_ROWS ? (found.at(-1)?.key ?? null) : null
+    return { rows: found.filter(({ state }) => states.includes(state)), last }
+  }
+
   /** Locks what it deletes, and nothing else. */
   async sweep(): Promise<boolean> {
     const expired = await this.#database.rows(
@@ -156,9 +170,9 @@ function textOf(value: unknown): string {
   return (value as Buffer).toString()
 }
 
-function padded(values: readonly Buffer[], count: number): Buffer[] {
-  const last = values.at(-1) as Buffer
-  return [...values, ...Array<Buffer>(count - values.length).fill(last)]
+function padded<T>(values: readonly T[], count: number): T[] {
+  const last = values.at(-1) as T
+  return [...values, ...Array<T>(count - values.length).fill(last)]
 }
 
 function places(values: readonly unknown[]): string {

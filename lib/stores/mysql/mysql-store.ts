@@ -1,5 +1,6 @@
+import type { Duration } from '../../../types/index.js'
 import { InvalidOption } from '../../errors.js'
-import { ANYTHING, checked, SWEEP_INTERVAL } from '../../option-rules.js'
+import { ANYTHING, type Checked, checked, SWEEP_INTERVAL } from '../../option-rules.js'
 import { describe } from '../../util/describe.js'
 import { CompareAndSetStore } from '../cas/compare-and-set-store.js'
 import type { CorePool, Mysql2Pool } from './database.js'
@@ -18,10 +19,10 @@ export interface MysqlStoreOptions {
    */
   table?: string
   /**
-   * How often expired rows are deleted, in milliseconds; `null` when something else does it.
+   * How often expired rows are deleted; `null` when something else does it.
    * @default 60_000
    */
-  sweepInterval?: number | null
+  sweepInterval?: Duration | null
 }
 
 /** `database.table` or `table`, of at most 64 characters each: https://dev.mysql.com/doc/refman/8.0/en/identifier-length.html */
@@ -38,7 +39,7 @@ const RULES = {
 
 const WANTED = 'new MysqlStore({ pool: createPool(uri) }), with createPool of "mysql2"'
 
-function checkedOptions(options: MysqlStoreOptions): MysqlStoreOptions {
+function checkedOptions(options: MysqlStoreOptions): Checked<MysqlStoreOptions> {
   // Never what is in a text, which may be a password.
   if (typeof options === 'string') throw new InvalidOption(`MysqlStore takes a pool, not a URL: ${WANTED}`)
   const { pool, ...others } = options ?? {}

@@ -1,8 +1,13 @@
+import { randomUUID } from 'node:crypto'
 import type { EventEmitter } from 'node:events'
 import type {
   Acquisition,
   Claim,
+  Duration,
   IdempotencyStore,
+  ListedKind,
+  ListedPage,
+  Settlement,
   StoredRecord,
   StoredStep,
   TransactionAcquisition,
@@ -10,7 +15,7 @@ import type {
   TransactionClient
 } from '../../../types/index.js'
 import { InvalidOption } from '../../errors.js'
-import { ANYTHING, checked, SWEEP_INTERVAL } from '../../option-rules.js'
+import { ANYTHING, type Checked, checked, SWEEP_INTERVAL } from '../../option-rules.js'
 import { describe } from '../../util/describe.js'
 import { limited } from '../longest-time.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
@@ -19,7 +24,7 @@ import { Sweeper } from '../sweeper.js'
 import { claimFailure, explain, isContention } from './errors.js'
 import { PostgresNotifications } from './notifications.js'
 import type { PostgresPool } from './pool.js'
-import { AS_TEXT, acquisitionOf, type FoundRow, recordValues, stepValues } from './rows.js'
+import { AS_TEXT, acquisitionOf, type FoundRow, type ListedRow, listedOf, recordValues, stepValues } from './rows.js'
 import { PostgresSql, SWEEP_ROWS } from './statements.js'
 import { PostgresTransaction } from './transaction.js'
 
@@ -33,14 +38,17 @@ export interface PostgresStoreOptions {
    */
   table?: string
   /**
-   * How often expired rows are deleted, in milliseconds; `null` when something else does it. Of many processes
+   * How often expired rows are deleted; `null` when something else does it. Of many processes
    * one at a time does it.
    * @default 60_000
    */
-  sweepInterval?: number | null
+  sweepInterval?: Duration | null
 }
 
-type Query = (config: { text: string; values?: unknown[]; types: typeof AS_TEXT }) => Promise<{ rows: FoundRow[] }>
+type Query = (config: { text: string; values?: unknown[]; types: typeof AS_TEXT }) => Promise<{ rows: object[] }>
+
+/** A row of a page, which may have none but its cursor. */
+type ListedPageRow = { cursor: string | null } & (ListedRow | { key: null })
 
 /** `schema.table` or `table`; what is derived from the table's name must not exceed PostgreSQL's 63 bytes. */
 const TABLE = /^(?:([A-Za-z_][A-Za-z0-9_]{0,62})\.)?([A-Za-z_][A-Za-z0-9_]{0,51})$/
@@ -56,7 +64,7 @@ const RULES = {
 
 const WANTED = 'new PostgresStore({ pool: new Pool({ connectionString }) }), with Pool of "pg"'
 
-function checkedOptions(options: PostgresStoreOptions): PostgresStoreOptions {
+function checkedOptions(options: PostgresStoreOptions): Checked<PostgresStoreOptions> {
   // Never what is in a text, which may be a password.
   if (typeof options === 'string') throw new InvalidOption(`PostgresStore takes a pool, not a URL: ${WANTED}`)
   const { pool, ...others } = options ?? {}
@@ -150,10 +158,26 @@ export class PostgresStore implements IdempotencyStore {
     return row === undefined ? null : acquisitionOf(row, 0)
   }
 
-  /** Does not forget what an open transaction holds: that gives `false`. */
-  async delete(key: string): Promise<boolean> {
-    const [row] = (await this.#query(this.#sql.remove, [toKey(key)])) as unknown as { existed: string }[]
+  /**
+   * Does not forget what an open transaction holds: that gives `false`. With `unlessRunning` nor a row that another version has
+   * written, or in a state that is not known: it may be a claim that is running.
+   */
+  async delete(key: string, unlessRunning = false): Promise<boolean> {
+    const [row] = await this.#query<{ existed: string }>(this.#sql.remove, [toKey(key), unlessRunning])
     return row?.existed === 't'
+  }
+
+  async list(kinds: readonly ListedKind[], cursor: string | null): Promise<ListedPage> {
+    const rows = await this.#query<ListedPageRow>(this.#sql.list, [cursor, [...kinds]])
+    const keys = rows.map((row) => (row.key === null ? null : listedOf(row))).filter((listed) => listed !== null)
+    return { keys, cursor: rows[0]?.cursor ?? null }
+  }
+
+  async settle(key: string, fingerprint: string, settlement: Settlement): Promise<boolean> {
+    const [name, asked, nobody] = [toKey(key), toText(fingerprint), randomUUID()]
+    if (settlement === 'ended') return this.#test(this.#sql.settleAsEnded, [name, nobody, asked])
+    const { record, ttlMs } = settlement
+    return this.#test(this.#sql.settle, [name, nobody, ...recordValues(record), ttlMs, asked])
   }
 
   async begin(key: string, claim: TransactionClaim): Promise<TransactionAcquisition> {
@@ -191,11 +215,11 @@ export class PostgresStore implements IdempotencyStore {
     return (await done()) || done()
   }
 
-  async #query(text: string, values?: unknown[], failure = explain): Promise<FoundRow[]> {
+  async #query<Row = FoundRow>(text: string, values?: unknown[], failure = explain): Promise<Row[]> {
     for (let tries = 1; ; tries++) {
       try {
         const { rows } = await this.#pool.query({ text, ...(values && { values }), types: AS_TEXT })
-        return rows
+        return rows as Row[]
       } catch (error) {
         if (tries === MOST_TRIES || !isContention(error)) throw failure(error)
       }

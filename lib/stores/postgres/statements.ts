@@ -1,23 +1,32 @@
+import {
+  after,
+  COUNTS,
+  FOUND,
+  IS_AT_REST,
+  IS_REPLY,
+  IS_TOMBSTONE,
+  IS_UNOWNED,
+  isClaimed,
+  isReleased,
+  KIND,
+  LISTED,
+  NO_RECORD,
+  NOTHING_MORE,
+  VERDICT,
+  VERSION
+} from './judging.js'
+import { chore, createTable, qualified, quoted, tableDdl } from './table.js'
+
 /*
  * The statements of a PostgresStore. Each is one atomic step under READ COMMITTED; each takes the time from the
  * server, by clock_timestamp(), because now() is the start of a transaction or of a wait for a lock.
  *
- * A row is in one of these states:
+ * Whoever changes a row that another is changing waits for it, and judges it anew as it is then: so all that decides is in the
+ * conditions of that change.
  *
- *   running    a claim: token, attempt, lease_end; remembered until expires_at. What it took over, if anything, is in
- *              found_state and found_fingerprint
- *   ended      a claim that was given back after its handler had run, and is nobody's; remembered until expires_at
- *   abandoned  the same, given back as what was abandoned when it took over; a claim that lapses stays 'running'
- *   completed  a record: either status_code, headers, body and body_is_text, or tombstone; kept until expires_at
- *   released   nobody's; remembers until expires_at who released it
- *
- * The steps of what is running, ended or abandoned are in `steps`, each as the JSON array of its name and its result and a
- * newline, which stands nowhere else in it; NULL where there are none. A column of the row, no table of its own: whoever takes
- * over has waited for the row, and gets the steps as they are then, where a second table would be seen as it was before.
- *
- * A row whose expires_at has passed is as good as none; one in any other state is not ours, and is left as it is. A claim inside an open transaction is a row that nobody
- * else sees; an exclusive advisory lock on the key, held by the transaction, says that it is there, and lets others
- * see so without waiting. Whoever claims without a transaction takes the same lock shared, for one statement.
+ * A claim inside an open transaction is a row that nobody else sees; an exclusive advisory lock on the key, held by the
+ * transaction, says that it is there, and lets others see so without waiting. Whoever claims without a transaction, settles or
+ * deletes takes the same lock shared, for one statement.
  */
 
 /** The channel of all wake-ups. A message is the SHA-256 of a key, in hex. */
@@ -26,33 +35,10 @@ export const CHANNEL = 'fastify-idempotency'
 /** How many expired rows go in one statement. */
 export const SWEEP_ROWS = 500
 
+/** How many rows a page of the list looks at. */
+export const PAGE_ROWS = 500
+
 const NOTIFY = `pg_notify('${CHANNEL}', encode(sha256(convert_to(key, 'UTF8')), 'hex'))`
-
-/** What `clock_timestamp()` will be after so many milliseconds. */
-const after = (ms: string) => `clock_timestamp() + ${ms} * interval '1 millisecond'`
-const left = (end: string) => `extract(epoch FROM ${end} - moment) * 1000`
-
-/** The lock of something that one process at a time does; of two numbers, so that it is not that of any key. */
-const chore = (name: string, table = '0') => `hashtext('fastify-idempotency ${name}'), ${table}`
-
-const qualified = (schema: string | null, name: string) => {
-  const identifier = (text: string) => `"${text.replaceAll('"', '""')}"`
-  return schema === null ? identifier(name) : `${identifier(schema)}.${identifier(name)}`
-}
-const quoted = (text: string) => `'${text.replaceAll("'", "''")}'`
-
-/** A row as it is read: what is found, and the columns of the record. */
-const FOUND = `
-  CASE WHEN state IN ('completed', 'ended', 'abandoned') THEN state WHEN state <> 'running' THEN 'unknown'
-    WHEN lease_end > moment THEN 'running' ELSE 'abandoned' END AS found,
-  attempt, fingerprint,
-  CASE WHEN state = 'running' THEN ${left('lease_end')} WHEN expires_at < 'infinity' THEN ${left('expires_at')} END
-    AS left_ms,
-  created_at, status_code, headers::text AS headers, encode(body, 'base64') AS body, body_is_text, tombstone, steps`
-
-/** The columns behind `attempt` where there is no row to read, and no steps. */
-const NO_RECORD = 'NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL'
-const NOTHING_MORE = `${NO_RECORD}, NULL`
 
 /** What a claim brings, as parameters or as literals. */
 export interface ClaimValues {
@@ -77,10 +63,6 @@ const PARAMETERS: ClaimValues = {
 export class PostgresSql {
   /** The table, as a migration would create it. */
   readonly ddl: string
-  /**
-   * Creates what is missing, once, however many processes call it at the same time. What is there is left in peace:
-   * CREATE … IF NOT EXISTS takes a lock before it looks, behind which everything would have to wait.
-   */
   readonly createTable: string
   /** $1 key, $2 token, $3 fingerprint, $4 leaseMs, $5 retainMs, $6 takeover. No row: ask once more. */
   readonly acquire: string
@@ -96,8 +78,14 @@ export class PostgresSql {
   readonly release: string
   /** $1 key. */
   readonly get: string
-  /** $1 key. A row with `existed`. */
+  /** $1 key, $2 unlessRunning. A row with `existed`. */
   readonly remove: string
+  /** $1 the last key of the page before, or null, $2 kinds. A row at least, each with the `cursor`; without a key: of nothing. */
+  readonly list: string
+  /** $1 key, $2 a token that nobody has, $3 to $9 the record, $10 ttlMs or null, $11 the fingerprint asked for. A row: yes. */
+  readonly settle: string
+  /** $1 key, $2 a token that nobody has, $3 fingerprint. A row: yes. */
+  readonly settleAsEnded: string
   /** $1 key. Notes that somebody waits; a row: for a claim that runs. */
   readonly watch: string
   /** $1 key. Tells those who wait for a transaction that it is over. */
@@ -113,46 +101,14 @@ export class PostgresSql {
 
   /** @param schema `null`: wherever the search path finds the table */
   constructor(schema: string | null, name: string) {
-    const [table, index] = [name, `${name}_expires_at`].map((relation) => qualified(schema, relation)) as [
-      string,
-      string
-    ]
+    const table = qualified(schema, name)
     this.#schema = schema
     this.#name = name
     this.#table = table
     this.#literal = quoted(table)
-    const mine = 'key = $1::text AND token = $2::text AND expires_at > clock_timestamp()'
-
-    this.ddl = `CREATE TABLE IF NOT EXISTS ${table} (
-  key          text COLLATE "C" PRIMARY KEY,
-  token        text NOT NULL,
-  fingerprint  text NOT NULL,
-  attempt      integer NOT NULL,
-  state        text NOT NULL,
-  waiting      boolean NOT NULL DEFAULT false,
-  lease_end    timestamptz NOT NULL,
-  retain_ms    double precision NOT NULL,
-  expires_at   timestamptz NOT NULL,
-  found_state  text,
-  found_fingerprint text,
-  created_at   numeric,
-  status_code  smallint,
-  headers      jsonb,
-  body         bytea,
-  body_is_text boolean,
-  tombstone    text,
-  steps        text COLLATE "C"
-);
-CREATE INDEX IF NOT EXISTS "${name}_expires_at" ON ${table} (expires_at);`
-
-    const [createTable, createIndex] = this.ddl.split(/(?<=;)\n/)
-    this.createTable = `
-DO $do$ BEGIN
-  IF to_regclass(${quoted(table)}) IS NOT NULL AND to_regclass(${quoted(index)}) IS NOT NULL THEN RETURN; END IF;
-  PERFORM pg_advisory_xact_lock(${chore('create')});
-  IF to_regclass(${quoted(table)}) IS NULL THEN ${createTable} END IF;
-  IF to_regclass(${quoted(index)}) IS NULL THEN ${createIndex} END IF;
-END $do$`
+    this.ddl = tableDdl(schema, name)
+    this.createTable = createTable(schema, name)
+    const mine = `key = $1::text AND token = $2::text AND version = ${VERSION} AND expires_at > clock_timestamp()`
 
     this.acquire = this.#claim('pg_try_advisory_xact_lock_shared', PARAMETERS)
 
@@ -197,24 +153,35 @@ WITH held AS MATERIALIZED (
 )
 SELECT ${FOUND} FROM held
 UNION ALL
-SELECT 'locked', NULL, ${NOTHING_MORE} WHERE NOT EXISTS (SELECT FROM held) AND ${this.#inTransaction()}`
+SELECT 'locked', NULL, ${NOTHING_MORE} WHERE NOT EXISTS (SELECT FROM held) AND ${this.#isHeld('$1::text')}`
 
     this.remove = `
 WITH gone AS (
-  DELETE FROM ${table} WHERE key = $1::text AND pg_try_advisory_xact_lock_shared(${this.#lock('$1::text')})
-  RETURNING key, waiting, state <> 'released' AND expires_at > clock_timestamp() AS existed
+  DELETE FROM ${table} WHERE ${this.#unheld(`NOT $2::boolean OR ${IS_AT_REST}`)}
+  RETURNING key, waiting, ${COUNTS} AS existed
 )
 SELECT existed, CASE WHEN waiting THEN ${NOTIFY}::text END FROM gone`
+
+    this.list = this.#list()
+
+    // What it took over is of no more interest: nobody will give it back.
+    const nobodys = 'token = $2::text, found_state = NULL, found_fingerprint = NULL'
+    const unsettled = `(${IS_UNOWNED} OR ${IS_TOMBSTONE}) AND fingerprint = $11::text AND expires_at > clock_timestamp()`
+    this.settle = this.#change(`${nobodys}, ${record}`, this.#unheld(unsettled))
+    this.settleAsEnded = this.#change(
+      `${nobodys}, state = 'ended', lease_end = '-infinity', expires_at = ${after('retain_ms')}`,
+      this.#unheld(`${IS_UNOWNED} AND fingerprint = $3::text AND expires_at > clock_timestamp()`)
+    )
 
     this.watch = `
 WITH running AS (
   UPDATE ${table} SET waiting = true
-  WHERE key = $1::text AND state = 'running' AND lease_end > clock_timestamp()
+  WHERE key = $1::text AND ${isClaimed()} AND state = 'running' AND lease_end > clock_timestamp()
   RETURNING true
 )
 SELECT true FROM running
 UNION ALL
-SELECT true WHERE NOT EXISTS (SELECT FROM running) AND ${this.#inTransaction()}`
+SELECT true WHERE NOT EXISTS (SELECT FROM running) AND ${this.#isHeld('$1::text')}`
 
     this.wake = `SELECT ${NOTIFY} FROM (SELECT $1::text AS key) AS woken`
 
@@ -260,8 +227,7 @@ SELECT set_config('lock_timeout', '${idleMs}', true) WHERE current_setting('lock
 
   #claim(tryLock: string, { key, token, fingerprint, leaseMs, retainMs, takeover }: ClaimValues): string {
     const table = this.#table
-    const claimed = "state IN ('running', 'ended', 'abandoned')"
-    const isNew = `(NOT old.${claimed} OR old.expires_at <= clock_timestamp())`
+    const isNew = `(NOT ${isClaimed('old.')} OR old.expires_at <= clock_timestamp())`
     const isOurs = "(old.state = 'running' AND old.token = EXCLUDED.token)"
     const found = (mine: string, other: string) =>
       `CASE WHEN ${isNew} THEN NULL WHEN ${isOurs} THEN old.${mine} ELSE ${other} END`
@@ -271,17 +237,16 @@ WITH held AS MATERIALIZED (
 ), chance AS MATERIALIZED (
   SELECT ${tryLock}(${this.#lock(key)}) AS taken WHERE NOT EXISTS (
     SELECT FROM held
-    WHERE NOT ${claimed}
+    WHERE NOT ${isClaimed()}
       OR (NOT (state = 'running' AND token = ${token}) AND (lease_end > moment OR NOT ${takeover}))
   )
 ), taken AS (
-  INSERT INTO ${table} AS old (key, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)
-  SELECT ${key}, ${token}, ${fingerprint}, 1, 'running',
+  INSERT INTO ${table} AS old (key, version, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)
+  SELECT ${key}, ${VERSION}, ${token}, ${fingerprint}, 1, 'running',
     ${after(leaseMs)}, ${retainMs}, ${after(`(${leaseMs} + ${retainMs})`)}
   FROM chance WHERE chance.taken
   ON CONFLICT (key) DO UPDATE SET
-    token = EXCLUDED.token,
-    fingerprint = EXCLUDED.fingerprint,
+    version = EXCLUDED.version, token = EXCLUDED.token, fingerprint = EXCLUDED.fingerprint,
     attempt = CASE WHEN ${isNew} THEN 1 WHEN ${isOurs} THEN old.attempt ELSE old.attempt + 1 END,
     found_state = ${found('found_state', "CASE old.state WHEN 'ended' THEN 'ended' ELSE 'abandoned' END")},
     found_fingerprint = ${found('found_fingerprint', 'old.fingerprint')},
@@ -289,8 +254,8 @@ WITH held AS MATERIALIZED (
     state = 'running', waiting = old.waiting AND old.state = 'running',
     lease_end = EXCLUDED.lease_end, retain_ms = EXCLUDED.retain_ms, expires_at = EXCLUDED.expires_at,
     created_at = NULL, status_code = NULL, headers = NULL, body = NULL, body_is_text = NULL, tombstone = NULL
-  WHERE old.state = 'released' OR old.expires_at <= clock_timestamp() OR (
-    old.${claimed} AND (${isOurs} OR (${takeover} AND old.lease_end <= clock_timestamp()))
+  WHERE ${isReleased('old.')} OR old.expires_at <= clock_timestamp() OR (
+    ${isClaimed('old.')} AND (${isOurs} OR (${takeover} AND old.lease_end <= clock_timestamp()))
   )
   RETURNING old.attempt, old.steps
 )
@@ -301,26 +266,57 @@ UNION ALL
 SELECT 'locked', NULL, ${NOTHING_MORE} FROM chance WHERE NOT chance.taken`
   }
 
+  /** Of the rows that are looked at, each is judged by itself, so that a damaged one does not keep the rest from being seen. */
+  #list(): string {
+    return `
+WITH looked AS MATERIALIZED (
+  SELECT *, clock_timestamp() AS moment FROM ${this.#table}
+  WHERE key >= coalesce($1::text, '') AND key IS DISTINCT FROM $1::text
+  ORDER BY key LIMIT ${PAGE_ROWS}
+), page AS (
+  SELECT CASE WHEN count(*) = ${PAGE_ROWS} THEN max(key) END AS cursor FROM looked
+), judged AS (
+  SELECT *, ${VERDICT} AS found FROM looked
+), listed AS (
+  SELECT ${LISTED} FROM judged
+  WHERE CASE
+    WHEN NOT ${COUNTS} OR NOT ${KIND} = ANY ($2::text[]) OR ${this.#isHeld('key')} THEN false
+    WHEN ${KIND} = 'reply' THEN ${IS_REPLY}
+    ELSE true
+  END
+)
+SELECT page.cursor, listed.* FROM page LEFT JOIN listed ON true ORDER BY key`
+  }
+
   /**
    * Ends a claim, and tells those who wait; or sees that this token has ended it before.
    * @param is What is true of a row afterwards.
    */
   #finish(is: string, mine: string, changes: string): string {
-    return `
-WITH done AS (
-  UPDATE ${this.#table} SET ${changes}
-  WHERE ${mine} AND state = 'running'
-  RETURNING key, waiting
-)
-SELECT CASE WHEN waiting THEN ${NOTIFY}::text END FROM done
+    return `${this.#change(changes, `${mine} AND state = 'running'`)}
 UNION ALL
 SELECT NULL FROM ${this.#table} WHERE ${mine} AND ${is} AND NOT EXISTS (SELECT FROM done)`
   }
 
+  /** Changes the row that is so, and tells those who wait. */
+  #change(changes: string, is: string): string {
+    return `
+WITH done AS (
+  UPDATE ${this.#table} SET ${changes}
+  WHERE ${is}
+  RETURNING key, waiting
+)
+SELECT CASE WHEN waiting THEN ${NOTIFY}::text END FROM done`
+  }
+
   /** The row of a key, if it counts, and the one moment at which it is judged. */
   #held(key: string): string {
-    return `SELECT *, clock_timestamp() AS moment FROM ${this.#table}
-  WHERE key = ${key} AND state <> 'released' AND expires_at > clock_timestamp()`
+    return `SELECT *, clock_timestamp() AS moment FROM ${this.#table} WHERE key = ${key} AND ${COUNTS}`
+  }
+
+  /** The key of $1 whose row is so, unless a transaction holds it. For another one the lock would turn others away in vain. */
+  #unheld(is: string): string {
+    return `key = $1::text AND CASE WHEN ${is} THEN pg_try_advisory_xact_lock_shared(${this.#lock('$1::text')}) END`
   }
 
   #lock(key: string): string {
@@ -328,12 +324,11 @@ SELECT NULL FROM ${this.#table} WHERE ${mine} AND ${is} AND NOT EXISTS (SELECT F
   }
 
   /** Does some transaction hold the key? Without taking the lock for a moment, which would turn others away. */
-  #inTransaction(): string {
-    return `EXISTS (
-  SELECT FROM pg_locks
+  #isHeld(key: string): string {
+    return `${this.#lock(key)} IN (
+  SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks
   WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND objsubid = 1
     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND (classid::bigint << 32) | objid::bigint = ${this.#lock('$1::text')}
 )`
   }
 }

@@ -10,6 +10,8 @@ export interface Pipeline {
   setBuffer(key: string, value: string | Buffer, ...options: (string | number)[]): Pipeline
   getBuffer(key: string): Pipeline
   pttl(key: string): Pipeline
+  scanBuffer(cursor: string, match: 'MATCH', pattern: Buffer, limit: 'COUNT', count: number): Pipeline
+  info(section: string): Pipeline
   set(key: string, value: string, ...options: (string | number)[]): Pipeline
   wait(replicas: number, timeout: number): Pipeline
   exec(): Promise<Result[] | null>

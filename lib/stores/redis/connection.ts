@@ -29,6 +29,8 @@ export interface Link {
  */
 export interface RedisConnection extends Omit<Link, 'identity' | 'setAndWait'> {
   readonly isCluster: boolean
+  /** The client's own prefix. */
+  readonly keyPrefix: Argument
   /**
    * SET NX GET and PTTL of one key, the one right behind the other. Both may be sent again to another server meanwhile:
    * SET decides, and PTTL tells nothing of a key that SET has taken.
@@ -36,6 +38,13 @@ export interface RedisConnection extends Omit<Link, 'identity' | 'setAndWait'> {
   setOrGet(key: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]>
   /** GET and PTTL of one key. */
   getWithTtl(key: string): Promise<readonly (Result | undefined)[]>
+  /**
+   * SCAN, and INFO of the server that has answered it. Names are whole: the client's own prefix is in them, and in what they
+   * have to match. Not of a Cluster.
+   */
+  scan(cursor: string, match: Buffer, count: number): Promise<readonly (Result | undefined)[]>
+  /** CLUSTER SLOTS. */
+  slots(): Promise<unknown>
   /** What goes by one connection, or by one whose `identity` shows that it is another. */
   hold<T>(use: (link: Link) => Promise<T>): Promise<T>
   /** CONFIG GET: a list of names and values in turn, or what has them as a map. */

@@ -24,6 +24,11 @@ export function isReadOnly(error: unknown): error is Error {
   return error instanceof Error && error.message.startsWith('READONLY')
 }
 
+/** Is it by which a server says that it does not know a command, or that the user of the connection may not give it? */
+export function isRefused(error: Error): boolean {
+  return /^NOPERM |^ERR unknown command/.test(error.message)
+}
+
 /** Was the command of a pipeline given up, because the connection was lost when others of it had been answered? */
 export function isAborted(result: readonly [error: Error | null, ...unknown[]] | undefined): boolean {
   return /aborted due to connection close/i.test(result?.[0]?.message ?? '')

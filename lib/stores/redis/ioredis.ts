@@ -12,9 +12,11 @@ interface Commands {
   readonly isCluster?: boolean
   /** Another one with each connection. A Cluster has none. */
   readonly stream?: unknown
+  readonly options?: { readonly keyPrefix?: Argument }
   evalshaBuffer: Evaluate
   evalBuffer: Evaluate
   config(command: 'GET', pattern: string): Promise<unknown>
+  cluster(command: 'SLOTS'): Promise<unknown>
 }
 
 /** An ioredis connection that listens. */
@@ -33,6 +35,10 @@ export class IoredisConnection implements RedisConnection, Link {
     this.#client = client as IoredisClient & Commands
     this.isCluster = this.#client.isCluster === true
     this.#batches = this.isCluster ? null : new ClaimBatches(client)
+  }
+
+  get keyPrefix(): Argument {
+    return this.#client.options?.keyPrefix ?? ''
   }
 
   get identity(): unknown {
@@ -56,6 +62,18 @@ export class IoredisConnection implements RedisConnection, Link {
 
   getWithTtl(key: string): Promise<readonly (Result | undefined)[]> {
     return this.#pipeline((pipeline) => pipeline.getBuffer(key).pttl(key))
+  }
+
+  scan(cursor: string, match: Buffer, count: number): Promise<readonly Result[]> {
+    return this.#pipeline((pipeline) => pipeline.scanBuffer(cursor, 'MATCH', match, 'COUNT', count).info('server'))
+  }
+
+  async slots(): Promise<unknown> {
+    try {
+      return await this.#client.cluster('SLOTS')
+    } catch (error) {
+      throw discreet(error)
+    }
   }
 
   hold<T>(use: (link: Link) => Promise<T>): Promise<T> {

@@ -27,11 +27,14 @@ export class NodeRedisConnection implements RedisConnection {
   readonly #client: NodeRedisClient
   readonly #route: Route
   readonly #named: Naming
+  readonly keyPrefix: Argument
 
   constructor(client: NodeRedisClient, route: Route) {
     this.#client = client
     this.#route = route
-    this.#named = namingOf(client)
+    // `sendCommand` leaves it out, which there is from 6.2 on: for ioredis it is part of a key.
+    this.keyPrefix = (client as { _keyPrefix?: Argument })._keyPrefix ?? ''
+    this.#named = namingBy(this.keyPrefix)
   }
 
   get isCluster(): boolean {
@@ -56,6 +59,15 @@ export class NodeRedisConnection implements RedisConnection {
   getWithTtl(key: string): Promise<readonly Result[]> {
     const name = this.#named(key)
     return this.#about(name, (send) => inARow(send, ['GET', name], ['PTTL', name]))
+  }
+
+  scan(cursor: string, match: Buffer, count: number): Promise<readonly Result[]> {
+    const scan = ['SCAN', cursor, 'MATCH', match, 'COUNT', String(count)]
+    return this.#about(undefined, (send) => inARow(send, scan, ['INFO', 'server']))
+  }
+
+  slots(): Promise<unknown> {
+    return this.#about(undefined, (send) => send(['CLUSTER', 'SLOTS'], AS_TEXT))
   }
 
   async hold<T>(use: (link: Link) => Promise<T>): Promise<T> {
@@ -129,10 +141,8 @@ class NodeRedisLink implements Link {
 
 type Naming = (key: string) => Argument
 
-/** `sendCommand` leaves out the client's own `keyPrefix`, which there is from 6.2 on: for ioredis it is part of a key. */
-function namingOf(client: NodeRedisClient): Naming {
-  const { _keyPrefix: prefix } = client as { _keyPrefix?: Argument }
-  if (prefix === undefined || prefix.length === 0) return (key) => key
+function namingBy(prefix: Argument): Naming {
+  if (prefix.length === 0) return (key) => key
   if (typeof prefix === 'string') return (key) => prefix + key
   return (key) => Buffer.concat([prefix, Buffer.from(key)])
 }

@@ -1,18 +1,31 @@
 import { isAscii } from 'node:buffer'
-import type { Acquisition, Claim, IdempotencyStore, StoredRecord, StoredStep } from '../../../types/index.js'
-import { InvalidOption, UnreadableAnswer } from '../../errors.js'
+import { randomBytes } from 'node:crypto'
+import type {
+  Acquisition,
+  Claim,
+  Duration,
+  IdempotencyStore,
+  ListedKind,
+  ListedPage,
+  Settlement,
+  StoredRecord,
+  StoredStep
+} from '../../../types/index.js'
+import { InvalidOption } from '../../errors.js'
 import { checked, DURATION, TEXT } from '../../option-rules.js'
-import { decodeRecord, encodeRecord } from '../record-codec.js'
+import { encodeRecord, headStart } from '../record-codec.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
 import type { RedisClient } from './client.js'
 import type { Argument, Link, RedisConnection, Result } from './connection.js'
 import { claimFailure, discreet, isAborted, isSyntaxError, isWrongType } from './errors.js'
 import { warnOfEviction } from './eviction.js'
+import { Listing } from './listing.js'
 import { connectionOf } from './recognise.js'
 import { Renewals } from './renewals.js'
 import { runScript } from './run-script.js'
-import { ACQUIRE, COMPLETE, DELETE, RELEASE, type Script, STEP, WATCH } from './scripts.js'
+import { ACQUIRE, COMPLETE, DELETE, RELEASE, type Script, SETTLE, STEP, WATCH } from './scripts.js'
 import { RedisSubscriptions } from './subscriptions.js'
+import { CLAIM, decode, ENDED, isClaim, lapsed, ownerOf, RECORD, RELEASED, stepsIn } from './values.js'
 
 type Evaluator = Pick<Link, 'evaluate'>
 
@@ -30,10 +43,10 @@ export interface RedisStoreOptions {
    */
   replicas?: number
   /**
-   * How long to wait for them, in milliseconds. Should be less than `storeTimeout`.
+   * How long to wait for them. Should be less than `storeTimeout`.
    * @default 1_000
    */
-  replicaTimeout?: number
+  replicaTimeout?: Duration
 }
 
 const RULES = {
@@ -45,22 +58,17 @@ const RULES = {
   replicaTimeout: DURATION
 }
 
-const VERSION = '1'
-const LONGEST_TOKEN = 255
 const LONGEST_STRING = 16_384
-const CLAIM = 0x50 // P
-const RECORD = 0x43 // C
-const RELEASED = 0x52 // R
-const ENDED = 0x45 // E
-const ABANDONED = 0x41 // A
-/** The bytes of a step before its name. */
-const STEP_HEAD = 8
 
 /**
  * Claims and replies in Redis (6.2 and newer, Valkey), by a client of `ioredis`, `iovalkey` or `redis` (node-redis, 5 and
  * newer): single, Sentinel, Cluster, or a pool. One round trip to acquire and one to complete; the lease is decided by the
  * clock of Redis alone. The client stays the caller's: it is never connected or closed here. Processes may have different
  * ones.
+ *
+ * A list walks over all keys of the server, be they the store's or not, 300 at a time (`SCAN`), and reads the beginning of those
+ * with its prefix; in a Cluster it does so on one master after the other. It ends with an error when the server is started anew,
+ * or another takes its place, before the list has come to its end: list from the beginning then.
  */
 export class RedisStore implements IdempotencyStore {
   readonly #connection: RedisConnection
@@ -69,6 +77,7 @@ export class RedisStore implements IdempotencyStore {
   readonly #replicaTimeout: number
   readonly #subscriptions: RedisSubscriptions
   readonly #renewals: Renewals
+  readonly #listing: Listing
   /** Does the server take SET with NX and GET together? Redis does from 7.0 on. */
   #setNxGet = true
   /** Has it been looked at whether the server may evict what is stored? */
@@ -89,6 +98,7 @@ export class RedisStore implements IdempotencyStore {
     this.#replicaTimeout = replicaTimeout ?? 1_000
     this.#subscriptions = new RedisSubscriptions(connection)
     this.#renewals = new Renewals(connection)
+    this.#listing = new Listing(connection, this.#prefix)
   }
 
   // What is the caller's is read before anything is waited for: it may change meanwhile.
@@ -118,10 +128,9 @@ export class RedisStore implements IdempotencyStore {
 
   complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
     try {
-      const value = cheapest(encodeRecord(record, Buffer.from(ownerOf(RECORD, token))))
-      const expiry = ttlMs === null ? '' : String(ttlMs)
-      if (this.#replicas > 0) return this.#completeOnReplicas(key, token, value, expiry)
-      return this.#complete(key, token, value, expiry, this.#connection)
+      const name = this.#prefix + key
+      const args = [ownerOf(CLAIM, token), recordedBy(record, token), expiryOf(ttlMs), name]
+      return this.#store((link) => runScript(link, COMPLETE, [name], args).then(isOne))
     } catch (error) {
       return Promise.reject(error)
     }
@@ -151,8 +160,22 @@ export class RedisStore implements IdempotencyStore {
     return decode(value, left, isClaim(value) && lapsed(value, left))
   }
 
-  async delete(key: string): Promise<boolean> {
-    return this.#test(DELETE, key, this.#prefix + key)
+  async delete(key: string, unlessRunning = false): Promise<boolean> {
+    return this.#test(DELETE, key, this.#prefix + key, ...(unlessRunning ? ['1'] : []))
+  }
+
+  async list(kinds: readonly ListedKind[], cursor: string | null): Promise<ListedPage> {
+    return this.#listing.page([...kinds], cursor)
+  }
+
+  async settle(key: string, fingerprint: string, settlement: Settlement): Promise<boolean> {
+    // No owner of before finds itself in what is put there.
+    const nobody = randomBytes(12).toString('base64url')
+    const name = this.#prefix + key
+    if (settlement === 'ended') return this.#testClaim(SETTLE, key, fingerprint, name, ownerOf(ENDED, nobody))
+    const { record, ttlMs } = settlement
+    const args = [fingerprint, name, recordedBy(record, nobody), headStart(fingerprint), expiryOf(ttlMs)]
+    return this.#store((link) => runScript(link, SETTLE, [name], args).then(isOne, noWhenWrongType))
   }
 
   /** Closes the connection that listens for changes; the next duplicate that waits opens another. */
@@ -193,18 +216,15 @@ export class RedisStore implements IdempotencyStore {
     return decode(value, Number(left), Number(abandoned) === 1)
   }
 
-  #completeOnReplicas(key: string, token: string, value: Argument, expiry: string): Promise<boolean> {
+  /** Puts a record where it says, and waits until as many replicas have it as it takes. */
+  #store(put: (link: Evaluator) => Promise<boolean>): Promise<boolean> {
+    if (this.#replicas === 0) return put(this.#connection)
     return this.#connection.hold(async (link) => {
       const { identity } = link
-      const stored = await this.#complete(key, token, value, expiry, link)
+      const stored = await put(link)
       if (stored) await this.#replicated(link, identity)
       return stored
     })
-  }
-
-  #complete(key: string, token: string, value: Argument, expiry: string, link: Evaluator): Promise<boolean> {
-    const name = this.#prefix + key
-    return runScript(link, COMPLETE, [name], [ownerOf(CLAIM, token), value, expiry, name]).then(isOne)
   }
 
   /** Rejects when not enough replicas have what was written until now, or when it was written by another connection. */
@@ -223,14 +243,8 @@ export class RedisStore implements IdempotencyStore {
   }
 
   /** The same of a claim. */
-  async #testClaim(script: Script, key: string, ...args: Argument[]): Promise<boolean> {
-    try {
-      return await this.#test(script, key, ...args)
-    } catch (error) {
-      // A list, say, is nobody's claim. Asking again would not make it one.
-      if (isWrongType(error)) return false
-      throw error
-    }
+  #testClaim(script: Script, key: string, ...args: Argument[]): Promise<boolean> {
+    return this.#test(script, key, ...args).catch(noWhenWrongType)
   }
 
   #run(script: Script, key: string, ...args: Argument[]): Promise<unknown> {
@@ -238,21 +252,22 @@ export class RedisStore implements IdempotencyStore {
   }
 }
 
-function ownerOf(kind: number, token: string): Argument {
-  const length = Buffer.byteLength(token)
-  if (length === 0 || length > LONGEST_TOKEN) throw new RangeError('A token is 1 to 255 bytes long')
-  // ioredis sends strings for less than bytes.
-  if (length < 0x80) return String.fromCharCode(kind) + VERSION + String.fromCharCode(length) + token
-  const owner = Buffer.allocUnsafe(3 + length)
-  owner[0] = kind
-  owner.write(VERSION, 1)
-  owner[2] = length
-  owner.write(token, 3)
-  return owner
-}
-
 function isOne(result: unknown): boolean {
   return Number(result) === 1
+}
+
+/** A list, say, is nobody's claim. Asking again would not make it one. */
+function noWhenWrongType(error: unknown): false {
+  if (isWrongType(error)) return false
+  throw error
+}
+
+function expiryOf(ttlMs: number | null): string {
+  return ttlMs === null ? '' : String(ttlMs)
+}
+
+function recordedBy(record: StoredRecord, token: string): Argument {
+  return cheapest(encodeRecord(record, Buffer.from(ownerOf(RECORD, token))))
 }
 
 function join(owner: Argument, rest: string): Argument {
@@ -266,65 +281,4 @@ function cheapest(value: Buffer): Argument {
 
 function startsWith(value: Buffer, prefix: Buffer): boolean {
   return value.length >= prefix.length && value.compare(prefix, 0, prefix.length, 0, prefix.length) === 0
-}
-
-/** Where the bytes behind the token start. */
-function afterToken(value: Buffer): number {
-  if (value.length < 3 || value[1] !== VERSION.charCodeAt(0)) throw undecodable()
-  return 3 + (value[2] as number)
-}
-
-/** Of a claim, or of what one has left behind. */
-function parseClaim(value: Buffer): { attempt: number; retainMs: number; fingerprint: string; steps?: StoredStep[] } {
-  const start = afterToken(value)
-  // What may be text comes behind it, and is not looked at. The longest there is takes four numbers of 16 digits.
-  const match = /^[01](\d+):(\d+):[AE]?(\d*)(?:,(\d+))?:/.exec(value.toString('latin1', start, start + 80))
-  if (match === null) throw undecodable()
-  const [head, attempt, retainMs, length, ours] = match as unknown as [string, string, string, string, string?]
-  const own = start + head.length + Number(length)
-  const end = ours === undefined ? value.length : own + Number(ours)
-  const claim = { attempt: Number(attempt), retainMs: Number(retainMs), fingerprint: value.toString('utf8', own, end) }
-  if (ours === undefined) return claim
-  if (end >= value.length) throw undecodable()
-  return { ...claim, ...stepsIn(value.subarray(end)) }
-}
-
-/** What an answer says of steps: nothing where there are none. */
-function stepsIn(bytes: Buffer | null | undefined): { steps?: StoredStep[] } {
-  if (!bytes) return {}
-  const steps: StoredStep[] = []
-  for (let at = 0; at < bytes.length; ) {
-    if (at + STEP_HEAD > bytes.length) throw undecodable()
-    const name = at + STEP_HEAD
-    const result = name + bytes.readUInt32BE(at)
-    const end = result + bytes.readUInt32BE(at + 4)
-    if (end > bytes.length) throw undecodable()
-    steps.push([bytes.toString('utf8', name, result), bytes.toString('utf8', result, end)])
-    at = end
-  }
-  return { steps }
-}
-
-function isClaim(value: Buffer): boolean {
-  return value[0] === CLAIM || value[0] === ENDED || value[0] === ABANDONED
-}
-
-function lapsed(claim: Buffer, left: number): boolean {
-  const { retainMs } = parseClaim(claim)
-  return retainMs > 0 && left <= retainMs
-}
-
-function decode(value: Buffer, left: number, abandoned: boolean): Acquisition {
-  if (value[0] === RECORD) {
-    const record = decodeRecord(value, afterToken(value))
-    return { state: 'completed', record, ttlMs: left === -1 ? null : Math.max(0, left) }
-  }
-  if (!isClaim(value)) throw undecodable()
-  const { attempt, retainMs, fingerprint, ...steps } = parseClaim(value)
-  if (!abandoned) return { state: 'running', fingerprint, leaseMs: Math.max(0, left - retainMs), ...steps }
-  return { state: 'abandoned', fingerprint, attempt, ...(value[0] === ENDED && { ended: true }), ...steps }
-}
-
-function undecodable(): Error {
-  return new UnreadableAnswer('A stored idempotency claim could not be decoded')
 }

@@ -28,7 +28,7 @@ export interface Script {
   readonly sha: string
 }
 
-const script = (source: string): Script => ({ source, sha: createHash('sha1').update(source).digest('hex') })
+export const script = (source: string): Script => ({ source, sha: createHash('sha1').update(source).digest('hex') })
 
 /**
  * Parses what is claimed, or was, in `v`: where its flag byte is, its attempt, its retainMs, what it has found, the
@@ -36,6 +36,7 @@ const script = (source: string): Script => ({ source, sha: createHash('sha1').up
  */
 const PARSE_CLAIM = `
 local function parse(v)
+  if string.sub(v, 2, 2) ~= '1' then error('damaged: another version') end
   local flag = 4 + string.byte(v, 3)
   local attempt, retain, found, length, ours, text = string.match(v, '^(%d+):(%d+):([AE]?)(%d*),?(%d*):()', flag + 1)
   local own = text + (tonumber(length) or 0)
@@ -235,11 +236,68 @@ return 1`)
 /**
  *   KEYS[1]  the key
  *   ARGV[1]  the channel of those who wait
+ *   ARGV[2]  left out, or '1' when a running claim is to stay
  *
  * Returns 1 when there was a claim or a record to forget.
  */
-export const DELETE = script(`
+export const DELETE = script(`${PARSE_CLAIM}
 local kind = redis.call('GETRANGE', KEYS[1], 0, 0)
+if ARGV[2] and kind == 'P' then
+  local _, _, retain = parse(redis.call('GET', KEYS[1]))
+  if retain == 0 or redis.call('PTTL', KEYS[1]) > retain then return 0 end
+end
 redis.call('DEL', KEYS[1])
 redis.pcall('PUBLISH', ARGV[1], '')
 return (kind ~= '' and kind ~= 'R') and 1 or 0`)
+
+/**
+ * Ends what nobody is running, and has this fingerprint: an abandoned claim or one that was given back; or, by a record, a
+ * tombstone. A reply is never replaced.
+ *
+ *   KEYS[1]  the key
+ *   ARGV[1]  the fingerprint
+ *   ARGV[2]  the channel of those who wait
+ *   ARGV[3]  a record with its owner; or the owner alone of what is to be as if it had been given back now, of kind 'E'
+ *   ARGV[4]  with a record: how the head of a tombstone of this fingerprint begins, which is JSON (record-codec.ts)
+ *   ARGV[5]  with a record: milliseconds until it expires, '' for never
+ *
+ * Returns 1 when it was done, be it before: clients repeat what they have lost the answer to.
+ */
+export const SETTLE = script(`${PARSE_CLAIM}${FORMAT_CLAIM}
+local function tombstone(v)
+  local at = 4 + string.byte(v, 3)
+  local head = string.match(v, '^....%z%z%z%z()', at)
+  if string.sub(v, 2, 2) ~= '1' or not head then return false end
+  local length = 0
+  for n = at, at + 3 do length = length * 128 + string.byte(v, n) end
+  local rest = head + #ARGV[4]
+  if head + length ~= #v + 1 or string.sub(v, head, rest - 1) ~= ARGV[4] then return false end
+  -- When it was, and a reason where a reply has its status.
+  return string.match(v, '^[^,]+,"[^"]*"%]$', rest)
+end
+local v = redis.call('GET', KEYS[1])
+local kind = v and string.sub(v, 1, 1)
+local value, expiry = ARGV[3], ARGV[5]
+local owner = string.sub(value, 1, 3 + string.byte(value, 3))
+if v and string.sub(v, 1, #owner) == owner then return 1 end
+local waited = false
+if kind == 'C' then
+  if not (ARGV[4] and tombstone(v)) then return 0 end
+elseif kind == 'P' or kind == 'E' or kind == 'A' then
+  local flag, attempt, retain, _, _, fingerprint, steps = parse(v)
+  if fingerprint ~= ARGV[1] or retain == 0 or redis.call('PTTL', KEYS[1]) > retain then return 0 end
+  waited = string.sub(v, flag, flag) == '1'
+  if not ARGV[4] then
+    value = value .. '0' .. format(attempt, retain, '', '', fingerprint, steps)
+    expiry = string.format('%.0f', retain)
+  end
+else
+  return 0
+end
+if expiry == '' then
+  redis.call('SET', KEYS[1], value)
+else
+  redis.call('SET', KEYS[1], value, 'PX', expiry)
+end
+if waited then redis.pcall('PUBLISH', ARGV[2], '') end
+return 1`)

@@ -1,5 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { CasDriver, Content, Lasting, Row, RowState } from '../cas/driver.js'
+import type { CasDriver, Content, Lasting, Row, RowPage, RowState } from '../cas/driver.js'
 import { type Columns, claimFailure, Database, type SqliteConnection } from './database.js'
 
 /* Rows in a table of SQLite. Its clock is that of the machine, which all processes on the file share. */
@@ -8,6 +8,8 @@ import { type Columns, claimFailure, Database, type SqliteConnection } from './d
 const SWEEP_MS = 1
 const SWEEP_PAUSE_MS = 10
 const SWEEP_ROWS = 100
+/** Reading holds up the process as well. */
+const PAGE_ROWS = 200
 
 export class SqliteDriver implements CasDriver {
   readonly claimFailure = claimFailure
@@ -99,6 +101,20 @@ WHERE key IN (SELECT value FROM json_each(?)) AND state = 'running' AND lease_en
       ...[JSON.stringify(keys), Date.now()]
     )
     return rows.map(({ key }) => String(key))
+  }
+
+  async page(after: string | null, states: readonly RowState[], recordBytes: number): Promise<RowPage> {
+    await this.create()
+    const rows = await this.#database.kept(
+      `SELECT key, state, token, revision, lease_end, expires_at, CASE
+  WHEN state NOT IN (SELECT value FROM json_each(?)) THEN x'' WHEN state = 'completed' THEN substr(value, 1, ?) ELSE value
+END AS value
+FROM ${this.#table} WHERE key > ? ORDER BY key LIMIT ${PAGE_ROWS}`,
+      ...[JSON.stringify(states), recordBytes, after ?? '']
+    )
+    const found = rows.map((row) => ({ ...rowOf(row, Date.now()), key: String(row.key) }))
+    const last = rows.length === PAGE_ROWS ? (found.at(-1)?.key ?? null) : null
+    return { rows: found.filter(({ state }) => states.includes(state)), last }
   }
 
   close(): Promise<void> {

@@ -1,5 +1,6 @@
+import type { Duration } from '../../../types/index.js'
 import { InvalidOption } from '../../errors.js'
-import { ANYTHING, checked, SWEEP_INTERVAL } from '../../option-rules.js'
+import { ANYTHING, type Checked, checked, SWEEP_INTERVAL } from '../../option-rules.js'
 import { describe } from '../../util/describe.js'
 import { CompareAndSetStore } from '../cas/compare-and-set-store.js'
 import type { SqliteConnection } from './database.js'
@@ -18,10 +19,10 @@ export interface SqliteStoreOptions {
    */
   table?: string
   /**
-   * How often expired rows are deleted, in milliseconds; `null` when something else does it.
+   * How often expired rows are deleted; `null` when something else does it.
    * @default 60_000
    */
-  sweepInterval?: number | null
+  sweepInterval?: Duration | null
 }
 
 const TABLE = /^[A-Za-z_][A-Za-z0-9_]{0,62}$/
@@ -38,7 +39,7 @@ const RULES = {
 const WANTED =
   'new SqliteStore({ database: new Database(path) }), with Database of "better-sqlite3" or DatabaseSync of "node:sqlite"'
 
-function checkedOptions(options: SqliteStoreOptions): SqliteStoreOptions {
+function checkedOptions(options: SqliteStoreOptions): Checked<SqliteStoreOptions> {
   if (typeof options === 'string') throw new InvalidOption(`SqliteStore takes a database, not a path: ${WANTED}`)
   if (isConnection(options)) throw new InvalidOption(`SqliteStore takes its database as an option: ${WANTED}`)
   const { database, ...others } = checked<SqliteStoreOptions>(options ?? {}, RULES, { owner: 'SqliteStore ' })

@@ -1,11 +1,13 @@
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Acquisition, Claim, IdempotencyStore } from '../../../types/index.js'
-import type { Acquired } from './answers.js'
+import type { Acquisition, Claim, IdempotencyStore } from '../../types/index.js'
 
 /*
  * A store counts attempts by itself, by takeovers: there is no other way to tell it of those that it has not seen.
  */
+
+/** A claim that is ours. */
+export type Acquired = Extract<Acquisition, { state: 'acquired' }>
 
 /** The lease of a claim that is there to be taken over. */
 const PASSING_MS = 1
