@@ -57,7 +57,7 @@ async function start(t: Test, name: string, args: string[]) {
   const script = fileURLToPath(new URL(`../support/${name}.js`, import.meta.url))
   const server = await launch(process.execPath, [script, ...args], { log: join(folder, `${randomUUID()}.log`) })
   t.teardown(() => server.signal('SIGKILL'))
-  const prints = (text: RegExp) => until(() => text.exec(server.output()), { timeout: 30_000, message: `${text}` })
+  const prints = (text: RegExp) => until(() => text.exec(server.output()), { message: `${text}` })
   const [, port] = (await prints(/^port (\d+)$/m)) as RegExpExecArray
   return { server, prints, port: Number(port) }
 }

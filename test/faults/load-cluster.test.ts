@@ -30,7 +30,7 @@ async function replicated(server: RedisServer): Promise<void> {
   const offset = (info: string, name: RegExp) => Number(name.exec(info)?.[1] ?? Number.NaN)
   const all = offset(await client.info('replication'), /master_repl_offset:(\d+)/)
   const caughtUp = async () => offset(await client.info('replication'), /slave0:.*,offset=(\d+)/) >= all
-  await until(caughtUp, { timeout: 60_000, message: 'the replica to have everything' })
+  await until(caughtUp, { message: 'the replica to have everything' })
   client.disconnect()
 }
 
@@ -64,14 +64,14 @@ t.test(
           await scene.load.more(10)
           const before = others.done
           await master.kill()
-          await until(() => isMaster(replica), { timeout: 60_000, message: 'the replica to take over' })
+          await until(() => isMaster(replica), { message: 'the replica to take over' })
           meanwhile += others.done - before
           failovers.push({ from, to: now() })
           await scene.load.more(60)
         })
         if (n + 1 === FACTOR) break
         await master.start()
-        await until(async () => !(await isMaster(master)), { timeout: 60_000, message: 'the old master to follow' })
+        await until(async () => !(await isMaster(master)), { message: 'the old master to follow' })
         ;[master, replica] = [replica, master]
         await replicated(master)
       }

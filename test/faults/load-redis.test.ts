@@ -150,21 +150,21 @@ t.test(
     const nobody = await freePort()
     const isLinked = async (client: typeof admin) => /master_link_status:up/.test(await client.info('replication'))
     const isMaster = async (client: typeof admin) => /role:master/.test(await client.info('replication'))
-    await until(() => isLinked(otherAdmin), { timeout: 60_000, message: 'the replica to follow' })
+    await until(() => isLinked(otherAdmin), { message: 'the replica to follow' })
     await scene.load.during(async () => {
       for (let n = 0; n < FACTOR; n++) {
         await sleep(400)
         await admin.replicaof('127.0.0.1', nobody)
         await sleep(400)
         await admin.replicaof('NO', 'ONE')
-        await until(() => isLinked(otherAdmin), { timeout: 30_000, message: 'the replica to follow again' })
+        await until(() => isLinked(otherAdmin), { message: 'the replica to follow again' })
         // One that loses nothing: writes wait until the replica has them all.
         await admin.call('FAILOVER')
-        await until(() => isMaster(otherAdmin), { timeout: 30_000, message: 'the replica to take over' })
-        await until(() => isLinked(admin), { timeout: 30_000, message: 'the master to follow' })
+        await until(() => isMaster(otherAdmin), { message: 'the replica to take over' })
+        await until(() => isLinked(admin), { message: 'the master to follow' })
         await sleep(400)
         await otherAdmin.call('FAILOVER')
-        await until(() => isMaster(admin), { timeout: 30_000, message: 'the master to be back' })
+        await until(() => isMaster(admin), { message: 'the master to be back' })
       }
       await sleep(300)
     })

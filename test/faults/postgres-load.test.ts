@@ -266,9 +266,9 @@ async function judge(t: Test, scene: Scene): Promise<void> {
     'all keys have their records, and there are no others'
   )
   const areBack = () => apps.every(({ pool }) => pool.totalCount === pool.idleCount && pool.waitingCount === 0)
-  await until(areBack, { timeout: 10_000, message: 'all clients to be back in their pools' })
+  await until(areBack, { message: 'all clients to be back in their pools' })
   const open = "SELECT FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
-  await until(async () => !(await outside.query(open)).rowCount, { timeout: 10_000, message: 'no open transactions' })
+  await until(async () => !(await outside.query(open)).rowCount, { message: 'no open transactions' })
   const answers: Record<string, number> = {}
   for (const { status, code, replayed } of history.exchanges) {
     const answer = replayed ? 'replay' : [status, code].join(' ').trim()
@@ -293,7 +293,7 @@ async function revive(): Promise<void> {
 /** Until so many more requests were made: faults fall into the midst of work. */
 async function atWork({ history }: Scene, requests: number): Promise<void> {
   const goal = history.exchanges.length + requests
-  await until(() => history.exchanges.length >= goal, { timeout: 60_000, message: 'requests' })
+  await until(() => history.exchanges.length >= goal, { message: 'requests' })
 }
 
 t.test('a server that is killed and started again, in three ways', async (t) => {
@@ -387,7 +387,7 @@ t.test(
     const jobs = Array.from({ length: 20 * factor }, (): Job => ({ kind: 'plain', key: randomUUID(), ms: 0 }))
     // Not all at the first attempt: the pool has no connections yet, and to open them can take longer than storeTimeout.
     const late = jobs.map((job) => ask(scene, job, 0))
-    await until(() => history.runs.length === jobs.length, { timeout: 30_000, message: 'all to be at work' })
+    await until(() => history.runs.length === jobs.length, { message: 'all to be at work' })
     proxy.loss = () => 'unsent'
     proxy.cut()
     await Promise.all(jobs.map((job) => ask(scene, job, 1)))
@@ -428,7 +428,7 @@ t.test('what cannot be: a reply, sent while it could not be stored, does not out
     reply = await request(other.app)
     return reply.statusCode === 201
   }
-  await until(again, { timeout: 30_000, message: 'the claim to lapse' })
+  await until(again, { message: 'the claim to lapse' })
   t.not(reply.payload, sent.payload)
   t.strictSame(
     history.runs.map(({ attempt }) => attempt),

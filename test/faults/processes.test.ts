@@ -61,7 +61,7 @@ function workers(t: Test, count: number, options: IdempotencyOptions): Promise<W
           if (!process.running) throw new Error(`The worker ended at its start:\n${process.output()}`)
           return /^http:\S+/m.exec(process.output())?.[0]
         },
-        { timeout: 30_000, message: 'a worker to listen' }
+        { message: 'a worker to listen' }
       )
       return new Worker(process, url as string)
     })

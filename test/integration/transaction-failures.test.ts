@@ -236,7 +236,7 @@ test('a network that falls silent at the commit is a 503, and its client does no
   })
   t.same(told(await scene.send()), UNAVAILABLE)
   await scene.app.close()
-  await until(() => scene.pool.totalCount === 0, { timeout: 3_000, message: 'the silent connection to be given up' })
+  await until(() => scene.pool.totalCount === 0, { message: 'the silent connection to be given up' })
   const elsewhere = await scene.again()
   await until(() => isFree(elsewhere))
   t.same(told(await elsewhere.send()), RAN_2)

@@ -20,7 +20,7 @@ t.teardown(() => replica.close())
 const admin = await main.client()
 const onReplica = await replica.client()
 const isLinked = async () => /master_link_status:up/.test(await onReplica.info('replication'))
-await until(isLinked, { timeout: 60_000, message: 'the replica to follow' })
+await until(isLinked, { message: 'the replica to follow' })
 
 type Options = RedisStoreOptions | undefined
 

@@ -70,5 +70,5 @@ t.test('the store goes on with the new master when Sentinel makes another one', 
       () => false,
       (error) => /server that this cursor is from is gone/.test(error.message)
     )
-  await until(isRefused, { timeout: 60_000, message: 'the cursor to be refused' })
+  await until(isRefused, { message: 'the cursor to be refused' })
 })

@@ -42,7 +42,7 @@ export class Fleet {
       if (!process.running) throw new Error(`${name} ended at its start:\n${process.output()}`)
       return /^http:\S+/m.exec(process.output())?.[0]
     }
-    const url = (await until(listening, { timeout: 60_000, message: 'a worker to listen' })) as string
+    const url = (await until(listening, { message: 'a worker to listen' })) as string
     const worker = { name, url, process }
     this.workers.push(worker)
     this.#started.push(worker)

@@ -47,7 +47,7 @@ export class Fleet<Kill extends KillNote = KillNote> {
   ): Promise<Fleet<Kill>> {
     const fleet = new Fleet<Kill>(count, setup)
     t.teardown(() => fleet.close())
-    await until(() => fleet.all().length === count, { timeout: 60_000, message: 'the workers to listen' })
+    await until(() => fleet.all().length === count, { message: 'the workers to listen' })
     return fleet
   }
 
@@ -111,7 +111,7 @@ export class Fleet<Kill extends KillNote = KillNote> {
     this.#living.add(child)
     if (this.#closed) child.signal('SIGKILL')
     const url = () => /^http:\S+/m.exec(child.output())?.[0]
-    await until(() => !child.running || url(), { timeout: 60_000, message: 'a worker to listen' })
+    await until(() => !child.running || url(), { message: 'a worker to listen' })
     const worker = { name, process: child, url: url() ?? '' }
     if (child.running) this.#workers.add(worker)
     await child.exited

@@ -1,6 +1,6 @@
 import type { KillNote } from './kill-note.js'
 
-// What the supervisor of test/faults/kill.test.ts and its workers, kill-worker.ts, have agreed on.
+// What the supervisor of test/faults/kill.test.ts and kill-transaction.test.ts and its workers, kill-worker.ts, have agreed on.
 
 /** The points of a request's life at which a worker can kill itself, where claim, effect and reply are one transaction. */
 export const TRANSACTION_POINTS = [

@@ -37,7 +37,7 @@ import { startRedis } from './redis.js'
 const script = fileURLToPath(new URL('./kill-steps-worker.js', import.meta.url))
 
 /** How long a client asks. */
-const LIMIT_MS = 60_000
+const LIMIT_MS = 240_000
 /** Handlers take far less, and the leases of the dead are waited for. */
 export const LEASE_MS = 1_000
 const options: IdempotencyOptions = { lease: LEASE_MS, storeTimeout: LIMIT_MS }

@@ -1,6 +1,19 @@
 import type { FastifyInstance } from 'fastify'
 
-export { until } from '../../lib/testkit/fixtures.js'
+import { type UntilOptions, until as untilWithin } from '../../lib/testkit/fixtures.js'
+import { within } from '../../lib/testkit/harness.js'
+
+/** What comes at once where nothing is wrong may take as long as this on a machine that has other things to do. */
+const PATIENCE_MS = 120_000
+
+export function until<T>(predicate: () => T | Promise<T>, options?: UntilOptions): Promise<T> {
+  return untilWithin(predicate, { timeout: PATIENCE_MS, ...options })
+}
+
+/** Rejects when the promise takes longer than anything may take here. */
+export function soon<T>(promise: Promise<T>, message = 'the promise'): Promise<T> {
+  return within(PATIENCE_MS, promise, () => message)
+}
 
 export interface Latch<T> {
   readonly promise: Promise<T>

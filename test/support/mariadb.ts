@@ -62,7 +62,7 @@ export class MariadbServer {
           if (!server.running) throw new Error(`mariadbd ended at its start:\n${server.output()}`)
           return pool.query('CREATE DATABASE IF NOT EXISTS test').catch(() => false)
         },
-        { timeout: 60_000, message: 'mariadbd to answer' }
+        { message: 'mariadbd to answer' }
       )
     } finally {
       await pool.end()

@@ -92,7 +92,7 @@ export class PostgresServer {
           if (!server.running) throw new Error(`postgres ended at its start:\n${server.output()}`)
           return pool.query('SELECT').catch(() => false)
         },
-        { timeout: 60_000, message: 'postgres to answer' }
+        { message: 'postgres to answer' }
       )
     } finally {
       await pool.end()

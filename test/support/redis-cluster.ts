@@ -99,7 +99,7 @@ async function join(nodes: readonly RedisServer[]): Promise<void> {
       const info = (await client.cluster('INFO')).split('\r\n')
       return complete.every((line) => info.includes(line))
     }
-    await until(settled, { timeout: 30_000, message: 'the cluster to form' })
+    await until(settled, { message: 'the cluster to form' })
     client.disconnect()
   }
 }
@@ -115,10 +115,10 @@ async function follow(masters: readonly RedisServer[], replicas: readonly (reado
       // It has to have heard of its master, and of everybody else.
       const hasMet = async () => (await client.cluster('INFO')).includes(`cluster_known_nodes:${known}\r\n`)
       const known = masters.length + joining.length
-      await until(hasMet, { timeout: 30_000, message: 'a replica to join' })
+      await until(hasMet, { message: 'a replica to join' })
       await client.cluster('REPLICATE', id)
       const isLinked = async () => /master_link_status:up/.test(await client.info('replication'))
-      await until(isLinked, { timeout: 30_000, message: 'a replica to follow' })
+      await until(isLinked, { message: 'a replica to follow' })
       for (const each of [admin, client]) each.disconnect()
     })
   )

@@ -19,7 +19,7 @@ export async function startSentinel(t: Test, downAfter = 60_000) {
   t.teardown(() => Promise.all([master.close(), replica.close()]))
   const onReplica = await replica.client()
   const isLinked = async () => /master_link_status:up/.test(await onReplica.info('replication'))
-  await until(isLinked, { timeout: 60_000, message: 'the replica to follow' })
+  await until(isLinked, { message: 'the replica to follow' })
 
   const port = await freePort()
   const folder = makeFolder('sentinel')
@@ -44,7 +44,7 @@ sentinel failover-timeout main 3000
   observer.on('error', () => {})
   t.teardown(() => observer.disconnect())
   const knowsReplica = async () => ((await observer.call('SENTINEL', 'replicas', 'main')) as unknown[]).length === 1
-  await until(() => knowsReplica().catch(() => false), { timeout: 60_000, message: 'Sentinel to see the replica' })
+  await until(() => knowsReplica().catch(() => false), { message: 'Sentinel to see the replica' })
   return { master, onReplica, observer, port }
 }
 

@@ -104,7 +104,7 @@ export class RedisServer {
         if (!server.running) throw new Error(`redis-server ended at its start:\n${server.output()}`)
         return this.#answers()
       },
-      { timeout: 30_000, message: 'redis-server to answer' }
+      { message: 'redis-server to answer' }
     )
   }
 

@@ -3,7 +3,8 @@ import { replays } from '../../lib/testkit/fixtures.js'
 import { type ConformanceTopic, type StoreFactory, storeConformance } from '../../lib/testkit.js'
 import type { Acquisition, StoredRecord } from '../../types/index.js'
 
-export { claim, finish, lapsed, newKey, reply, soon, take, tombstone } from '../../lib/testkit/fixtures.js'
+export { claim, finish, lapsed, newKey, reply, take, tombstone } from '../../lib/testkit/fixtures.js'
+export { soon } from './latch.js'
 
 /** The stores keep every promise of a store, or every one about these topics. */
 export function conforms(t: Test, name: string, factory: StoreFactory, topics?: ConformanceTopic[]): Promise<unknown> {
