@@ -10,6 +10,7 @@ import { races } from './testkit/races.js'
 import { records } from './testkit/records.js'
 import { releases } from './testkit/releases.js'
 import { settling } from './testkit/settling.js'
+import { endingsOfSteps } from './testkit/step-endings.js'
 import { steps } from './testkit/steps.js'
 import { text } from './testkit/text.js'
 import type { ConformanceCase, ConformanceOptions, ConformanceTopic, StoreFactory } from './testkit/types.js'
@@ -27,7 +28,7 @@ const topics: Record<ConformanceTopic, readonly Case[]> = {
   claims,
   ownership,
   releases,
-  steps,
+  steps: [...steps, ...endingsOfSteps],
   races,
   lifetimes,
   records,

@@ -3,10 +3,11 @@ import type { FastifyRequest } from 'fastify'
 import { InvalidOption } from '../errors.js'
 import { HINT_LENGTH } from '../operation/fingerprint.js'
 import type { MaybePromise } from '../util/sync-promise.js'
+import { digest } from './byte-writer.js'
 import { isJson, isMultipart } from './content-type.js'
 import { type FileLike, isPlain, isStream, OPAQUE } from './kinds-of-values.js'
 import { formOf } from './multipart.js'
-import { digest, valueHash } from './value-hash.js'
+import { valueHash } from './value-hash.js'
 
 /* What makes two requests the same: what they are for, who sends them, and their payload by value. */
 

@@ -1,5 +1,5 @@
-import { hash } from 'node:crypto'
 import { types } from 'node:util'
+import { ByteWriter, digest, tag } from './byte-writer.js'
 import {
   entriesOf,
   type FileLike,
@@ -23,13 +23,6 @@ import {
  * the former, hashing 100 bytes of JSON takes 1.3 times as long, and 7 KB 2.6 times.
  */
 
-/** Characters of base64url: 128 bits are enough against a second preimage, and keep stored records small. */
-const HASH_LENGTH = 22
-
-export function digest(data: string | Uint8Array): string {
-  return hash('sha256', data, 'base64url').slice(0, HASH_LENGTH)
-}
-
 /**
  * The hash of a value: the same for equal values, in whatever order the members of their objects are, and only for those.
  * Files are put into `files` in the order in which they are met, because it takes time to read them: for their content
@@ -49,31 +42,17 @@ export function valueHash(value: unknown, files: FileLike[] | null = null): stri
 
 let spare: Writer | null = null
 
-/** What a writer keeps for the next value. More is a rare value's need. */
-const USUAL_SIZE = 16_384
-
-/** Up to this length a string of ASCII is faster written here than by the engine. */
-const SHORT = 96
-
 /** Above this number of names insertion is slower than the engine's sort. */
 const FEW_NAMES = 12
 
 /** Names that have been put in order: those of the objects in an array mostly are the same each time. */
 const MEMO_SIZE = 32
 
-const number = new Float64Array(1)
-const numberBytes = new Uint8Array(number.buffer)
-
 // Each value starts with a byte that says what it is, and says where it ends: no two values are written alike.
-const tag = (char: string) => char.charCodeAt(0)
 const NULL = tag('n')
 const UNDEFINED = tag('u')
 const TRUE = tag('t')
 const FALSE = tag('f')
-const SMALL_NUMBER = tag('i')
-const NUMBER = tag('d')
-const STRING = tag('s')
-const LONG_STRING = tag('l')
 /** A big integer, function or symbol, as text. */
 const OTHER_SCALAR = tag('o')
 const BYTES = tag('#')
@@ -106,9 +85,7 @@ class Level {
  * Writes values as bytes. It does not recurse, and spends no more on any value than JSON.parse has spent on its text: how
  * deep or large a body is, is its client's choice.
  */
-class Writer {
-  #bytes: Buffer = Buffer.allocUnsafeSlow(USUAL_SIZE)
-  #at = 0
+class Writer extends ByteWriter {
   /** The innermost container that is being written. */
   #level: Level | null = null
   #depth = 0
@@ -126,15 +103,14 @@ class Writer {
     this.#files = files
     try {
       this.#write(value)
-      return digest(this.#bytes.subarray(0, this.#at))
+      return this.digest()
     } finally {
       this.#reset()
     }
   }
 
   #reset(): void {
-    if (this.#bytes.length > USUAL_SIZE) this.#bytes = Buffer.allocUnsafeSlow(USUAL_SIZE)
-    this.#at = 0
+    this.clear()
     this.#level = null
     this.#depth = 0
     this.#spare = null
@@ -163,7 +139,7 @@ class Writer {
         value = (items as readonly unknown[])[next++]
       } else {
         const name = names[next++] as string
-        this.#string(name)
+        this.string(name)
         value = (items as Record<string, unknown>)[name]
       }
       if (this.#scalar(value)) continue
@@ -177,25 +153,25 @@ class Writer {
   #scalar(value: unknown): boolean {
     switch (typeof value) {
       case 'string':
-        this.#string(value)
+        this.string(value)
         return true
       case 'number':
-        this.#number(value)
+        this.number(value)
         return true
       case 'object':
         if (value !== null) return false
-        this.#byte(NULL)
+        this.byte(NULL)
         return true
       case 'boolean':
-        this.#byte(value ? TRUE : FALSE)
+        this.byte(value ? TRUE : FALSE)
         return true
       case 'undefined':
-        this.#byte(UNDEFINED)
+        this.byte(UNDEFINED)
         return true
       default:
-        this.#byte(OTHER_SCALAR)
-        this.#string(typeof value)
-        this.#string(String(value))
+        this.byte(OTHER_SCALAR)
+        this.string(typeof value)
+        this.string(String(value))
         return true
     }
   }
@@ -203,19 +179,19 @@ class Writer {
   /** Begins to write an object; `true` if there is something in it that is to be written next. */
   #open(value: object): boolean {
     if (Array.isArray(value)) {
-      this.#byte(ARRAY)
+      this.byte(ARRAY)
       return this.#push(value, value, null)
     }
     if (!isPlain(value)) return this.#openOther(value)
-    this.#byte(OBJECT)
+    this.byte(OBJECT)
     return this.#push(value, value as Members, this.#sorted(Object.keys(value)))
   }
 
   /** What no JSON gives: another parser does, or a hook. */
   #openOther(value: object): boolean {
     if (types.isDate(value)) {
-      this.#byte(DATE)
-      this.#number(value.getTime())
+      this.byte(DATE)
+      this.number(value.getTime())
     } else if (ArrayBuffer.isView(value)) {
       this.#content(new Uint8Array(value.buffer, value.byteOffset, value.byteLength))
     } else if (types.isAnyArrayBuffer(value)) {
@@ -230,22 +206,22 @@ class Writer {
 
   #openContainer(value: object): boolean {
     if (isForm(value)) {
-      this.#byte(FORM)
+      this.byte(FORM)
       const fields = grouped(value)
       return this.#push(value, fields, this.#sorted(Object.keys(fields)))
     }
     if (types.isMap(value)) {
-      this.#byte(MAP)
+      this.byte(MAP)
       return this.#push(value, entriesOf(value), null)
     }
     if (types.isSet(value)) {
-      this.#byte(SET)
+      this.byte(SET)
       return this.#push(value, [...value], null)
     }
     if (isStream(value)) throw OPAQUE
     // An instance of a class: its members tell what it is, or what it shows of itself.
     const names = types.isBoxedPrimitive(value) ? [] : Object.keys(value)
-    this.#byte(names.length > 0 ? OBJECT : SHOWN)
+    this.byte(names.length > 0 ? OBJECT : SHOWN)
     return names.length > 0
       ? this.#push(value, value as Members, this.#sorted(names))
       : this.#push(value, shown(value), null)
@@ -254,11 +230,11 @@ class Writer {
   #push(container: object, items: readonly unknown[] | Members, names: readonly string[] | null): boolean {
     const end = (names ?? (items as readonly unknown[])).length
     if (end === 0) {
-      this.#byte(END)
+      this.byte(END)
       return false
     }
     if (container === this.#tortoise) {
-      this.#byte(CYCLE)
+      this.byte(CYCLE)
       return false
     }
     if (++this.#opened > SUSPICIOUS_COUNT) {
@@ -288,7 +264,7 @@ class Writer {
   }
 
   #close(level: Level): void {
-    for (let i = 0; i < level.ends; i++) this.#byte(END)
+    for (let i = 0; i < level.ends; i++) this.byte(END)
     this.#depth -= level.ends
     if (this.#depth < this.#tortoiseAt) {
       this.#tortoise = null
@@ -302,68 +278,14 @@ class Writer {
   #file(file: FileLike): void {
     if (this.#files === null) throw OPAQUE
     this.#files.push(file)
-    this.#byte(FILE)
+    this.byte(FILE)
     this.#scalar(file.name)
-    this.#string(file.type)
+    this.string(file.type)
   }
 
   #content(bytes: Uint8Array): void {
-    this.#byte(BYTES)
-    this.#string(digest(bytes))
-  }
-
-  #byte(byte: number): void {
-    if (this.#at === this.#bytes.length) this.#grow(1)
-    this.#bytes[this.#at++] = byte
-  }
-
-  #number(value: number): void {
-    if (this.#at + 9 > this.#bytes.length) this.#grow(9)
-    const bytes = this.#bytes
-    if (value >= 0 && value < 256 && value === (value | 0)) {
-      bytes[this.#at++] = SMALL_NUMBER
-      bytes[this.#at++] = value
-      return
-    }
-    number[0] = value
-    bytes[this.#at++] = NUMBER
-    for (let i = 0; i < 8; i++) bytes[this.#at++] = numberBytes[i] as number
-  }
-
-  #string(value: string): void {
-    const { length } = value
-    if (length > SHORT) {
-      this.#longString(value)
-      return
-    }
-    if (this.#at + 2 + length > this.#bytes.length) this.#grow(2 + length)
-    const bytes = this.#bytes
-    let at = this.#at
-    bytes[at++] = STRING
-    bytes[at++] = length
-    for (let i = 0; i < length; i++) {
-      const unit = value.charCodeAt(i)
-      if (unit > 0x7f) {
-        this.#longString(value)
-        return
-      }
-      bytes[at++] = unit
-    }
-    this.#at = at
-  }
-
-  /** In UTF-16, because UTF-8 makes all lone surrogates alike. */
-  #longString(value: string): void {
-    this.#byte(LONG_STRING)
-    this.#number(value.length)
-    if (this.#at + 2 * value.length > this.#bytes.length) this.#grow(2 * value.length)
-    this.#at += this.#bytes.write(value, this.#at, 'utf16le')
-  }
-
-  #grow(by: number): void {
-    const larger = Buffer.allocUnsafeSlow(Math.max(this.#bytes.length * 2, this.#at + by))
-    this.#bytes.copy(larger, 0, 0, this.#at)
-    this.#bytes = larger
+    this.byte(BYTES)
+    this.string(digest(bytes))
   }
 
   #sorted(names: string[]): readonly string[] {

@@ -7,14 +7,14 @@ import type {
   ListedPage,
   Settlement,
   StoredRecord,
-  StoredStep,
-  Unfinished
+  StoredStep
 } from '../../../types/index.js'
 import { StoreFull } from '../../errors.js'
 import { BYTES, COUNT, checked } from '../../option-rules.js'
 import { clock } from '../../util/clock.js'
 import { resolved } from '../../util/sync-promise.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
+import { acquired, type ClaimEntry, giveBack, listedAt, newClaim, state } from './claim-entry.js'
 import { MemoryEntry, sizeOf } from './entry.js'
 import { LinkedMap, Node } from './linked-map.js'
 
@@ -32,29 +32,6 @@ export interface MemoryStoreOptions {
    * @default 67_108_864
    */
   maxBytes?: number
-}
-
-/** An unfinished operation. All times are monotonic milliseconds. */
-interface ClaimEntry {
-  token: string
-  fingerprint: string
-  attempt: number
-  leaseEnd: number
-  retainMs: number
-  /** The token no longer owns it, but has given it back. */
-  givenBack: boolean
-  /** Was that after its handler had run? */
-  ended: boolean
-  /** What it took over; `null` for a first attempt. */
-  found: Found | null
-  /** Names and results, in order. Not there before the first one: most claims have none, and pay nothing for it. */
-  steps?: Map<string, string>
-}
-
-/** What a claim is given back to when its handler never ran. */
-interface Found {
-  fingerprint: string
-  ended: boolean
 }
 
 /** A finished operation, and who finished it. */
@@ -406,49 +383,4 @@ const NO_STEPS: ReadonlyMap<string, string> = new Map()
 
 function stepSize(name: string, result: string): number {
   return name.length + result.length + STEP_OVERHEAD
-}
-
-function newClaim({ token, fingerprint, retainMs }: Claim, abandoned?: ClaimEntry): ClaimEntry {
-  const claimed: ClaimEntry = {
-    token,
-    fingerprint,
-    attempt: abandoned === undefined ? 1 : abandoned.attempt + 1,
-    leaseEnd: 0,
-    retainMs,
-    givenBack: false,
-    ended: false,
-    found: abandoned === undefined ? null : { fingerprint: abandoned.fingerprint, ended: abandoned.ended }
-  }
-  if (abandoned?.steps !== undefined) claimed.steps = abandoned.steps
-  return claimed
-}
-
-function giveBack(held: ClaimEntry, unused: boolean): void {
-  const { found } = held
-  held.givenBack = true
-  held.ended = true
-  if (!unused || found === null) return
-  held.attempt--
-  held.fingerprint = found.fingerprint
-  held.ended = found.ended
-}
-
-function acquired({ attempt, steps }: ClaimEntry): Acquisition {
-  if (steps === undefined) return { state: 'acquired', attempt }
-  return { state: 'acquired', attempt, steps: [...steps] }
-}
-
-function state(
-  { fingerprint, attempt, leaseEnd, ended, steps: held }: ClaimEntry,
-  now: number
-): Unfinished & { steps?: StoredStep[] } {
-  const steps = held && { steps: [...held] }
-  if (leaseEnd > now) return { state: 'running', fingerprint, leaseMs: Math.ceil(leaseEnd - now), attempt, ...steps }
-  const lapsedMs = Math.floor(now - leaseEnd)
-  return { state: 'abandoned', fingerprint, attempt, ...(ended && { ended }), lapsedMs, ...steps }
-}
-
-function listedAt(key: string, held: ClaimEntry, now: number): Unfinished & { key: string } {
-  const { steps, ...found } = state(held, now)
-  return { ...found, key }
 }
