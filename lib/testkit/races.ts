@@ -61,8 +61,10 @@ export const races = [
         () => one.complete(key, token, reply(), LONG),
         () => other.acquire(key, heir())
       )
-      if (done) replays(found, reply(), 'the key that was completed')
-      else answers(found, { state: 'acquired', attempt: 2 }, 'the key that could not be completed')
+      if (!done) answers(found, { state: 'acquired', attempt: 2 }, 'the key that could not be completed')
+      // A completion may renew the lease before it stores the record: whoever comes in between waits for it.
+      else if (found.state === 'running') answers(found, { state: 'running', attempt: 1 }, 'the key that was completed')
+      else replays(found, reply(), 'the key that was completed')
       const later = await other.acquire(key, heir())
       if (done) replays(later, reply(), 'the key that was completed')
       else answers(later, { state: 'running', fingerprint: 'the heir' }, 'the key that was taken over')

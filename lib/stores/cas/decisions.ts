@@ -205,7 +205,15 @@ function unfinished(row: Row, { fingerprint, attempt, steps }: StoredClaim): Unf
   const { leaseEnd, now } = row
   if (isAlive(row)) return { state: 'running', fingerprint, leaseMs: leaseEnd - now, attempt, ...stepsOf(steps) }
   const ended = row.state === 'ended' && { ended: true as const }
-  return { state: 'abandoned', fingerprint, attempt, ...ended, lapsedMs: now - leaseEnd, ...stepsOf(steps) }
+  // What was given back since `now` was read has ended later than that.
+  return {
+    state: 'abandoned',
+    fingerprint,
+    attempt,
+    ...ended,
+    lapsedMs: Math.max(0, now - leaseEnd),
+    ...stepsOf(steps)
+  }
 }
 
 interface Steps {
