@@ -175,7 +175,7 @@ for (const [name, driver] of sqliteDrivers) {
       const watched = {
         exec(text: string) {
           if (text === 'BEGIN IMMEDIATE') {
-            // The next batch of the same round: what begins a round is a timer, and may come at any time.
+            // Within a round: what begins one is a timer, and may come at any time.
             if (batches.at(-1) === 100) t.ok(isTurn)
             ;[deleted, isTurn] = [0, false]
             setImmediate(() => {
