@@ -16,6 +16,12 @@ export interface Claim {
   retainMs: number
   /** May this claim take over a key whose owner's lease has lapsed? */
   takeover: boolean
+  /**
+   * `false`: nobody wants to know what is left of the ttl of a completed operation, and a store that would have to ask
+   * once more for it may answer `ttlMs: null`.
+   * @default true
+   */
+  withTtl?: boolean
 }
 
 /** A finished step of an operation: its name, and its result. Both are opaque to the store. */
@@ -43,7 +49,7 @@ export type Acquisition =
       lapsedMs?: number
       steps?: readonly StoredStep[]
     }
-  /** The operation has ended. `ttlMs` is what is left of the record's life, `null` for ever. */
+  /** The operation has ended. `ttlMs` is what is left of the record's life, `null` for ever (see `withTtl`). */
   | { state: 'completed'; record: StoredRecord; ttlMs: number | null }
 
 /** A reply header as it is stored: its lower-case name and its value or values. */

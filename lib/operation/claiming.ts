@@ -263,7 +263,8 @@ export class Claiming {
       leaseMs: policy.lease,
       // What comes to no handler leaves nothing to be remembered.
       retainMs: this.isEarly ? 0 : policy.retain,
-      takeover
+      takeover,
+      withTtl: false
     }
   }
 

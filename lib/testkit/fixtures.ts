@@ -29,9 +29,17 @@ export function newKey(): string {
   return randomUUID()
 }
 
-/** A claim by a new token that does not lapse during a case. */
+/** A claim by a new token that does not lapse during a case, as the plugin makes it. */
 export function claim(changes: Partial<Claim> = {}): Claim {
-  return { token: randomUUID(), fingerprint: 'fingerprint', leaseMs: LONG, retainMs: LONG, takeover: false, ...changes }
+  return {
+    token: randomUUID(),
+    fingerprint: 'fingerprint',
+    leaseMs: LONG,
+    retainMs: LONG,
+    takeover: false,
+    withTtl: false,
+    ...changes
+  }
 }
 
 export function reply(changes: Partial<StoredReply> = {}): StoredReply {

@@ -29,7 +29,7 @@ import { conformanceCase } from './harness.js'
 
 /** What is left of the life of the record under the key. */
 async function ttlOf(store: IdempotencyStore, key: string): Promise<number | null> {
-  const found = await store.acquire(key, claim())
+  const found = await store.acquire(key, claim({ withTtl: true }))
   answers(found, { state: 'completed' })
   return (found as { ttlMs: number | null }).ttlMs
 }
@@ -158,7 +158,7 @@ export const lifetimes = [
       answers(await second.acquire(key, claim({ takeover: true })), { state: 'running' })
       equal(await store.complete(key, token, reply(), ttlMs), true, 'complete')
       await sleep(SHORT)
-      const found = await second.acquire(key, claim())
+      const found = await second.acquire(key, claim({ withTtl: true }))
       replays(found, reply())
       const { ttlMs: leftMs } = found as { ttlMs: number | null }
       ok(leftMs !== null && leftMs <= ttlMs && leftMs > ttlMs - DAY, `${leftMs} ms are left of ${ttlMs}`)
@@ -196,7 +196,7 @@ export const lifetimes = [
     const ms = await inTime(completed, 'complete was false')
     await sleep(ms + 50)
     for (const client of [store, second]) {
-      const found = await client.acquire(key, claim())
+      const found = await client.acquire(key, claim({ withTtl: true }))
       replays(found, reply())
       answers(found, { ttlMs: null })
     }

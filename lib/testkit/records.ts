@@ -73,6 +73,7 @@ export const records = [
       const key = newKey()
       await finish(store, key, record)
       for (const client of [store, second, store]) replays(await client.acquire(key, claim()), record)
+      replays(await second.acquire(key, claim({ withTtl: true })), record)
       if (second.get) replays(await second.get(key), record)
     })
   ),

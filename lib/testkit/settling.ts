@@ -35,7 +35,7 @@ export const settling = [
         const before = performance.now()
         equal(await second.settle(key, OURS, { record, ttlMs }), true, 'settle')
         for (const client of [store, second]) {
-          const found = await client.acquire(key, claim({ takeover: true }))
+          const found = await client.acquire(key, claim({ takeover: true, withTtl: true }))
           replays(found, record)
           const { ttlMs: leftMs } = found as { ttlMs: number | null }
           if (ttlMs === null) equal(leftMs, null, 'what is left of no ttl')

@@ -22,7 +22,7 @@ import { newSeed, Random } from '../support/random.js'
 // an answer. With `transaction: true` each key has one effect and one reply. That the check would see it otherwise
 // is shown by workers without one of the safeguards. What is promised without a transaction is in kill.test.ts.
 
-t.setTimeout(480_000)
+t.setTimeout(900_000)
 
 const random = new Random(newSeed())
 t.comment(`SEED=${random.seed}`)

@@ -21,7 +21,7 @@ import { startRedis } from '../support/redis.js'
 // Server processes that kill themselves at every point of a request's life, and clients that ask again until they have
 // an answer: what is promised without a transaction. With one it is more: kill-transaction.test.ts.
 
-t.setTimeout(480_000)
+t.setTimeout(900_000)
 
 const random = new Random(newSeed())
 t.comment(`SEED=${random.seed}`)

@@ -1,7 +1,5 @@
 import t from 'tap'
-import { ClaimBatches } from '../../lib/stores/redis/batches.js'
 import type { IoredisClient } from '../../lib/stores/redis/client.js'
-import type { Result } from '../../lib/stores/redis/connection.js'
 import { discreet, isWrongType } from '../../lib/stores/redis/errors.js'
 import { IoredisConnection } from '../../lib/stores/redis/ioredis.js'
 import { Renewals } from '../../lib/stores/redis/renewals.js'
@@ -18,80 +16,6 @@ function failure(message: string, name = 'ReplyError'): Error {
 
 const outcomes = async (promises: Promise<unknown>[]) =>
   (await Promise.allSettled(promises)).map((one) => (one.status === 'fulfilled' ? one.value : one.reason))
-
-/** A client whose pipelines are noted, and answered as told. */
-function pipelines(answer: (commands: unknown[][]) => Promise<Result[] | null>) {
-  const sent: unknown[][][] = []
-  const pipeline = () => {
-    const commands: unknown[][] = []
-    const note = (command: unknown[]): object => {
-      commands.push(command)
-      return chain
-    }
-    const chain = {
-      setBuffer: (...args: unknown[]) => note(['set', ...args]),
-      pttl: (...args: unknown[]) => note(['pttl', ...args]),
-      exec: () => {
-        sent.push(commands)
-        return answer(commands)
-      }
-    }
-    return chain
-  }
-  return { sent, client: { pipeline } as unknown as IoredisClient }
-}
-
-const echo = async (commands: unknown[][]): Promise<Result[]> => commands.map(([name, key]) => [null, `${name} ${key}`])
-
-t.test('claims of one turn of the event loop go by one pipeline, and each gets its own two answers', async (t) => {
-  const { sent, client } = pipelines(echo)
-  const batches = new ClaimBatches(client)
-  const asked = ['a', 'b', 'c'].map((key) => batches.ask(key, `value of ${key}`, '1000'))
-  t.strictSame(sent, [], 'nothing goes before the turn is over')
-  t.strictSame(
-    await Promise.all(asked),
-    ['a', 'b', 'c'].map((key) => [
-      [null, `set ${key}`],
-      [null, `pttl ${key}`]
-    ])
-  )
-  t.equal(sent.length, 1)
-  t.strictSame(sent[0]?.slice(0, 2), [
-    ['set', 'a', 'value of a', 'PX', '1000', 'NX', 'GET'],
-    ['pttl', 'a']
-  ])
-  t.strictSame(await batches.ask('d', 'value', '1000'), [
-    [null, 'set d'],
-    [null, 'pttl d']
-  ])
-  t.equal(sent.length, 2, 'the next turn has a pipeline of its own')
-  t.equal(sent[1]?.length, 2, 'with nothing of the one before')
-})
-
-t.test('who gets no answer, or half of one, is told so, and the others get theirs', async (t) => {
-  const silent = new ClaimBatches(pipelines(async () => null).client)
-  t.match(await outcomes([silent.ask('a', '', '1')]), [{ message: 'Redis gave no answer' }])
-  const cut = new ClaimBatches(pipelines(async (commands) => (await echo(commands)).slice(0, 3)).client)
-  t.match(await outcomes([cut.ask('a', '', '1'), cut.ask('b', '', '1')]), [
-    [
-      [null, 'set a'],
-      [null, 'pttl a']
-    ],
-    { message: 'Redis gave no answer' }
-  ])
-})
-
-t.test('a pipeline that fails fails for all in it, without what was sent, and the next one goes', async (t) => {
-  let fails = true
-  const { client } = pipelines((commands) => (fails ? Promise.reject(failure('lost')) : echo(commands)))
-  const batches = new ClaimBatches(client)
-  for (const error of await outcomes([batches.ask('a', '', '1'), batches.ask('b', '', '1')])) {
-    t.match(error, { name: 'ReplyError', message: 'lost' })
-    t.notOk('command' in (error as Error))
-  }
-  fails = false
-  t.match(await batches.ask('c', '', '1'), [[null, 'set c']])
-})
 
 /** A client whose scripts are noted, and answered as told. */
 function scripts(answer: (keys: string[], args: string[], command: 'evalsha' | 'eval') => unknown, isCluster = false) {

@@ -2,7 +2,6 @@ import t from 'tap'
 import {
   claimFailure,
   discreet,
-  isAborted,
   isReadOnly,
   isRefused,
   isSyntaxError,
@@ -55,13 +54,6 @@ t.test('a key of another type is known by its error, be it that of a script', as
   ] as const) {
     t.equal(isWrongType(new Error(message)), is, message)
   }
-})
-
-t.test('a command of a pipeline that was given up with its connection is known by its error', async (t) => {
-  t.equal(isAborted([new Error('Command aborted due to connection close')]), true)
-  t.equal(isAborted([new Error('READONLY')]), false)
-  t.equal(isAborted([null, 'OK']), false)
-  t.equal(isAborted(undefined), false)
 })
 
 t.test(

@@ -26,17 +26,18 @@ const UNDECODABLE = /could not be decoded/
 const UNREADABLE = { isFree: false, message: UNDECODABLE }
 /** An error as ioredis has it: with the command, and what was in it. */
 const failure = (message: string) => Object.assign(new Error(message), { command: { args: ['secret'] } })
-const aborted = () => failure('Command aborted due to connection close')
 
 interface Setup {
-  /** The answers to a pipeline: of an acquire SET and PTTL, of a get GET and PTTL. */
+  /** The answer to the SET of an acquire. */
+  set?: () => unknown
+  /** The answers to the pipeline of a get: GET and PTTL. */
   piped?: (commands: unknown[][]) => Result[] | null
   scripted?: (script: string, args: unknown[]) => unknown
   isCluster?: boolean
   options?: RedisStoreOptions
 }
 
-function open({ piped = () => [], scripted = () => 1, isCluster, options = {} }: Setup = {}) {
+function open({ set = () => null, piped = () => [], scripted = () => 1, isCluster, options = {} }: Setup = {}) {
   const sent: unknown[][][] = []
   const scripts: unknown[][] = []
   let configs = 0
@@ -61,6 +62,10 @@ function open({ piped = () => [], scripted = () => 1, isCluster, options = {} }:
   }
   const client = {
     pipeline,
+    setBuffer: async (...command: unknown[]) => {
+      sent.push([['setBuffer', ...command]])
+      return set()
+    },
     evalshaBuffer: async (sha: string, keys: number, key: string, ...args: unknown[]) => {
       scripts.push([nameOf(sha), keys, key, ...args])
       return scripted(nameOf(sha) as string, args)
@@ -94,14 +99,15 @@ const recorded = (record: StoredRecord, token = 't') => encodeRecord(record, Buf
 /** What is told of the claim of somebody else. */
 const running = { state: 'running', fingerprint: 'theirs', attempt: 1 }
 const mine = claim({ token: 'mine', fingerprint: 'f', leaseMs: 500, retainMs: 1_000 })
-/** What an acquire makes of SET's answer, with so much left. */
-const acquiring = (set: unknown, left: unknown = 1_200, scripted?: Setup['scripted']) =>
+/** What an acquire makes of what is there, with so much left. */
+const acquiring = (found: unknown, left: unknown = 1_200, scripted: Setup['scripted'] = () => [0, found, left, 0]) =>
   open({
+    set: () => found,
     piped: () => [
-      [null, set],
+      [null, found],
       [null, left]
     ],
-    ...(scripted && { scripted })
+    scripted
   })
 
 t.test('a client is what has the methods of ioredis, or of a kind of node-redis', async (t) => {
@@ -177,41 +183,25 @@ t.test('options that are unknown or invalid are refused, by name', async (t) => 
   t.doesNotThrow(() => open({ options: { replicas: 0, replicaTimeout: 1, keyPrefix: '' }, isCluster: true }))
 })
 
-t.test('a free key is claimed by one SET, with a PTTL beside it', async (t) => {
+t.test('a free key is claimed by one SET', async (t) => {
   for (const isCluster of [false, true]) {
-    const { configs, scripts, sent, store } = open({
-      piped: () => [
-        [null, null],
-        [null, 1]
-      ],
-      isCluster
-    })
+    const { configs, scripts, sent, store } = open({ isCluster })
     t.strictSame(await store.acquire('k', mine), { state: 'acquired', attempt: 1 })
-    t.strictSame(sent, [
-      [
-        ['setBuffer', 'idempotency:k', 'P1\x04mine01:1000::f', 'PX', '1500', 'NX', 'GET'],
-        ['pttl', 'idempotency:k']
-      ]
-    ])
+    t.strictSame(sent, [[['setBuffer', 'idempotency:k', 'P1\x04mine01:1000::f', 'PX', '1500', 'NX', 'GET']]])
     await store.acquire('l', mine)
     t.equal(configs(), 1, 'the server is asked once whether it evicts')
     t.strictSame(scripts, [])
   }
 })
 
-t.test('claims of one turn go together, but in a Cluster, where their keys are no neighbours', async (t) => {
-  for (const isCluster of [false, true]) {
-    const piped = (commands: unknown[][]): Result[] => commands.map(([name]) => [null, name === 'pttl' ? 1 : null])
-    const { sent, store } = open({ piped, isCluster })
-    await Promise.all([store.acquire('k', mine), store.acquire('l', mine)])
-    t.equal(sent.length, isCluster ? 2 : 1)
-  }
-})
-
-t.test('a record, and the live claim of somebody else, are understood without a script', async (t) => {
+t.test('a record is understood without a script, and by one command where nobody wants to know its ttl', async (t) => {
   const record = reply()
   const found = acquiring(recorded(record), 700)
+  same(t, await found.store.acquire('k', { ...mine, withTtl: false }), record)
+  t.equal(found.sent.length, 1)
   same(t, await found.store.acquire('k', mine), record)
+  t.equal(found.sent.length, 3)
+  t.strictSame(found.scripts, [])
   for (const left of [-1, 0, 700]) {
     const ttlMs = left === -1 ? null : left
     t.match(await acquiring(recorded(tombstone('hijacked')), left).store.acquire('k', mine), {
@@ -219,11 +209,19 @@ t.test('a record, and the live claim of somebody else, are understood without a 
       ttlMs
     })
   }
-  const alive = acquiring(claimed('other'), '1200')
-  t.strictSame(await alive.store.acquire('k', mine), { ...running, leaseMs: 200 })
-  const barely = acquiring(claimed('other'), 1_001)
-  t.strictSame(await barely.store.acquire('k', mine), { ...running, leaseMs: 1 })
-  for (const { scripts } of [found, alive, barely]) t.strictSame(scripts, [])
+})
+
+t.test('a record that goes between two looks at it leaves a key that is free', async (t) => {
+  const { scripts, store } = open({
+    set: () => recorded(reply()),
+    piped: () => [
+      [null, null],
+      [null, -2]
+    ],
+    scripted: () => [1]
+  })
+  t.strictSame(await store.acquire('k', mine), { state: 'acquired', attempt: 1 })
+  t.equal(scripts.length, 1)
 })
 
 t.test('one who is only named like the other is somebody else', async (t) => {
@@ -272,33 +270,11 @@ t.test('what the script has found', async (t) => {
   await t.rejects(found(0, Buffer.from('X1\x01t'), 5, 0), UNDECODABLE)
 })
 
-t.test('a pipeline whose connection was lost in its middle is asked again, by the script', async (t) => {
-  for (const results of [
-    [
-      [aborted(), undefined],
-      [aborted(), undefined]
-    ],
-    [
-      [null, null],
-      [aborted(), undefined]
-    ],
-    [
-      [aborted(), undefined],
-      [null, 5]
-    ]
-  ] as Result[][]) {
-    const { scripts, store } = open({ piped: () => results, scripted: () => [1] })
-    t.match(await store.acquire('k', mine), { state: 'acquired', attempt: 1 })
-    t.equal(scripts.length, 1)
-  }
-})
-
 t.test('a server that does not take NX with GET gets the script from then on', async (t) => {
   const { scripts, sent, store } = open({
-    piped: () => [
-      [failure('ERR syntax error'), undefined],
-      [null, 5]
-    ],
+    set: () => {
+      throw failure('ERR syntax error')
+    },
     scripted: () => [1]
   })
   for (const key of ['k', 'l']) t.match(await store.acquire(key, mine), { state: 'acquired' })
@@ -307,43 +283,19 @@ t.test('a server that does not take NX with GET gets the script from then on', a
 })
 
 t.test('any other error is the answer, without what it carries', async (t) => {
-  for (const results of [
-    [
-      [failure('OOM'), undefined],
-      [null, 5]
-    ],
-    [
-      [null, claimed('other')],
-      [failure('OOM'), undefined]
-    ]
-  ] as Result[][]) {
-    const error = await open({ piped: () => results })
+  for (const [message, isCluster] of [
+    ['OOM', false],
+    ['CLUSTERDOWN', true]
+  ] as const) {
+    const fails = () => {
+      throw failure(message)
+    }
+    const error = await open({ set: fails, isCluster })
       .store.acquire('k', mine)
       .catch((error) => error)
-    t.match(error, { message: 'OOM' })
+    t.match(error, { message })
     t.notOk('command' in error)
   }
-  const free = open({
-    piped: () => [
-      [null, null],
-      [failure('OOM'), undefined]
-    ]
-  })
-  t.match(await free.store.acquire('k', mine), { state: 'acquired' }, 'a key that is claimed is claimed')
-})
-
-t.test('in a Cluster a pipeline fails as one', async (t) => {
-  const fails = () => {
-    throw failure('CLUSTERDOWN')
-  }
-  const error = await open({ piped: fails, isCluster: true })
-    .store.acquire('k', mine)
-    .catch((error) => error)
-  t.match(error, { message: 'CLUSTERDOWN' })
-  t.notOk('command' in error)
-  const nothing = open({ piped: () => null, isCluster: true, scripted: () => [1] })
-  t.match(await nothing.store.acquire('k', mine), { state: 'acquired' })
-  t.equal(nothing.scripts.length, 1)
 })
 
 t.test('tokens of all lengths are framed', async (t) => {
@@ -354,12 +306,7 @@ t.test('tokens of all lengths are framed', async (t) => {
     [255, false]
   ] as const) {
     const token = 't'.repeat(length)
-    const { scripts, sent, store } = open({
-      piped: () => [
-        [null, null],
-        [null, 5]
-      ]
-    })
+    const { scripts, sent, store } = open()
     await store.acquire('k', { ...mine, token })
     const value = sent[0]?.[0]?.[2] as string | Buffer
     t.equal(typeof value === 'string', isText)

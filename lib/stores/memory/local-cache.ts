@@ -145,7 +145,8 @@ export class LocalCache implements IdempotencyStore {
 
   async #acquire(key: string, claim: Claim, token: string): Promise<Acquisition> {
     const asked = this.#asked()
-    const found = await this.#store.acquire(key, claim)
+    // What is kept here must not outlive its ttl.
+    const found = await this.#store.acquire(key, claim.withTtl === false ? { ...claim, withTtl: true } : claim)
     if (found.state === 'completed') this.#learn(key, found, asked)
     else if (found.state === 'acquired') this.#claim(key, token)
     return found

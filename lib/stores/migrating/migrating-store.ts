@@ -104,7 +104,8 @@ export class MigratingStore implements IdempotencyStore {
   }
 
   async acquire(key: string, claim: Claim): Promise<Acquisition> {
-    return this.#claims.acquire(key, { ...claim })
+    // What one store lacks is copied from the other, with what is left of it.
+    return this.#claims.acquire(key, { ...claim, withTtl: true })
   }
 
   async renew(key: string, token: string, leaseMs: number): Promise<boolean> {

@@ -31,11 +31,8 @@ export interface RedisConnection extends Omit<Link, 'identity' | 'setAndWait'> {
   readonly isCluster: boolean
   /** The client's own prefix. */
   readonly keyPrefix: Argument
-  /**
-   * SET NX GET and PTTL of one key, the one right behind the other. Both may be sent again to another server meanwhile:
-   * SET decides, and PTTL tells nothing of a key that SET has taken.
-   */
-  setOrGet(key: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]>
+  /** SET NX GET: `null` where the key was free, else what it has, as bytes. */
+  setOrGet(key: string, value: Argument, expiry: string): Promise<unknown>
   /** GET and PTTL of one key. */
   getWithTtl(key: string): Promise<readonly (Result | undefined)[]>
   /**

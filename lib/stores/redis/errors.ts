@@ -29,11 +29,6 @@ export function isRefused(error: Error): boolean {
   return /^NOPERM |^ERR unknown command/.test(error.message)
 }
 
-/** Was the command of a pipeline given up, because the connection was lost when others of it had been answered? */
-export function isAborted(result: readonly [error: Error | null, ...unknown[]] | undefined): boolean {
-  return /aborted due to connection close/i.test(result?.[0]?.message ?? '')
-}
-
 /** What a claim is told: a server without room that does not evict (maxmemory, noeviction) is there, and refuses. */
 export function claimFailure(error: unknown): unknown {
   if (!/\bOOM command not allowed/.test((error as Error).message)) return error

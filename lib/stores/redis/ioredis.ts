@@ -1,4 +1,4 @@
-import { ClaimBatches, type Pipeline } from './batches.js'
+import type { Writable } from 'node:stream'
 import type { IoredisClient } from './client.js'
 import type { Argument, Link, RedisConnection, Result, Subscriber, SubscriberEvents } from './connection.js'
 import { discreet } from './errors.js'
@@ -7,12 +7,24 @@ import { discreet } from './errors.js'
 
 type Evaluate = (script: string, keys: number, ...keysAndArgs: Argument[]) => Promise<unknown>
 
+/** The part of an ioredis pipeline that is used here. */
+interface Pipeline {
+  getBuffer(key: string): Pipeline
+  pttl(key: string): Pipeline
+  scanBuffer(cursor: string, match: 'MATCH', pattern: Buffer, limit: 'COUNT', count: number): Pipeline
+  info(section: string): Pipeline
+  set(key: string, value: string, ...options: (string | number)[]): Pipeline
+  wait(replicas: number, timeout: number): Pipeline
+  exec(): Promise<Result[] | null>
+}
+
 /** What is used of a client beyond what can be written as a type that all versions fit. */
 interface Commands {
   readonly isCluster?: boolean
   /** Another one with each connection. A Cluster has none. */
-  readonly stream?: unknown
+  readonly stream?: Partial<Pick<Writable, 'cork' | 'uncork'>> | null
   readonly options?: { readonly keyPrefix?: Argument }
+  setBuffer(key: string, value: Argument, ...options: string[]): Promise<unknown>
   evalshaBuffer: Evaluate
   evalBuffer: Evaluate
   config(command: 'GET', pattern: string): Promise<unknown>
@@ -28,13 +40,12 @@ interface Listening extends Subscriber {
 export class IoredisConnection implements RedisConnection, Link {
   readonly isCluster: boolean
   readonly #client: IoredisClient & Commands
-  /** `null` in a Cluster, where the keys of a pipeline must be neighbours. */
-  readonly #batches: ClaimBatches | null
+  /** What is written to it goes when the turn of the event loop is over. */
+  #corked: Commands['stream'] = null
 
   constructor(client: IoredisClient) {
     this.#client = client as IoredisClient & Commands
     this.isCluster = this.#client.isCluster === true
-    this.#batches = this.isCluster ? null : new ClaimBatches(client)
   }
 
   get keyPrefix(): Argument {
@@ -55,9 +66,13 @@ export class IoredisConnection implements RedisConnection, Link {
     return this.#client.evalshaBuffer(script, keys.length, ...keys, ...args)
   }
 
-  setOrGet(key: string, value: Argument, expiry: string): Promise<readonly (Result | undefined)[]> {
-    if (this.#batches !== null) return this.#batches.ask(key, value, expiry)
-    return this.#pipeline((pipeline) => pipeline.setBuffer(key, value, 'PX', expiry, 'NX', 'GET').pttl(key))
+  async setOrGet(key: string, value: Argument, expiry: string): Promise<unknown> {
+    this.#cork()
+    try {
+      return await this.#client.setBuffer(key, value, 'PX', expiry, 'NX', 'GET')
+    } catch (error) {
+      throw discreet(error)
+    }
   }
 
   getWithTtl(key: string): Promise<readonly (Result | undefined)[]> {
@@ -100,6 +115,18 @@ export class IoredisConnection implements RedisConnection, Link {
     // Without a listener an error would end the process. Who waits polls meanwhile, and ioredis reconnects.
     subscriber.on('error', () => {})
     return subscriber
+  }
+
+  /** Claims that are asked for in one turn of the event loop are written together: a pipeline would cost more than they do. */
+  #cork(): void {
+    const { stream } = this.#client
+    if (!stream?.cork || stream === this.#corked) return
+    this.#corked = stream
+    stream.cork()
+    setImmediate(() => {
+      if (this.#corked === stream) this.#corked = null
+      stream.uncork?.()
+    })
   }
 
   async #pipeline(build: (pipeline: Pipeline) => Pipeline): Promise<Result[]> {

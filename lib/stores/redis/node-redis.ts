@@ -1,6 +1,6 @@
 import type { NodeRedisClient } from './client.js'
 import type { Argument, Link, RedisConnection, Result, Subscriber, SubscriberEvents } from './connection.js'
-import { discreet, isSyntaxError } from './errors.js'
+import { discreet } from './errors.js'
 import type { Route, Send, Single } from './node-redis-routes.js'
 import { NodeRedisSubscriber } from './node-redis-subscriber.js'
 
@@ -51,9 +51,9 @@ export class NodeRedisConnection implements RedisConnection {
     return this.#about(names[0], (send) => evaluate(send, command, script, names, args))
   }
 
-  setOrGet(key: string, value: Argument, expiry: string): Promise<readonly Result[]> {
+  setOrGet(key: string, value: Argument, expiry: string): Promise<unknown> {
     const name = this.#named(key)
-    return this.#about(name, (send) => inARow(send, ['SET', name, value, 'PX', expiry, 'NX', 'GET'], ['PTTL', name]))
+    return this.#about(name, (send) => send(['SET', name, value, 'PX', expiry, 'NX', 'GET'], OPTIONS))
   }
 
   getWithTtl(key: string): Promise<readonly Result[]> {
@@ -160,8 +160,7 @@ function evaluate(
 /**
  * Two commands, the one right behind the other. When the connection is lost between them, the second goes by no other: that
  * is what a chain is in node-redis (`flushWaitingForReply` of packages/client/lib/client/commands-queue.ts).
- * Rejects when the first fails, from which a client by Sentinel learns that it needs another master; but not where it is
- * to be understood as a server before Redis 7.
+ * Rejects when the first fails, from which a client by Sentinel learns that it needs another master.
  */
 async function inARow(send: Send, ...commands: [Argument[], Argument[]]): Promise<Result[]> {
   const options = { ...OPTIONS, chainId: Symbol('fastify-idempotency') }
@@ -174,6 +173,6 @@ async function inARow(send: Send, ...commands: [Argument[], Argument[]]): Promis
     )
   )
   const [error] = results[0] as Result
-  if (error !== null && !isSyntaxError(error)) throw error
+  if (error !== null) throw error
   return results
 }

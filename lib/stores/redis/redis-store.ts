@@ -16,8 +16,8 @@ import { checked, DURATION, TEXT } from '../../option-rules.js'
 import { encodeRecord, headStart } from '../record-codec.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
 import type { RedisClient } from './client.js'
-import type { Argument, Link, RedisConnection, Result } from './connection.js'
-import { claimFailure, discreet, isAborted, isSyntaxError, isWrongType } from './errors.js'
+import type { Argument, Link, RedisConnection } from './connection.js'
+import { claimFailure, discreet, isSyntaxError, isWrongType } from './errors.js'
 import { warnOfEviction } from './eviction.js'
 import { Listing } from './listing.js'
 import { connectionOf } from './recognise.js'
@@ -59,6 +59,8 @@ const RULES = {
 }
 
 const LONGEST_STRING = 16_384
+/** What PTTL says of what does not expire. */
+const FOR_EVER = -1
 
 /**
  * Claims and replies in Redis (6.2 and newer, Valkey), by a client of `ioredis`, `iovalkey` or `redis` (node-redis, 5 and
@@ -102,19 +104,22 @@ export class RedisStore implements IdempotencyStore {
   }
 
   // What is the caller's is read before anything is waited for: it may change meanwhile.
-  async acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
+  async acquire(
+    key: string,
+    { token, fingerprint, leaseMs, retainMs, takeover, withTtl }: Claim
+  ): Promise<Acquisition> {
     try {
       this.#eviction ??= warnOfEviction(this.#connection)
       const owner = ownerOf(CLAIM, token)
       const expiry = String(retainMs + leaseMs)
       if (this.#setNxGet) {
-        const [set, pttl] = await this.#connection.setOrGet(
-          this.#prefix + key,
-          join(owner, `01:${retainMs}::${fingerprint}`),
-          expiry
-        )
-        const found = this.#understand(set, pttl, owner)
-        if (found !== null) return found
+        const found = await this.#setOrGet(key, join(owner, `01:${retainMs}::${fingerprint}`), expiry)
+        if (found === null) return { state: 'acquired', attempt: 1 }
+        if (Buffer.isBuffer(found) && found[0] === RECORD) {
+          if (withTtl === false) return decode(found, FOR_EVER, false)
+          const whole = await this.get(key)
+          if (whole?.state === 'completed') return whole
+        }
       }
       return await this.#acquireCarefully(key, owner, String(retainMs), fingerprint, expiry, takeover)
     } catch (error) {
@@ -183,24 +188,18 @@ export class RedisStore implements IdempotencyStore {
     return this.#subscriptions.close()
   }
 
-  /** What two commands are enough to see: a free key, a record, a live claim of somebody else. `null` for all the rest. */
-  #understand(set: Result | undefined, pttl: Result | undefined, owner: Argument): Acquisition | null {
-    // The connection was lost between the answers of a pipeline: who asks again with the same token is recognised.
-    if (isAborted(set) || isAborted(pttl)) return null
-    if (set?.[0]) {
-      if (!isSyntaxError(set[0])) throw discreet(set[0])
+  /** `null` for a free key, which is taken; else what is there. `undefined` where a server before Redis 7 does not understand. */
+  async #setOrGet(key: string, value: Argument, expiry: string): Promise<unknown> {
+    try {
+      return await this.#connection.setOrGet(this.#prefix + key, value, expiry)
+    } catch (error) {
+      if (!isSyntaxError(error as Error)) throw error
       this.#setNxGet = false
-      return null
+      return undefined
     }
-    const held = set?.[1]
-    if (held === null) return { state: 'acquired', attempt: 1 }
-    if (pttl?.[0]) throw discreet(pttl[0])
-    if (!Buffer.isBuffer(held)) return null
-    const left = Number(pttl?.[1])
-    const isElses = held[0] === CLAIM && !lapsed(held, left) && !startsWith(held, Buffer.from(owner))
-    return held[0] === RECORD || isElses ? decode(held, left, false) : null
   }
 
+  /** What one command does not show: whose claim it is, whether its lease has lapsed, and what comes with it. */
   async #acquireCarefully(
     key: string,
     owner: Argument,
@@ -277,8 +276,4 @@ function join(owner: Argument, rest: string): Argument {
 /** A record of ASCII text as a string, unless it is so long that bytes are cheaper after all. */
 function cheapest(value: Buffer): Argument {
   return value.length <= LONGEST_STRING && isAscii(value) ? value.toString('latin1') : value
-}
-
-function startsWith(value: Buffer, prefix: Buffer): boolean {
-  return value.length >= prefix.length && value.compare(prefix, 0, prefix.length, 0, prefix.length) === 0
 }
