@@ -1,0 +1,77 @@
+import { existsSync, readdirSync, readFileSync } from 'node:fs'
+import { dirname, join, normalize } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import t from 'tap'
+
+/* Links of all pages lead somewhere, here and in the package. */
+
+const root = fileURLToPath(new URL('../../../', import.meta.url))
+const text = (file: string) => readFileSync(join(root, file), 'utf8')
+const inFolder = (folder: string) =>
+  readdirSync(join(root, folder))
+    .filter((file) => /\.(?:md|txt)$/.test(file))
+    .map((file) => normalize(join(folder, file)))
+const pages = ['.', 'docs', 'test', 'conformance', 'bench', 'examples'].flatMap(inFolder)
+
+/** Without code, in which brackets are no links. */
+const prose = (page: string) => text(page).replaceAll(/^```[\s\S]*?^```/gm, '')
+
+/** The names that GitHub gives to the headings of a page. */
+function anchorsOf(page: string): Set<string> {
+  const anchors = new Set<string>()
+  for (const [, heading = ''] of prose(page).matchAll(/^#+ (.+)$/gm)) {
+    const shown = heading.replaceAll(/\[([^\]]*)\]\([^)]*\)/g, '$1')
+    const name = shown
+      .toLowerCase()
+      .replaceAll(/[^\w\- ]/g, '')
+      .replaceAll(' ', '-')
+    let unique = name
+    for (let n = 1; anchors.has(unique); n++) unique = `${name}-${n}`
+    anchors.add(unique)
+  }
+  return anchors
+}
+
+/** Where the relative links of a page lead: a path from the root, and an anchor. */
+function linksOf(page: string): { link: string; target: string; anchor: string | undefined }[] {
+  return [...prose(page).matchAll(/\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)/g)].map(
+    ([link, path, anchor]) => ({
+      link,
+      target: path ? normalize(join(dirname(page), path)) : page,
+      anchor
+    })
+  )
+}
+
+t.test('relative links lead to files that are there, and anchors to headings', async (t) => {
+  let count = 0
+  for (const page of pages) {
+    for (const { link, target, anchor } of linksOf(page)) {
+      count++
+      if (!existsSync(join(root, target))) t.fail(`${page}: ${link}`)
+      else if (anchor !== undefined && !anchorsOf(target).has(anchor))
+        t.fail(`${page}: ${link}, there is no such heading`)
+    }
+  }
+  t.ok(count > 200)
+})
+
+t.test('no page is left out of the two lists', async (t) => {
+  for (const list of ['README.md', 'docs/README.md']) {
+    const linked = new Set(linksOf(list).map(({ target }) => target))
+    for (const page of inFolder('docs')) t.ok(linked.has(page) || page === list, `${list}: ${page}`)
+  }
+})
+
+t.test('each page of docs/ begins with the question that it answers', async (t) => {
+  const index = text('docs/README.md')
+  for (const page of inFolder('docs').filter((file) => !/api\.md$/.test(file))) {
+    const [title = ''] = text(page).split('\n')
+    t.match(title, /^# .*\?$/, page)
+    if (page !== 'docs/README.md') t.ok(index.includes(title.slice('# '.length)), `docs/README.md: ${page}`)
+  }
+})
+
+t.test('the README is no longer than one can read', async (t) => {
+  t.ok(text('README.md').split('\n').length <= 420)
+})
