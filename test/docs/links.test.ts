@@ -75,3 +75,69 @@ t.test('each page of docs/ begins with the question that it answers', async (t) 
 t.test('the README is no longer than one can read', async (t) => {
   t.ok(text('README.md').split('\n').length <= 420)
 })
+
+interface Release {
+  repositoryOf(address: string | undefined): string
+  publishedManifest(manifest: object, repository: string): Record<string, unknown>
+  publishedPage(page: string, text: string, published: object): string
+  packedFiles(): string[]
+}
+
+const release = (await import(new URL('../../../scripts/release.mjs', import.meta.url).href)) as Release
+const repository = 'https://github.com/example/shop'
+
+t.test('whoever publishes says where the repository is', async (t) => {
+  for (const address of [repository, `${repository}/`, `${repository}.git`])
+    t.equal(release.repositoryOf(address), repository)
+  for (const address of [undefined, '', 'example/shop', 'http://github.com/example/shop', 'https://github.com/example'])
+    t.throws(() => release.repositoryOf(address), /Where is the repository\?/)
+  const manifest = JSON.parse(text('package.json')) as Record<string, unknown>
+  for (const name of ['repository', 'homepage', 'bugs']) t.notOk(name in manifest, `${name} comes from one place`)
+  t.match(release.publishedManifest(manifest, repository), {
+    name: 'fastify-idempotency',
+    repository: { type: 'git', url: 'git+https://github.com/example/shop.git' },
+    homepage: 'https://github.com/example/shop#readme',
+    bugs: { url: 'https://github.com/example/shop/issues' },
+    scripts: undefined
+  })
+})
+
+t.test('what is published has no link that leads nowhere', async (t) => {
+  const files = new Set(release.packedFiles())
+  for (const page of inFolder('docs')) t.ok(files.has(page), `the package has ${page}`)
+  let absolute = 0
+  for (const page of pages.filter((file) => files.has(file))) {
+    const published = release.publishedPage(page, text(page), { repository, tag: 'v1.0.0', files })
+    const links = [...published.replaceAll(/^```[\s\S]*?^```/gm, '').matchAll(/\]\(([^)#\s]+)/g)].map(
+      ([, link = '']) => link
+    )
+    for (const link of links) {
+      if (link.startsWith('https:') || link.startsWith('http:')) {
+        const [, path] = /^https:\/\/github\.com\/example\/shop\/(?:blob|tree|raw)\/v1\.0\.0\/(.*)$/.exec(link) ?? []
+        if (path === undefined) continue
+        absolute++
+        if (!existsSync(join(root, path))) t.fail(`${page}: ${link}`)
+      } else if (page === 'README.md') t.fail(`npm shows the README by itself: ${link}`)
+      else if (!files.has(normalize(join(dirname(page), link)))) t.fail(`${page}: ${link} is not in the package`)
+    }
+  }
+  t.ok(absolute > 50)
+})
+
+t.test('where no diagrams are drawn, the README has it as text', async (t) => {
+  const published = release.publishedPage('README.md', text('README.md'), {
+    repository,
+    tag: 'v1.0.0',
+    files: new Set()
+  })
+  t.notMatch(published, /```mermaid/)
+  t.match(published, /^client +plugin +store +handler$/m)
+  const [, drawing = ''] = /```text\n(client[\s\S]*?)\n```/.exec(published) ?? []
+  const widths = new Set(
+    drawing
+      .split('\n')
+      .slice(1)
+      .map((line) => line.length)
+  )
+  t.equal(widths.size, 1, 'no label is longer than its arrow')
+})
