@@ -371,3 +371,39 @@ t.test('the table of errors names every code there is', async (t) => {
   const codes = new Set(readFileSync(join(here, '../../lib/errors.js'), 'utf8').match(/FST_IDEMPOTENCY_\w+/g))
   for (const code of codes) t.ok(readme.includes(`\`${code}\``), code)
 })
+
+t.test('mistakes at boot look as the README says', async (t) => {
+  const rows = text('README.md').matchAll(/^\| .* \| `(FST_IDEMPOTENCY_\w+)`: (.*) \|$/gm)
+  const said = new Map([...rows].map(([, code = '', message = '']) => [code, message]))
+  const declare = (app: FastifyInstance) => app.post('/charges', { config: { idempotency: true } }, async () => 'x')
+  const mistakes: Record<string, (app: FastifyInstance) => Promise<unknown>> = {
+    async FST_IDEMPOTENCY_ROUTE_TOO_EARLY(app) {
+      app.register(idempotency)
+      declare(app)
+    },
+    async FST_IDEMPOTENCY_NOT_COVERED(app) {
+      app.register(async (own) => void (await own.register(idempotency)))
+      app.register(async (own) => void declare(own))
+    },
+    async FST_IDEMPOTENCY_ALREADY_REGISTERED(app) {
+      await app.register(idempotency)
+      await app.register(idempotency)
+    },
+    async FST_IDEMPOTENCY_INVALID_OPTION(app) {
+      await app.register(idempotency, { tll: 1 } as object)
+    }
+  }
+  t.same([...said.keys()].sort(), Object.keys(mistakes).sort())
+  for (const [code, make] of Object.entries(mistakes)) {
+    const app = await bare(t)
+    const boot = async () => {
+      await make(app)
+      await app.ready()
+    }
+    const error = await boot().catch((error: Error & { code?: string }) => error)
+    t.equal(error?.code, code)
+    const message = said.get(code) ?? ''
+    if (message.endsWith('…')) t.ok(error?.message.startsWith(message.slice(0, -1)), String(error))
+    else t.equal(error?.message, message)
+  }
+})
