@@ -131,6 +131,8 @@ t.test('where no diagrams are drawn, the README has it as text', async (t) => {
     files: new Set()
   })
   t.notMatch(published, /```mermaid/)
+  const [diagram = ''] = /```mermaid[\s\S]*?```/.exec(text('README.md')) ?? []
+  t.notMatch(diagram, /;/, 'to Mermaid it is the end of a line')
   t.match(published, /^client +plugin +store +handler$/m)
   const [, drawing = ''] = /```text\n(client[\s\S]*?)\n```/.exec(published) ?? []
   const widths = new Set(
