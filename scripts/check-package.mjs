@@ -1,4 +1,4 @@
-// Packs the package as it would be published, asks publint and attw about it, installs it into an empty project beside
+// Packs the package as it would be published (scripts/release.mjs), asks publint and attw about it, installs it into an empty project beside
 // Fastify, and uses it there as an ES module, a CommonJS module, both at once, and from TypeScript as both, under every
 // way to resolve modules; then in the applications of test/layouts/, and in examples/nest. One line for each check; exits 1
 // when one fails.
@@ -21,9 +21,14 @@ const entries = ['dist/index', ...subpaths.map((subpath) => `dist/lib/${subpath}
   `${entry}.d.mts`
 ])
 const docs = readdirSync(join(root, 'docs')).map((file) => `docs/${file}`)
-const required = ['package.json', 'dist/package.json', 'README.md', 'CHANGELOG.md', 'LICENSE', ...entries, ...docs]
+const pages = ['README.md', 'CHANGELOG.md', 'SECURITY.md', 'llms.txt']
+const required = ['package.json', 'dist/package.json', 'LICENSE', ...pages, ...entries, ...docs]
 const allowed =
-  /^(package\.json|(README|CHANGELOG)\.md|LICENSE|docs\/[\w-]+\.md|dist\/(package\.json|(index|(lib|types)\/[\w/-]+)\.(m?js|d\.m?ts)))$/
+  /^(package\.json|(README|CHANGELOG|SECURITY)\.md|llms\.txt|LICENSE|docs\/[\w-]+\.md|dist\/(package\.json|(index|(lib|types)\/[\w/-]+)\.(m?js|d\.m?ts)))$/
+
+/** Who publishes the package says where it is. Nothing of this one is published. */
+const REPOSITORY = 'https://github.com/example/fastify-idempotency'
+const script = join(root, 'scripts', 'release.mjs')
 
 /** For projects that have not come to our own: the oldest way to resolve modules is gone from TypeScript 7. */
 const OLDER_TYPESCRIPT = '5.9.3'
@@ -283,7 +288,12 @@ function assert(check, message) {
 }
 
 function pack() {
-  run('npm', ['pack', '--pack-destination', work, '--loglevel=error'], root)
+  const refused = spawnSync(process.execPath, [script], { env: { ...process.env, RELEASE_REPOSITORY: '' } })
+  assert(refused.status !== 0, 'it is made although nobody says where the repository is')
+  run('npm', ['run', 'build', '--silent'], root)
+  const folder = join(work, 'release')
+  run(process.execPath, [script, '--repository', REPOSITORY, '--out', folder], root)
+  run('npm', ['pack', '--pack-destination', work, '--loglevel=error'], folder)
   const tarball = readdirSync(work).find((file) => file.endsWith('.tgz'))
   assert(tarball, 'npm pack made no tarball')
   return join(work, tarball)
@@ -300,6 +310,13 @@ function checkFiles(tarball) {
   assert(missing.length === 0, `missing from the tarball: ${missing.join(', ')}`)
   assert(strange.length === 0, `should not be in the tarball: ${strange.join(', ')}`)
   run('tar', ['-xzf', tarball], work)
+  const read = (/** @type {string} */ file) => readFileSync(join(work, 'package', file), 'utf8')
+  const { repository, homepage, bugs, scripts } = JSON.parse(read('package.json'))
+  const named = [repository?.url, homepage, bugs?.url].join()
+  assert(named === `git+${REPOSITORY}.git,${REPOSITORY}#readme,${REPOSITORY}/issues`, `package.json names ${named}`)
+  assert(scripts === undefined, 'package.json has scripts')
+  const relative = read('README.md').match(/\]\((?!https:|#)[^)]*\)/g)
+  assert(relative === null, `npm shows the README by itself, and it has relative links: ${relative}`)
   // No maps, and so none is named: the sources are not there.
   const mapped = files.filter((file) =>
     /^\/\/# sourceMappingURL=/m.test(readFileSync(join(work, 'package', file), 'utf8'))

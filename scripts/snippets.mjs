@@ -1,5 +1,5 @@
-// Makes a module of every snippet of README.md, under test/readme/snippets, and of docs/*.md, under test/docs/snippets, so
-// that it is compiled and run like any test.
+// Makes a module of every snippet of README.md and of docs/*.md, under test/docs/snippets, so that it is compiled and run
+// like any test. A name is used once in all pages.
 //
 // A snippet is a fenced block of ts or js under a comment `<!-- snippet: name -->`. Its imports stay on top, the rest
 // becomes the function `run(given)`, which returns what the snippet declares. What the snippet uses but does not
@@ -8,7 +8,7 @@
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 
 const root = new URL('..', import.meta.url)
-/** What snippets use without declaring it: see the `given.ts` beside them. */
+/** What snippets use without declaring it: see test/docs/given.ts. */
 const GIVEN = [
   'app',
   'idempotency',
@@ -36,11 +36,7 @@ const GIVEN_TESTS = ['buildApp', 'store', 'bank', 'post']
 const IMPORTS = { assert: "import assert from 'node:assert/strict'", test: "import { test } from 'node:test'" }
 const docs = readdirSync(new URL('docs/', root)).filter((file) => file.endsWith('.md'))
 
-extract(['README.md'], 'test/readme/snippets/')
-extract(
-  docs.map((file) => `docs/${file}`),
-  'test/docs/snippets/'
-)
+extract(['README.md', ...docs.map((file) => `docs/${file}`)], 'test/docs/snippets/')
 
 /** @param {string[]} pages @param {string} into */
 function extract(pages, into) {

@@ -80,18 +80,21 @@ t.test('in Chromium', { timeout: 240_000 }, async (t) => {
   const page = await browser.open()
   await page.goto(origin)
 
-  t.test("the README's recipe: a key passes the preflight, and the page sees that a reply is a replay", async (t) => {
-    const { seen, url } = await api(t, (app) => snippet('cors', { app }))
-    t.same(await post(page, `${url}/charges`), { status: 200, replayed: null, run: 1 })
-    t.same(await post(page, `${url}/charges`), { status: 200, replayed: 'true', run: 1 })
-    t.ok(seen.requests.includes('OPTIONS /charges'), 'there was a preflight')
-    const { key, attempts, replayed, status } = await send(page, `${url}/charges`, {
-      headers: { 'content-type': 'application/json' },
-      body: '{}'
-    })
-    t.same({ key, attempts, replayed, status }, { key: 'k', attempts: 1, replayed: true, status: 200 })
-    t.equal(seen.runs, 1)
-  })
+  t.test(
+    'the recipe of docs/recipes.md: a key passes the preflight, and the page sees that a reply is a replay',
+    async (t) => {
+      const { seen, url } = await api(t, (app) => snippet('cors', { app }))
+      t.same(await post(page, `${url}/charges`), { status: 200, replayed: null, run: 1 })
+      t.same(await post(page, `${url}/charges`), { status: 200, replayed: 'true', run: 1 })
+      t.ok(seen.requests.includes('OPTIONS /charges'), 'there was a preflight')
+      const { key, attempts, replayed, status } = await send(page, `${url}/charges`, {
+        headers: { 'content-type': 'application/json' },
+        body: '{}'
+      })
+      t.same({ key, attempts, replayed, status }, { key: 'k', attempts: 1, replayed: true, status: 200 })
+      t.equal(seen.runs, 1)
+    }
+  )
 
   t.test('a list of allowed headers without the key: the request never leaves the browser', async (t) => {
     const { seen, url } = await api(t, withCors({ allowedHeaders: ['Content-Type', 'Authorization'] }))

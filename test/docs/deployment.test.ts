@@ -15,7 +15,7 @@ import { openSqlite } from '../support/sqlite.js'
 import { soon } from '../support/store-fixtures.js'
 import type { Given } from './given.js'
 
-/* What docs/deployment.md says, and its snippets; those of NestJS are run by interop/nest.test.ts. */
+/* What docs/deployment.md and docs/serverless.md say, and their snippets; those of NestJS are run by interop/nest-details.test.ts. */
 
 const tried = new Set<string>()
 

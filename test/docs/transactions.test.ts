@@ -9,7 +9,7 @@ import { makeFolder } from '../support/process.js'
 import { ORDERS, stepOf } from '../support/transaction-scenes.js'
 import type { Given } from './given.js'
 
-/* The snippets of docs/transactions.md. */
+/* The snippets of docs/transactions.md, and those of docs/orms.md that are about steps. */
 
 const [postgres, mariadb] = await Promise.all([startPostgres(), startMariadb()])
 t.teardown(() => Promise.all([postgres.close(), mariadb.close()]))

@@ -27,7 +27,7 @@ import { codeOf } from '../support/app.js'
 import { latch } from '../support/latch.js'
 import { isReplay, post } from './kit.js'
 
-/* What docs/deployment.md says of NestJS: what its pieces do to a first reply and to a replay, and its snippets. */
+/* What docs/nestjs.md says: what its pieces do to a first reply and to a replay, and its snippets. */
 
 type Handle = (request: FastifyRequest) => unknown
 

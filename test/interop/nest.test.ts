@@ -109,7 +109,7 @@ t.test("a guard's 401 is not replayed: with good credentials the same key runs",
   t.notOk(isReplay(retry))
 })
 
-t.test('a missing, an expired, a revoked and a foreign credential, with the recipe of the README', async (t) => {
+t.test('a missing, an expired, a revoked and a foreign credential, with the recipe of docs/nestjs.md', async (t) => {
   const { state, charge } = await recipe(t)
   t.equal((await charge('k', null)).statusCode, 401)
   t.equal((await charge('k', 'expired')).statusCode, 401)
@@ -131,10 +131,13 @@ t.test("a pipe's 400 is kept, with no option set: a mended body is another reque
   t.equal((await charge('k', 'of alice', { amount: 1 })).statusCode, 422)
 })
 
-t.test("a pipe's 400 is not kept, with the recipe of the README: a mended body runs under the same key", async (t) => {
-  const { charge } = await recipe(t)
-  t.equal((await charge('k', 'of alice', { amount: -1 })).statusCode, 400)
-  const mended = await charge('k', 'of alice', { amount: 1 })
-  t.same([mended.statusCode, isReplay(mended)], [201, false])
-  t.ok(isReplay(await charge('k', 'of alice', { amount: 1 })))
-})
+t.test(
+  "a pipe's 400 is not kept, with the recipe of docs/nestjs.md: a mended body runs under the same key",
+  async (t) => {
+    const { charge } = await recipe(t)
+    t.equal((await charge('k', 'of alice', { amount: -1 })).statusCode, 400)
+    const mended = await charge('k', 'of alice', { amount: 1 })
+    t.same([mended.statusCode, isReplay(mended)], [201, false])
+    t.ok(isReplay(await charge('k', 'of alice', { amount: 1 })))
+  }
+)

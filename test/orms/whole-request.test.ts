@@ -6,7 +6,7 @@ import { build, inject, REPLAYED } from '../support/app.js'
 import { startPostgres } from '../support/postgres.js'
 import { ORDERS } from '../support/transaction-scenes.js'
 
-/* ORMs that join the transaction of a whole request, as in the snippets of docs/transactions.md. Drizzle and Kysely: those of the README. */
+/* ORMs that join the transaction of a whole request, as in the snippets of docs/orms.md. Drizzle and Kysely: readme/readme.test.ts. */
 
 const server = await startPostgres()
 t.teardown(() => server.close())

@@ -1,6 +1,6 @@
 import { randomBytes } from 'node:crypto'
 import { channel } from 'node:diagnostics_channel'
-import { readdirSync, readFileSync } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -21,11 +21,12 @@ import { nodeTest } from '../support/node-test.js'
 import { startPostgres } from '../support/postgres.js'
 import { makeFolder } from '../support/process.js'
 import { startRedis } from '../support/redis.js'
-import { bare, handled, RECIPES, snippet, tried } from './snippet.js'
+import { bare, handled, OTHERS, snippet, tried } from './snippet.js'
 
-/* Every snippet of the README does what the README says. */
+/* The snippets of the README, and of the pages on stores, transactions and recipes, do what is said of them. */
 
 const here = dirname(fileURLToPath(import.meta.url))
+const text = (file: string) => readFileSync(join(here, '../../..', file), 'utf8')
 
 async function replays(app: FastifyInstance, url: string, headers: Record<string, string> = {}): Promise<boolean> {
   const request = { method: 'POST' as const, url, headers: { 'idempotency-key': 'k', ...headers } }
@@ -41,7 +42,7 @@ t.test('quick-start: the second reply is the first one', async (t) => {
 
 t.test('commonjs: require() gives the plugin', async (t) => {
   tried.add('commonjs')
-  const { app } = createRequire(import.meta.url)('./snippets/commonjs.cjs') as { app: FastifyInstance }
+  const { app } = createRequire(import.meta.url)('../docs/snippets/commonjs.cjs') as { app: FastifyInstance }
   t.teardown(() => app.close())
   t.equal(await replays(app, '/charges'), true)
 })
@@ -128,8 +129,7 @@ t.test('steps: what is finished is not done again, and is done exactly once in t
 })
 
 t.test('ddl: it is the one of createTable', async (t) => {
-  const readme = readFileSync(join(here, '../../../README.md'), 'utf8')
-  const [, ddl] = /<!-- ddl -->\n```sql\n([\s\S]*?)\n```/.exec(readme) ?? []
+  const [, ddl] = /<!-- ddl -->\n```sql\n([\s\S]*?)\n```/.exec(text('docs/stores.md')) ?? []
   t.equal(ddl, new PostgresSql(null, 'idempotency_keys').ddl)
 })
 
@@ -186,13 +186,13 @@ t.test('own-store: it keeps its rules', async (t) => {
   t.match(await store.acquire('k', { ...claim, token: 'd' }), { state: 'completed', record })
 })
 
-t.test('testkit: the store of the README keeps every promise', async (t) => {
+t.test('testkit: the store of docs/your-own-store.md keeps every promise', async (t) => {
   tried.add('testkit')
   const { code, output } = await nodeTest(`
     import Fastify from ${JSON.stringify(import.meta.resolve('fastify'))}
     import idempotency from ${JSON.stringify(new URL('../../index.js', import.meta.url).href)}
-    import * as ownStore from ${JSON.stringify(new URL('snippets/own-store.js', import.meta.url).href)}
-    import * as testkit from ${JSON.stringify(new URL('snippets/testkit.js', import.meta.url).href)}
+    import * as ownStore from ${JSON.stringify(new URL('../docs/snippets/own-store.js', import.meta.url).href)}
+    import * as testkit from ${JSON.stringify(new URL('../docs/snippets/testkit.js', import.meta.url).href)}
     const { MapStore } = await ownStore.run({ app: Fastify(), idempotency })
     await testkit.run({ MapStore })
   `)
@@ -343,19 +343,67 @@ t.test('events: a lost claim is logged by its request', async (t) => {
 })
 
 t.test('no snippet was left out', async (t) => {
-  const all = readdirSync(join(here, 'snippets')).filter((file) => /\.c?js$/.test(file))
-  t.same([...tried, ...RECIPES, 'nest'].sort(), all.map((file) => file.replace(/\.c?js$/, '')).sort())
+  t.same([...tried].sort(), [...OTHERS].sort())
 })
 
 t.test('the table of options names every option there is, and no other', async (t) => {
-  const readme = readFileSync(join(here, '../../../README.md'), 'utf8')
-  const table = readme.slice(readme.indexOf('## Options'), readme.indexOf('### In a handler'))
-  const names = [...table.matchAll(/^\| `(\w+)` \|/gm)].map(([, name]) => name)
-  t.same(names.sort(), Object.keys(REGISTRATION_RULES).sort())
+  for (const page of ['README.md', 'docs/options.md']) {
+    const [, table = ''] = /\n\| option \|.*\n([\s\S]*?)\n\n/.exec(text(page)) ?? []
+    const rows = [...table.matchAll(/^\| `(\w+)` \|.*?\|(.*?)\|/gm)]
+    t.same(rows.map(([, name]) => name).sort(), Object.keys(REGISTRATION_RULES).sort(), page)
+    if (page !== 'README.md') continue
+    const ofRoutes = rows.filter(([, , perRoute]) => perRoute?.includes('✔')).map(([, name]) => name)
+    const app = await bare(t, true)
+    const isKnown = (name: string) => {
+      try {
+        app.post(`/${name}`, { config: { idempotency: { [name]: Symbol(name) } as object } }, async () => {})
+      } catch (error) {
+        return !String(error).includes('is not known')
+      }
+      return true
+    }
+    t.same(ofRoutes.sort(), Object.keys(REGISTRATION_RULES).filter(isKnown).sort(), 'and which ones a route may set')
+  }
 })
 
 t.test('the table of errors names every code there is', async (t) => {
-  const readme = readFileSync(join(here, '../../../README.md'), 'utf8')
+  const readme = text('README.md')
   const codes = new Set(readFileSync(join(here, '../../lib/errors.js'), 'utf8').match(/FST_IDEMPOTENCY_\w+/g))
   for (const code of codes) t.ok(readme.includes(`\`${code}\``), code)
+})
+
+t.test('mistakes at boot look as the README says', async (t) => {
+  const rows = text('README.md').matchAll(/^\| .* \| `(FST_IDEMPOTENCY_\w+)`: (.*) \|$/gm)
+  const said = new Map([...rows].map(([, code = '', message = '']) => [code, message]))
+  const declare = (app: FastifyInstance) => app.post('/charges', { config: { idempotency: true } }, async () => 'x')
+  const mistakes: Record<string, (app: FastifyInstance) => Promise<unknown>> = {
+    async FST_IDEMPOTENCY_ROUTE_TOO_EARLY(app) {
+      app.register(idempotency)
+      declare(app)
+    },
+    async FST_IDEMPOTENCY_NOT_COVERED(app) {
+      app.register(async (own) => void (await own.register(idempotency)))
+      app.register(async (own) => void declare(own))
+    },
+    async FST_IDEMPOTENCY_ALREADY_REGISTERED(app) {
+      await app.register(idempotency)
+      await app.register(idempotency)
+    },
+    async FST_IDEMPOTENCY_INVALID_OPTION(app) {
+      await app.register(idempotency, { tll: 1 } as object)
+    }
+  }
+  t.same([...said.keys()].sort(), Object.keys(mistakes).sort())
+  for (const [code, make] of Object.entries(mistakes)) {
+    const app = await bare(t)
+    const boot = async () => {
+      await make(app)
+      await app.ready()
+    }
+    const error = await boot().catch((error: Error & { code?: string }) => error)
+    t.equal(error?.code, code)
+    const message = said.get(code) ?? ''
+    if (message.endsWith('…')) t.ok(error?.message.startsWith(message.slice(0, -1)), String(error))
+    else t.equal(error?.message, message)
+  }
 })

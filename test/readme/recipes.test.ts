@@ -8,7 +8,7 @@ import { startRedis } from '../support/redis.js'
 import { warningsOf } from '../support/warnings.js'
 import { accountOf, bare, handled, RECIPES, snippet, tried } from './snippet.js'
 
-/* The recipes of the README: nobody gets in without credentials, and nobody gets another's reply. */
+/* The recipes of docs/recipes.md, and of the README: nobody gets in without credentials, and nobody gets another's reply. */
 
 type Headers = Record<string, string>
 type Send = (headers: Headers) => Promise<Awaited<ReturnType<FastifyInstance['inject']>>>
@@ -27,7 +27,7 @@ interface Callers {
 
 const isReplay = ({ headers }: { headers: object }) => (headers as Headers)[REPLAYED] === 'true'
 
-/** A recipe that authenticates keeps what the README says of it. */
+/** A recipe that authenticates keeps what its page says of it. */
 async function keepsOut(t: Test, send: Send, { alice, bob, nobody }: Callers, { scoped = true } = {}): Promise<void> {
   const [mine = {}, ...refreshed] = alice
   const key = { 'idempotency-key': 'k' }

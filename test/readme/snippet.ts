@@ -1,6 +1,6 @@
 import Fastify, { type FastifyInstance, type FastifyRequest } from 'fastify'
 import idempotency from '../../index.js'
-import type { Given } from './given.js'
+import type { Given } from '../docs/given.js'
 
 interface Snippet {
   run(given: Given): Promise<Record<string, unknown>>
@@ -10,7 +10,7 @@ interface Owner {
   teardown(fn: () => unknown): void
 }
 
-/** The snippets that `recipes.test.ts` runs; `readme.test.ts` runs all others, but for the one of `interop/nest.test.ts`. */
+/** The snippets that `recipes.test.ts` runs. */
 export const RECIPES = [
   'redis',
   'scope',
@@ -28,6 +28,33 @@ export const RECIPES = [
   'attempt-counter'
 ]
 
+/** Those that `readme.test.ts` runs. All others are run by the tests in `docs/`, or by a test that they name. */
+export const OTHERS = [
+  'quick-start',
+  'commonjs',
+  'transaction',
+  'drizzle',
+  'kysely',
+  'steps',
+  'handler',
+  'instance',
+  'own-store',
+  'testkit',
+  'node-redis',
+  'local-cache',
+  'encrypted',
+  'mysql',
+  'sqlite',
+  'client',
+  'openapi',
+  'forms',
+  'stripe',
+  'abandoned',
+  'cors',
+  'metrics',
+  'events'
+]
+
 /** The snippets that a test file has run. */
 export const tried = new Set<string>()
 
@@ -38,8 +65,8 @@ export const handled = { runs: 0 }
 export async function snippet(name: string, given: Partial<Given> = {}): Promise<Record<string, unknown>> {
   tried.add(name)
   handled.runs = 0
-  const { run } = (await import(`./snippets/${name}.js`)) as Snippet
-  return run({
+  const { run } = (await import(`../docs/snippets/${name}.js`)) as Snippet
+  const defaults: Partial<Given> = {
     idempotency,
     handler: async () => ({ run: ++handled.runs }),
     accountOf,
@@ -48,15 +75,10 @@ export async function snippet(name: string, given: Partial<Given> = {}): Promise
     },
     verifySignature: async (request) => void (await accountOf(request.headers['x-signature'])),
     chargeCard: async () => ({ id: `ch_${++handled.runs}` }),
-    app: undefined as never,
-    MapStore: undefined as never,
-    AppModule: undefined as never,
     schema: '',
-    resolvers: {},
-    redis: undefined as never,
-    server: undefined as never,
-    ...given
-  })
+    resolvers: {}
+  }
+  return run({ ...defaults, ...given } as Given)
 }
 
 /** A server without the plugin, or with it and no options. */

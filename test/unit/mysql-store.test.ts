@@ -209,7 +209,7 @@ t.test('a server that has no room is full for a claim, and any other error is wh
 })
 
 t.test('the table of the documentation is that of createTable', async (t) => {
-  const page = readFileSync(new URL('../../../docs/operations.md', import.meta.url), 'utf8')
+  const page = readFileSync(new URL('../../../docs/stores.md', import.meta.url), 'utf8')
   const [, ddl] = /<!-- ddl: mysql -->\n```sql\n([\s\S]*?);\n```/.exec(page) ?? []
   t.equal(ddl, new MysqlDriver(createPool(ADDRESS), 'idempotency_keys').ddl)
 })

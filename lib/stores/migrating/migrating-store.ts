@@ -23,7 +23,7 @@ type Step = NonNullable<IdempotencyStore['step']>
 /**
  * Moves an application from one store to another while it runs: claims, steps and records are in both, so that every key is
  * protected whoever looks into which of the two. Deploy it everywhere, leave it for as long as anything lives in `from`, and
- * deploy `to` alone: docs/stores.md has the steps. Never mix processes that use `from` alone with others that use `to` alone.
+ * deploy `to` alone: docs/moving.md has the steps. Never mix processes that use `from` alone with others that use `to` alone.
  *
  * It is as available as both stores together, and takes a trip to each for every call: in parallel to renew, to release and
  * to look, one after the other else. A replay of what `from` has is one trip.
