@@ -1,7 +1,7 @@
 import formbody from '@fastify/formbody'
 import Fastify, { type FastifyInstance, type FastifyServerOptions } from 'fastify'
 // In a project of your own: import idempotency, { … } from 'fastify-idempotency'
-import idempotency, { type RequestIdempotency } from '../index.js'
+import idempotency, { type IdempotencyStore, type RequestIdempotency } from '../index.js'
 import { inMemory, openDatabase, openRedis } from './databases.js'
 import type { NewCharge } from './ledger.js'
 import { type Orders, type Partners, partnersAt, pretendedPartners } from './orders.js'
@@ -30,9 +30,19 @@ const chargeSchema = {
 /** A small payments API, and a shop page with a form. */
 export async function buildApp(services: Services = {}, options: FastifyServerOptions = {}): Promise<FastifyInstance> {
   const app = Fastify(options) as unknown as FastifyInstance
+  await addPayments(app, services)
+  return app
+}
+
+/** The same in an app that there is. What is put in front of the store is `through`. */
+export async function addPayments(
+  app: FastifyInstance,
+  services: Services,
+  through = (store: IdempotencyStore): IdempotencyStore => store
+): Promise<void> {
   await app.register(formbody)
   const { store, ledger, orders, transaction } = await databases(app, services)
-  await app.register(idempotency, { store, documentationUrl: 'https://example.com/errors#{code}' })
+  await app.register(idempotency, { store: through(store), documentationUrl: 'https://example.com/errors#{code}' })
 
   app.post<{ Body: NewCharge }>(
     '/charges',
@@ -52,7 +62,6 @@ export async function buildApp(services: Services = {}, options: FastifyServerOp
     orders,
     partners: partnersUrl === undefined ? pretendedPartners : partnersAt(partnersUrl)
   })
-  return app
 }
 
 /** The safest first. */
@@ -73,7 +82,7 @@ async function shop(app: FastifyInstance, { orders, partners }: { orders: Orders
     storeTimeout: 600
   })
 
-  app.get('/', async (_request, reply) =>
+  app.get('/form', async (_request, reply) =>
     reply.type('text/html').send(`<!doctype html>
 <title>Shop</title>
 <h1>Order a book</h1>
@@ -100,7 +109,7 @@ async function shop(app: FastifyInstance, { orders, partners }: { orders: Orders
       const number = await orders.place(step, request.body.title ?? '')
       await step('payment', ({ key }) => partners.pay(number, key))
       await step('mail', ({ key }) => partners.mail(number, key))
-      // Not to '/': the browser would remember it with its next key, and go back to that.
+      // Not to '/form': the browser would remember it with its next key, and go back to that.
       return reply.redirect(`/orders/${number}`, 303)
     }
   )
@@ -111,7 +120,7 @@ async function shop(app: FastifyInstance, { orders, partners }: { orders: Orders
 <title>Shop</title>
 <h1>Thank you</h1>
 <p>Order ${request.params.number}: ${escapeHtml(title)}</p>
-<a href="/">Another one</a>
+<a href="/form">Another one</a>
 `)
   })
 }

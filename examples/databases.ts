@@ -16,8 +16,8 @@ export interface Databases {
   transaction: boolean
 }
 
-/** `sqlite:file`, `mysql://…` or `postgresql://…`. What the application writes is in there as well. */
-export function openDatabase(app: FastifyInstance, url: string): Promise<Databases> {
+/** `sqlite:file`, `mysql://…`, `postgresql://…`, or `memory:`. What the application writes is in there as well. */
+export async function openDatabase(app: FastifyInstance, url: string): Promise<Databases> {
   const [, scheme, rest = ''] = /^(\w+):(.*)$/s.exec(url) ?? []
   switch (scheme) {
     case 'sqlite':
@@ -27,8 +27,10 @@ export function openDatabase(app: FastifyInstance, url: string): Promise<Databas
     case 'postgres':
     case 'postgresql':
       return openPostgres(app, url)
+    case 'memory':
+      return inMemory()
     default:
-      throw new Error('DATABASE_URL begins with sqlite:, mysql: or postgresql:')
+      throw new Error('DATABASE_URL begins with sqlite:, mysql: or postgresql:, or is memory:')
   }
 }
 
@@ -75,16 +77,36 @@ interface Sqlite {
   close(): unknown
 }
 
+type OpenFile = new (path: string) => Sqlite
+
+const require = createRequire(import.meta.url)
+
 /** Since when Node has SQLite without a warning. */
-export const NODE_WITH_SQLITE = 24
-export const hasSqlite = Number(process.versions.node.split('.')[0]) >= NODE_WITH_SQLITE
+const NODE_WITH_SQLITE = 24
+const hasSqlite = Number(process.versions.node.split('.')[0]) >= NODE_WITH_SQLITE
+
+/**
+ * The SQLite of Node, or what `npm ci` has installed for an older one.
+ * @throws where libsql has nothing for this kind of machine.
+ */
+function findSqlite(): OpenFile {
+  if (!hasSqlite) return require('libsql') as OpenFile
+  return (require('node:sqlite') as { DatabaseSync: OpenFile }).DatabaseSync
+}
+
+/** Can keys be kept in a file? */
+export function canOpenFiles(): boolean {
+  try {
+    findSqlite()
+    return true
+  } catch {
+    return false
+  }
+}
 
 /** In a project of your own: `new DatabaseSync(path)` of node:sqlite, or `new Database(path)` of better-sqlite3. */
 function openFile(path: string): Sqlite {
-  const require = createRequire(import.meta.url)
-  if (!hasSqlite) return new (require('libsql') as new (path: string) => Sqlite)(path)
-  const { DatabaseSync } = require('node:sqlite') as { DatabaseSync: new (path: string) => Sqlite }
-  return new DatabaseSync(path)
+  return new (findSqlite())(path)
 }
 
 /** Keys, steps and reading have a connection each: what is asked of one in a transaction is part of that. */

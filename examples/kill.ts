@@ -33,7 +33,7 @@ for (const what of ['payments', 'mails']) {
 const partnersUrl = await partners.listen({ host: '127.0.0.1', port: 0 })
 
 /** How many orders the shop's page shows. */
-const count = async (url: string) => (await (await fetch(url)).text()).split('<li>').length - 1
+const count = async (url: string) => (await (await fetch(`${url}/form`)).text()).split('<li>').length - 1
 
 /** Each server listens where the first one did: another host or port would be another service. */
 let port = '0'
@@ -49,7 +49,7 @@ async function serve(killedAfter: string | null): Promise<{ url: string; end: Pr
     lines.on('line', (line) => {
       if (line.startsWith('step')) console.log(`  ${line}`)
       if (line === `step-stored ${killedAfter}`) server.kill('SIGKILL')
-      const [, at] = /double click: (\S+)\//.exec(line) ?? []
+      const [, at] = /double click: (\S+)\/form/.exec(line) ?? []
       if (at !== undefined) resolve(at)
     })
   })

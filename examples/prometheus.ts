@@ -98,8 +98,9 @@ export function idempotencyMetrics(app: FastifyInstance, register: Registry) {
       return { [operation]: measured }
     }
     // Waiting for a change takes as long as the first request does: that is not the store's time.
-    const { changed, close } = store
+    const { changed, close, sharesLocks } = store
     return Object.assign({}, ...CALLS.map(timer), {
+      ...(sharesLocks && { sharesLocks }),
       ...(changed && { changed: changed.bind(store) }),
       ...(close && { close: close.bind(store) })
     }) as IdempotencyStore

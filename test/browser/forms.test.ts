@@ -150,7 +150,7 @@ t.test('in Chromium', { timeout: 400_000 }, async (t) => {
       app.server.on('request', ({ method }) => {
         if (method === 'POST') arrived++
       })
-      const url = await listening(app)
+      const url = `${await listening(app)}/form`
       const page = await browser.open({ javascript })
       const receipt = () => page.waitFor("location.pathname === '/orders/1' && document.querySelector('h1')?.innerText")
 
@@ -161,7 +161,7 @@ t.test('in Chromium', { timeout: 400_000 }, async (t) => {
       t.match(await page.text(), /Order 1: The Mythical Man-Month/)
 
       await page.back()
-      t.equal(await page.evaluate('location.pathname'), '/')
+      t.equal(await page.evaluate('location.pathname'), '/form')
       const before = arrived
       await page.navigated(async () => {
         const button = await page.place('button')

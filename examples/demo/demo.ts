@@ -1,0 +1,37 @@
+import type { FastifyInstance } from 'fastify'
+import type { Settings } from '../settings.js'
+import { Feed } from './feed.js'
+import { buildFront } from './front.js'
+import { ShopProcess } from './shop-process.js'
+import { buildWorld, World } from './world.js'
+
+/** The demo: the page, the services that the shop calls, and the shop in a process that can be killed. */
+export async function startDemo(
+  settings: Pick<Settings, 'place' | 'survives'>,
+  { host, port }: { host: string; port: number }
+): Promise<{ url: string; close(): Promise<void> }> {
+  const feed = new Feed(() => ({
+    wanted: world.wanted,
+    books: world.books,
+    store: { place: settings.place, survives: settings.survives, running: !shop.storeIsStopped },
+    shop: { pid: shop.pid }
+  }))
+  const world = new World(feed)
+  const services = await buildWorld(world, feed)
+  const shop = new ShopProcess(await services.listen({ host: '127.0.0.1', port: 0 }), {
+    onHappening: (happening) => feed.tell(happening.what, happening),
+    onRun: (side) => world.books[side].runs++,
+    onKilled: (pid) => feed.tell('killed', { pid }),
+    onStarted: (pid) => feed.tell('started', { pid })
+  })
+  const front: FastifyInstance = buildFront({ shop, world, feed })
+  await shop.start()
+  const url = await front.listen({ host, port })
+  const close = async () => {
+    world.go()
+    await front.close()
+    await shop.close()
+    await services.close()
+  }
+  return { url, close }
+}
