@@ -12,10 +12,10 @@ export interface Settings extends Services {
 const FILE = 'example.sqlite'
 
 /** `DATABASE_URL`, else `REDIS_URL`, else a file of SQLite, else memory. */
-export function readSettings(): Settings {
-  const { REDIS_URL: redisUrl, PARTNERS_URL: partnersUrl } = process.env
+export function readSettings(env: NodeJS.ProcessEnv = process.env): Settings {
+  const { REDIS_URL: redisUrl, PARTNERS_URL: partnersUrl } = env
   const file = redisUrl === undefined && canOpenFiles() ? `sqlite:${FILE}` : undefined
-  const { DATABASE_URL: databaseUrl = file } = process.env
+  const { DATABASE_URL: databaseUrl = file } = env
   const services = { redisUrl, databaseUrl, partnersUrl }
   const [scheme = ''] = /^\w+/.exec(databaseUrl ?? redisUrl ?? 'memory') ?? []
   const place = {

@@ -7,7 +7,7 @@ import { buildWorld, World } from './world.js'
 
 /** The demo: the page, the services that the shop calls, and the shop in a process that can be killed. */
 export async function startDemo(
-  settings: Pick<Settings, 'place' | 'survives'>,
+  settings: Settings,
   { host, port }: { host: string; port: number }
 ): Promise<{ url: string; close(): Promise<void> }> {
   const feed = new Feed(() => ({
@@ -18,7 +18,13 @@ export async function startDemo(
   }))
   const world = new World(feed)
   const services = await buildWorld(world, feed)
-  const shop = new ShopProcess(await services.listen({ host: '127.0.0.1', port: 0 }), {
+  const { databaseUrl, redisUrl } = settings
+  const env = {
+    WORLD_URL: await services.listen({ host: '127.0.0.1', port: 0 }),
+    ...(databaseUrl !== undefined && { DATABASE_URL: databaseUrl }),
+    ...(redisUrl !== undefined && { REDIS_URL: redisUrl })
+  }
+  const shop = new ShopProcess(env, {
     onHappening: (happening) => feed.tell(happening.what, happening),
     onRun: (side) => world.books[side].runs++,
     onKilled: (pid) => feed.tell('killed', { pid }),

@@ -61,11 +61,6 @@ export class Feed {
     this.#send([happening], false)
   }
 
-  /** Something has changed that is no event of its own. */
-  refresh(): void {
-    this.#send([], false)
-  }
-
   forget(): void {
     this.#history = []
     this.#send([], true)

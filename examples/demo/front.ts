@@ -35,10 +35,12 @@ export function buildFront({ shop, world, feed }: FrontOptions): FastifyInstance
       )
   })
 
-  const file = async (url: URL) => ({ type: TYPES[url.pathname.split('.').at(-1) ?? ''], text: await readFile(url) })
   const serve = (path: string, find: (name: string) => URL) =>
     app.get<{ Params: { name?: string } }>(path, async (request, reply) => {
-      const { type, text } = await file(find(request.params.name ?? ''))
+      const url = find(request.params.name ?? '')
+      const text = await readFile(url).catch(() => null)
+      if (text === null) return reply.callNotFound()
+      const type = TYPES[url.pathname.split('.').at(-1) ?? '']
       return reply
         .headers({ 'content-type': type, 'cache-control': 'no-cache', 'content-security-policy': "default-src 'self'" })
         .send(text)
@@ -62,10 +64,11 @@ export function buildFront({ shop, world, feed }: FrontOptions): FastifyInstance
     request.raw.once('close', end)
   })
 
-  app.post<{ Body: { orders: number; amount: number } }>('/demo/wanted', async (request) => {
-    world.wanted.orders += request.body.orders
-    world.wanted.amount += request.body.amount
-    feed.refresh()
+  app.post<{ Body: { title: string; orders: number; amount: number } }>('/demo/begin', async (request) => {
+    const { title, orders, amount } = request.body
+    world.wanted.orders += orders
+    world.wanted.amount += amount
+    feed.tell('begin', { title })
     return {}
   })
   app.post<{ Body: Plan & { kill?: boolean } }>('/demo/next', async (request) => {
@@ -111,6 +114,8 @@ async function forward(shop: ShopProcess, request: IncomingMessage, response: Se
     answer.pipe(response)
   })
   // A client that leaves is seen to leave by the shop.
-  response.on('close', () => upstream.destroy())
+  response.on('close', () => {
+    if (!response.writableFinished) upstream.destroy()
+  })
   request.pipe(upstream)
 }

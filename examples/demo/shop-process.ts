@@ -14,14 +14,14 @@ export interface ShopHooks {
 /** The shop in a process of its own, which is started again when it was killed. */
 export class ShopProcess {
   storeIsStopped = false
-  readonly #worldUrl: string
+  readonly #env: Record<string, string>
   readonly #hooks: ShopHooks
   #child: ChildProcess | null = null
   #port: Promise<number> = Promise.reject(new Error('The shop is not started'))
   #onStoreStopped = () => {}
 
-  constructor(worldUrl: string, hooks: ShopHooks) {
-    this.#worldUrl = worldUrl
+  constructor(env: Record<string, string>, hooks: ShopHooks) {
+    this.#env = env
     this.#hooks = hooks
     this.#port.catch(() => {})
   }
@@ -38,7 +38,7 @@ export class ShopProcess {
   /** @returns when it listens. */
   start(): Promise<number> {
     const child = fork(fileURLToPath(new URL('shop-server.js', import.meta.url)), {
-      env: { ...process.env, WORLD_URL: this.#worldUrl }
+      env: { ...process.env, ...this.#env }
     })
     this.#port = new Promise((resolve, reject) => {
       child.on('message', (message: FromShop) => {

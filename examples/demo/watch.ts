@@ -15,13 +15,15 @@ export function watch(app: FastifyInstance, tell: (happening: Happening) => void
     if (side !== undefined) tell({ what, at: Date.now(), side, ...details })
   }
 
-  app.addHook('onRequest', async (request) =>
+  app.addHook('onRequest', async (request, reply) => {
     note('arrived', request, {
       key: request.headers['idempotency-key'],
       customer: request.headers.authorization?.replace('Bearer ', '')
     })
-  )
-  app.addHook('onRequestAbort', async (request) => note('hung-up', request))
+    reply.raw.once('close', () => {
+      if (!reply.raw.writableFinished) note('hung-up', request)
+    })
+  })
   app.addHook('onResponse', async (request, reply) => {
     if (!reply.raw.writableFinished) return
     const replayed = reply.getHeader('idempotent-replayed') === 'true'

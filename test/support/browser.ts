@@ -152,6 +152,8 @@ export class Page {
   readonly #context: string
   readonly #javascript: boolean
   #navigations = 0
+  /** What scripts have failed with or complained of, once `watchScripts` was called. That a request failed is not among it. */
+  readonly complaints: string[] = []
 
   constructor(browser: Browser, session: string, context: string, javascript: boolean) {
     this.#browser = browser
@@ -173,6 +175,17 @@ export class Page {
   receive({ method, params }: Params): void {
     const { frame } = (params ?? {}) as { frame?: { parentId?: string } }
     if (method === 'Page.frameNavigated' && frame?.parentId === undefined) this.#navigations++
+    const { type, entry } = (params ?? {}) as { type?: string; entry?: { source: string; level: string } }
+    const isError =
+      method === 'Runtime.exceptionThrown' ||
+      (method === 'Runtime.consoleAPICalled' && type === 'error') ||
+      (method === 'Log.entryAdded' && entry?.level === 'error' && entry.source !== 'network')
+    if (isError) this.complaints.push(JSON.stringify(params))
+  }
+
+  async watchScripts(): Promise<void> {
+    await this.send('Runtime.enable')
+    await this.send('Log.enable')
   }
 
   /** Does what makes the page change, and waits until another one is there, or the same one anew. */
@@ -268,6 +281,15 @@ export class Page {
     await Promise.all(events)
   }
 
+  /** Goes to the next element that takes the focus. */
+  async pressTab(): Promise<void> {
+    const key = { key: 'Tab', code: 'Tab', windowsVirtualKeyCode: 9 }
+    await Promise.all([
+      this.send('Input.dispatchKeyEvent', { type: 'keyDown', ...key }),
+      this.send('Input.dispatchKeyEvent', { type: 'keyUp', ...key })
+    ])
+  }
+
   /** Presses Enter, where the focus is. */
   async pressEnter(): Promise<void> {
     const key = { key: 'Enter', code: 'Enter', windowsVirtualKeyCode: 13 }
@@ -292,6 +314,11 @@ export class Page {
   /** In CSS pixels. */
   async resize(width: number, height: number): Promise<void> {
     await this.send('Emulation.setDeviceMetricsOverride', { width, height, deviceScaleFactor: 1, mobile: false })
+  }
+
+  async prefer(scheme: 'light' | 'dark'): Promise<void> {
+    const features = [{ name: 'prefers-color-scheme', value: scheme }]
+    await this.send('Emulation.setEmulatedMedia', { features })
   }
 
   /** A PNG of the whole page. */

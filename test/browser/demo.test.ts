@@ -1,0 +1,360 @@
+import { join } from 'node:path'
+import t, { type Test } from 'tap'
+import { startDemo } from '../../examples/demo/demo.js'
+import { readSettings } from '../../examples/settings.js'
+import { type Page, startBrowser } from '../support/browser.js'
+import { until } from '../support/latch.js'
+import { makeFolder } from '../support/process.js'
+
+/* What `npm start` shows, in a browser: each button, and what the timeline and the counters of both shops say then. */
+
+type Side = 'with' | 'without'
+const SIDES: Side[] = ['with', 'without']
+
+interface Count {
+  charged: string
+  charges: number
+  orders: number
+  runs: number
+  verdict: string
+}
+
+interface Scenario {
+  button: string
+  with: Count
+  without: Count
+  /** In the timeline of the covered shop, in this order, perhaps with others between. */
+  events: string[]
+  /** Not there at all. */
+  never?: string[]
+  /** The status of each reply of the covered shop, and which were replays. */
+  replies: string[]
+  says: RegExp
+}
+
+const RIGHT = 'Charged as ordered'
+const once = { charged: '€42.00', charges: 1, orders: 1, runs: 1, verdict: RIGHT }
+const twice = { charged: '€84.00', charges: 2, orders: 2, runs: 2, verdict: '€42.00 too much' }
+
+const scenarios: Scenario[] = [
+  {
+    button: 'order',
+    with: once,
+    without: once,
+    events: ['arrived', 'acquired', 'ran', 'charged', 'step-stored', 'parcel', 'step-stored', 'stored', 'replied'],
+    replies: ['201'],
+    says: /One order, one charge/
+  },
+  {
+    button: 'double',
+    with: once,
+    without: twice,
+    events: ['arrived', 'acquired', 'ran', 'stored', 'replayed'],
+    replies: ['201', '201 replay'],
+    says: /second click/
+  },
+  {
+    button: 'five',
+    with: once,
+    without: { charged: '€210.00', charges: 5, orders: 5, runs: 5, verdict: '€168.00 too much' },
+    events: ['acquired', 'ran', 'stored', 'replayed', 'replayed', 'replayed', 'replayed'],
+    replies: ['201', '201 replay', '201 replay', '201 replay', '201 replay'],
+    says: /five equal replies/
+  },
+  {
+    button: 'cut',
+    with: once,
+    without: twice,
+    events: ['arrived', 'acquired', 'ran', 'charged', 'hung-up', 'stored', 'replayed'],
+    never: ['takeover'],
+    replies: ['201 replay', '×'],
+    says: /went on without its client/
+  },
+  {
+    button: 'kill',
+    with: { ...once, runs: 2 },
+    without: { ...twice, orders: 1 },
+    events: ['acquired', 'ran', 'charged', 'lost', 'acquired', 'ran', 'payment-known', 'parcel', 'stored', 'replied'],
+    replies: ['201', '502'],
+    says: /attempt 2: it asked the provider with the same key/
+  },
+  {
+    button: 'half',
+    with: { ...once, runs: 2 },
+    without: { ...twice, orders: 1 },
+    events: ['charged', 'step-stored', 'parcel-failed', 'released', 'lost', 'ran', 'step-resumed', 'parcel', 'stored'],
+    never: ['payment-known'],
+    replies: ['201', '503'],
+    says: /behind the step that was done/
+  },
+  {
+    button: 'amount',
+    with: once,
+    without: { charged: '€141.00', charges: 2, orders: 2, runs: 2, verdict: '€99.00 too much' },
+    events: ['stored', 'replied', 'arrived', 'mismatch', 'replied'],
+    never: ['replayed'],
+    replies: ['201', '422'],
+    says: /422, and the first reply stays/
+  },
+  {
+    button: 'user',
+    with: { ...twice, verdict: RIGHT },
+    without: { ...twice, verdict: RIGHT },
+    events: ['acquired', 'stored', 'acquired', 'stored'],
+    never: ['replayed', 'mismatch'],
+    replies: ['201', '201'],
+    says: /not shown Alice’s/
+  }
+]
+
+/** What a page shows. */
+class Demo {
+  readonly page: Page
+
+  constructor(page: Page) {
+    this.page = page
+  }
+
+  async idle(): Promise<void> {
+    await this.page.waitFor(
+      "['done', 'failed'].some((kind) => document.querySelector('#status').classList.contains(kind))"
+    )
+  }
+
+  async play(button: string): Promise<string> {
+    await this.page.click(`[data-play=${button}]`)
+    await this.idle()
+    return this.page.text('#status')
+  }
+
+  count(side: Side): Promise<Count> {
+    return this.page.evaluate(`(() => {
+      const section = document.querySelector('#${side}')
+      const count = (name) => section.querySelector('[data-count=' + name + ']').textContent
+      return {
+        charged: count('charged'), charges: +count('charges'), orders: +count('orders'), runs: +count('runs'),
+        verdict: section.querySelector('.verdict').textContent
+      }
+    })()`)
+  }
+
+  /** The last reply that it waits for is told of on another connection than the reply itself came on. */
+  async counts(t: Test, side: Side, expected: Count): Promise<void> {
+    let found: Count | undefined
+    const isThere = async () => {
+      found = await this.count(side)
+      return JSON.stringify(found) === JSON.stringify(expected)
+    }
+    await until(isThere, { timeout: 60_000 }).catch(() => {})
+    t.same(found, expected, `the counters ${side} the plugin`)
+  }
+
+  events(side: Side): Promise<string[]> {
+    return this.page.evaluate(
+      `Array.from(document.querySelectorAll('#log [data-side=${side}]'), (item) => item.dataset.what)`
+    )
+  }
+
+  replies(side: Side): Promise<string[]> {
+    return this.page.evaluate(`Array.from(document.querySelectorAll('#${side} .replies li:not(.empty)'), (item) =>
+      item.querySelector('b').textContent + (item.querySelector('i') ? ' replay' : ''))`)
+  }
+}
+
+/** Are these in the list, in this order? */
+function follow(list: string[], expected: string[]): boolean {
+  let from = 0
+  return expected.every((name) => {
+    from = list.indexOf(name, from) + 1
+    return from > 0
+  })
+}
+
+/** The least contrast of what is written, against what is behind it; but for what is switched off. */
+const LEAST_CONTRAST = `(() => {
+  const parse = (color) => (color.match(/[\\d.]+/g) ?? []).map(Number)
+  const light = ([r, g, b]) => [r, g, b]
+    .map((value) => value / 255)
+    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, value, index) => sum + value * [0.2126, 0.7152, 0.0722][index], 0)
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const color = parse(getComputedStyle(at).backgroundColor)
+      if ((color[3] ?? 1) === 1) return color
+    }
+    return [255, 255, 255]
+  }
+  const found = []
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement
+    if (!walker.currentNode.data.trim() || !element.checkVisibility() || element.closest('[aria-disabled=true]')) continue
+    const [a, b] = [parse(getComputedStyle(element).color), behind(element)].map(light).sort((a, b) => b - a)
+    found.push({ text: walker.currentNode.data.trim(), contrast: (a + 0.05) / (b + 0.05) })
+  }
+  return found.sort((a, b) => a.contrast - b.contrast)[0]
+})()`
+
+t.test('the demo in Chromium', { timeout: 450_000 }, async (t) => {
+  const start = async (databaseUrl: string) => {
+    const demo = await startDemo(readSettings({ DATABASE_URL: databaseUrl }), { host: '127.0.0.1', port: 0 })
+    t.teardown(() => demo.close())
+    return demo.url
+  }
+  const url = await start(`sqlite:${join(makeFolder('demo'), 'file')}`)
+  const browser = await startBrowser(t)
+
+  const pages: Page[] = []
+  /** A page that nothing has happened on. */
+  const visit = async (at = url) => {
+    await fetch(`${at}/demo/reset`, { method: 'POST' })
+    const page = await browser.open()
+    await page.watchScripts()
+    await page.resize(1280, 1000)
+    await page.goto(at)
+    await page.waitFor("document.querySelector('#shop-chip').textContent.includes('process')")
+    pages.push(page)
+    return new Demo(page)
+  }
+
+  for (const { button, events, never = [], replies, says, ...counts } of scenarios)
+    t.test(`the button "${button}"`, async (t) => {
+      const demo = await visit()
+      t.match(await demo.play(button), says)
+      for (const side of SIDES) await demo.counts(t, side, counts[side])
+      const told = await demo.events('with')
+      t.ok(follow(told, events), `${events} in ${told}`)
+      for (const name of never) t.notOk(told.includes(name), name)
+      t.same((await demo.replies('with')).sort(), replies)
+      t.notOk((await demo.replies('without')).join().includes('replay'))
+    })
+
+  t.test('the process that is killed is another one afterwards, and says that its keys survive', async (t) => {
+    const demo = await visit()
+    const { page } = demo
+    const process = await page.text('#shop-chip')
+    await demo.play('kill')
+    t.not(await page.text('#shop-chip'), process)
+    t.match(await page.text('#log'), /killed by SIGKILL/)
+    t.match(await page.text('#store-chip'), /in the SQLite file .* survive a restart/)
+  })
+
+  t.test('two clicks on "Order" are one order', async (t) => {
+    const demo = await visit()
+    await demo.page.click('[data-play=order]', { times: 2 })
+    await demo.idle()
+    await demo.counts(t, 'with', once)
+    await demo.counts(t, 'without', twice)
+    t.match(await demo.page.text('#log'), /Clicked again/)
+  })
+
+  t.test('while the store is stopped nothing runs unprotected, and afterwards the order goes through', async (t) => {
+    const demo = await visit()
+    const { page } = demo
+    await page.click('#store')
+    await page.waitFor("document.querySelector('#store').getAttribute('aria-pressed') === 'true'")
+    t.match(await page.text('#store-chip'), /stopped/)
+    t.equal(await page.evaluate("document.querySelector('[data-play=kill]').getAttribute('aria-disabled')"), 'true')
+    await page.click('[data-play=order]')
+    await page.waitForElement('#log .bad[data-what=replied]')
+    await page.waitFor("document.querySelector('#without [data-count=orders]').textContent === '1'")
+    t.match(await demo.count('with'), { charges: 0, orders: 0, runs: 0 })
+    t.match(await page.text('#with .replies'), /503\s*STORE_UNAVAILABLE/)
+    await page.click('#store')
+    await demo.idle()
+    for (const side of SIDES) await demo.counts(t, side, once)
+    t.ok((await demo.events('with')).includes('store-error'))
+  })
+
+  t.test('the key is shown with what is left of its lease, and then of its reply', async (t) => {
+    const { page } = await visit()
+    t.match(await page.text('#key'), 'no key yet')
+    await fetch(`${url}/demo/next`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify({ holdPayments: true })
+    })
+    await page.click('[data-play=order]')
+    await page.waitFor("/Attempt 1; its lease lasts \\d\\.\\d s/.test(document.querySelector('#key-text').innerText)")
+    t.equal(await page.text('#key-state'), 'claimed')
+    await fetch(`${url}/demo/go`, { method: 'POST' })
+    await page.waitFor(
+      "/Status 201, replayed to every retry for \\d+:\\d\\d/.test(document.querySelector('#key-text').innerText)"
+    )
+    t.equal(await page.text('#key-state'), 'reply stored')
+  })
+
+  t.test('by the keyboard alone', async (t) => {
+    const demo = await visit()
+    const { page } = demo
+    const focused = () => page.evaluate("document.activeElement.dataset.play ?? ''")
+    for (let tabs = 0; tabs < 20 && (await focused()) !== 'double'; tabs++) await page.pressTab()
+    t.equal(await focused(), 'double')
+    t.equal(await page.evaluate('getComputedStyle(document.activeElement).outlineStyle'), 'solid')
+    await page.pressEnter()
+    await demo.idle()
+    await demo.counts(t, 'with', once)
+    t.equal(await focused(), 'double', 'the focus stays where it was')
+    const log = "document.activeElement.id === 'log'"
+    for (let tabs = 0; tabs < 20 && !(await page.evaluate(log)); tabs++) await page.pressTab()
+    t.ok(await page.evaluate(log), 'the timeline can be scrolled')
+  })
+
+  t.test('a page that is loaded again shows what has happened, until somebody starts over', async (t) => {
+    const demo = await visit()
+    await demo.play('order')
+    await demo.page.reload()
+    await demo.page.waitForElement('#log [data-what=stored]')
+    await demo.counts(t, 'with', once)
+    await demo.page.click('#reset')
+    await demo.page.waitFor("document.querySelector('#log').innerText.startsWith('Nothing yet')")
+    await demo.counts(t, 'with', { charged: '€0.00', charges: 0, orders: 0, runs: 0, verdict: 'Nothing ordered yet' })
+  })
+
+  t.test('it is readable in light and dark, wide and narrow, and told to those who do not see it', async (t) => {
+    const demo = await visit()
+    const { page } = demo
+    await demo.play('amount')
+    for (const scheme of ['light', 'dark'] as const) {
+      await page.prefer(scheme)
+      const least = await page.evaluate<{ text: string; contrast: number }>(LEAST_CONTRAST)
+      t.ok(least.contrast >= 4.5, `${scheme}: ${JSON.stringify(least)}`)
+    }
+    for (const width of [320, 390, 768, 1280, 1920]) {
+      await page.resize(width, 900)
+      t.equal(await page.evaluate('document.documentElement.scrollWidth'), width, `nothing sticks out at ${width}`)
+    }
+    t.equal(await page.evaluate("document.querySelector('#log').ariaLive"), 'polite')
+    t.equal(await page.evaluate("document.querySelector('#status').getAttribute('role')"), 'status')
+    t.same(
+      await page.evaluate("Array.from(document.querySelectorAll('button')).filter((one) => !one.innerText.trim())"),
+      []
+    )
+  })
+
+  t.test('what it links to is there, and the handler that it shows is the one of the example', async (t) => {
+    const { page } = await visit()
+    t.match(await page.evaluate("document.querySelector('#handler').textContent"), "await step('payment'")
+    const links = await page.evaluate<string[]>("Array.from(document.querySelectorAll('nav a'), (a) => a.href)")
+    t.equal(links.length, 3)
+    const texts = await Promise.all(links.map(async (link) => (await fetch(link)).text()))
+    t.match(texts.join(), /Swagger UI.*idempotency_events_total.*Order a book/s)
+    const document = (await (await fetch(`${url}/docs/json`)).json()) as { paths: Record<string, object> }
+    t.match(JSON.stringify(document.paths['/with/orders']), 'Idempotency-Key')
+    t.notMatch(JSON.stringify(document.paths['/without/orders']), 'Idempotency-Key')
+    t.equal((await fetch(`${url}/demo/nothing.js`)).status, 404)
+  })
+
+  t.test('with the keys in memory a kill forgets them, and the page says so', async (t) => {
+    const demo = await visit(await start('memory:'))
+    t.match(await demo.page.text('#store-chip'), /in memory: a restart forgets them/)
+    t.match(await demo.play('kill'), /the keys went with the process/)
+    await demo.counts(t, 'with', { ...once, runs: 2 })
+    t.notOk((await demo.events('with')).includes('takeover'))
+  })
+
+  t.test('no script has failed on any of these pages', async (t) => {
+    t.ok(pages.length > scenarios.length)
+    for (const page of pages) t.same(page.complaints, [])
+  })
+})
