@@ -13,9 +13,10 @@ import { makeFolder } from '../support/process.js'
 import { startRedis } from '../support/redis.js'
 import { nodeWithSqlite } from '../support/sqlite.js'
 
-/* What `npm start` runs, and what it prints, on each store. */
+/* The API that `npm start` runs, and what it prints, on each store. The page before it: test/browser/demo.test.ts. */
 
 const server = fileURLToPath(new URL('../../examples/server.js', import.meta.url))
+const demo = fileURLToPath(new URL('../../examples/demo/start.js', import.meta.url))
 const shell = promisify(execFile)
 
 interface Owner {
@@ -25,11 +26,11 @@ interface Owner {
 async function launchExample(
   t: Owner,
   env: Record<string, string>,
-  { node = process.execPath, cwd = makeFolder('example') } = {}
+  { node = process.execPath, cwd = makeFolder('example'), script = server } = {}
 ): Promise<{ child: ChildProcess; url: string; printed: string; warned: () => string }> {
   // What tap loads into its own processes has no business there.
   const { NODE_OPTIONS: _, ...inherited } = process.env
-  const child = spawn(node, [server], { cwd, env: { ...inherited, PORT: '0', ...env } })
+  const child = spawn(node, [script], { cwd, env: { ...inherited, PORT: '0', ...env } })
   t.teardown(async () => {
     child.kill()
     if (child.exitCode === null && child.signalCode === null) await once(child, 'exit')
@@ -46,10 +47,10 @@ async function launchExample(
   return { child, url: url as string, printed, warned: () => warned }
 }
 
-for (const store of ['memory', 'Redis', 'PostgreSQL', 'MariaDB', 'SQLite']) {
+for (const store of ['memory', 'Redis', 'PostgreSQL', 'MariaDB', 'SQLite', 'SQLite, behind the demo']) {
   t.test(`the printed lines show a first reply, its replay and a conflict, on ${store}`, async (t) => {
     let env: Record<string, string> = { DATABASE_URL: 'memory:' }
-    if (store === 'SQLite') env = { DATABASE_URL: `sqlite:${join(makeFolder('example'), 'file')}` }
+    if (store.startsWith('SQLite')) env = { DATABASE_URL: `sqlite:${join(makeFolder('example'), 'file')}` }
     if (store === 'Redis') {
       const redis = await startRedis({ port: true })
       t.teardown(() => redis.close())
@@ -65,7 +66,8 @@ for (const store of ['memory', 'Redis', 'PostgreSQL', 'MariaDB', 'SQLite']) {
       t.teardown(() => mariadb.close())
       env = { DATABASE_URL: mariadb.url }
     }
-    const { printed } = await launchExample(t, env)
+    const script = store.endsWith('the demo') ? demo : server
+    const { printed } = await launchExample(t, env, { script })
     const lines = printed.split('\n').filter((line) => line.startsWith('curl'))
     t.equal(lines.length, 4)
     const replies: string[] = []

@@ -295,4 +295,9 @@ function show() {
   $('#reset').setAttribute('aria-disabled', String(running !== null))
 }
 
-$('#handler').textContent = await fetch('/demo/handler').then((response) => response.text())
+fetch('/demo/handler')
+  .then((response) => response.text())
+  .then((text) => {
+    $('#handler').textContent = text
+  })
+  .catch(() => {})
