@@ -21,7 +21,7 @@ t.test('each example is run by a test', async (t) => {
   const sources = await Promise.all(
     tests.filter((file) => file.endsWith('.test.ts')).map((file) => readFile(new URL(`test/${file}`, root), 'utf8'))
   )
-  // A folder is a project of its own, whose tests are run by scripts/check-package.mjs.
+  // Folders: demo/ is in a browser test, observability/ in that of Prometheus, nest/ in scripts/check-package.mjs.
   const entries = await readdir(new URL('examples/', root), { withFileTypes: true })
   const examples = entries.filter((entry) => entry.isFile()).map(({ name }) => name)
   t.ok(examples.length > 0)

@@ -7,14 +7,18 @@ import idempotency, {
   EncryptedStore,
   type IdempotencyOptions,
   type IdempotencyStore,
+  idempotencyEvents,
   MemoryStore
 } from '../../index.js'
+import { Abandoned } from '../../lib/errors.js'
 import { inject } from '../support/app.js'
 import { latch, until } from '../support/latch.js'
 import { isReplay, post } from './kit.js'
 
 // The compiled file is in .build/test/interop.
-const dashboard = readFileSync(new URL('../../../examples/grafana-dashboard.json', import.meta.url), 'utf8')
+const observability = new URL('../../../examples/observability/', import.meta.url)
+const dashboard = readFileSync(new URL('grafana-dashboard.json', observability), 'utf8')
+const alerts = readFileSync(new URL('alerts.yml', observability), 'utf8')
 
 interface Setup {
   store?: IdempotencyStore
@@ -166,20 +170,42 @@ t.test('a server that has closed counts no more', async (t) => {
   t.equal(await closed.events('stored'), 0)
 })
 
-t.test('the Grafana dashboard asks for these metrics and labels, for all of them, and for nothing else', async (t) => {
+/** The series that the example exports, each with its labels. */
+async function exported(t: Test): Promise<{ series: Map<string, Set<string>>; metrics: string[] }> {
   const { register } = await measured(t)
-  const known = new Map<string, Set<string>>()
+  const series = new Map<string, Set<string>>()
   for (const metric of register.getMetricsAsArray()) {
     const { name, labelNames } = metric as unknown as { name: string; labelNames: string[] }
     const labels = new Set(labelNames)
     if (metric.constructor.name === 'Histogram') {
-      known.set(`${name}_bucket`, new Set([...labels, 'le']))
-      known.set(`${name}_count`, labels)
-      known.set(`${name}_sum`, labels)
+      series.set(`${name}_bucket`, new Set([...labels, 'le']))
+      series.set(`${name}_count`, labels)
+      series.set(`${name}_sum`, labels)
     } else {
-      known.set(name, labels)
+      series.set(name, labels)
     }
   }
+  return { series, metrics: register.getMetricsAsArray().map(({ name }) => name) }
+}
+
+/** What a query groups by; it may ask for nothing that is not there. */
+function checkQuery(t: Test, series: Map<string, Set<string>>, expr: string): { names: string[]; grouped: string[] } {
+  const names = expr.match(/idempotency_\w+/g) ?? []
+  t.ok(names.length > 0, expr)
+  for (const name of names) t.ok(series.has(name), name)
+  const labels = names.flatMap((name) => [...(series.get(name) ?? [])])
+  const selected = [...expr.matchAll(/(\w+)=~?"/g)].map(([, label]) => label as string)
+  const grouped = [...expr.matchAll(/by \(([^)]+)\)/g)].flatMap(([, list]) => (list as string).split(', '))
+  for (const label of [...selected, ...grouped]) t.ok(labels.includes(label), `${label} in ${expr}`)
+  const events = [...expr.matchAll(/event=~?"([^"]+)"/g)].flatMap(([, list]) => (list as string).split('|'))
+  for (const event of events) t.ok((idempotencyEvents as readonly string[]).includes(event), event)
+  const codes = [...expr.matchAll(/code="([^"]+)"/g)].map(([, code]) => code as string)
+  for (const code of codes) t.equal(code, new Abandoned().code)
+  return { names, grouped }
+}
+
+t.test('the Grafana dashboard asks for these metrics and labels, for all of them, and for nothing else', async (t) => {
+  const { series, metrics } = await exported(t)
   const { panels, templating } = JSON.parse(dashboard) as {
     panels: { id: number; title: string; targets: { expr: string; legendFormat: string }[] }[]
     templating: { list: { query: string | { query: string } }[] }
@@ -189,32 +215,35 @@ t.test('the Grafana dashboard asks for these metrics and labels, for all of them
   for (const { title, targets } of panels) {
     t.ok(targets.length > 0, title)
     for (const { expr, legendFormat } of targets) {
-      const names = expr.match(/idempotency_\w+/g) ?? []
-      t.ok(names.length > 0, expr)
-      for (const name of names) {
-        t.ok(known.has(name), name)
-        asked.add(name)
-      }
-      const labels = names.flatMap((name) => [...(known.get(name) ?? [])])
-      const selected = [...expr.matchAll(/(\w+)=~?"/g)].map(([, label]) => label as string)
-      const grouped = [...expr.matchAll(/by \(([^)]+)\)/g)].flatMap(([, list]) => (list as string).split(', '))
+      const { names, grouped } = checkQuery(t, series, expr)
+      for (const name of names) asked.add(name.replace(/_(bucket|count|sum)$/, ''))
       const legend = [...legendFormat.matchAll(/\{\{(\w+)\}\}/g)].map(([, label]) => label as string)
-      for (const label of [...selected, ...grouped, ...legend]) t.ok(labels.includes(label), `${label} in ${expr}`)
       for (const label of legend) t.ok(grouped.includes(label), `${label} is left over in ${expr}`)
-      const events = [...expr.matchAll(/event=~?"([^"]+)"/g)].flatMap(([, list]) => (list as string).split('|'))
-      for (const event of events) t.ok(EVENTS.includes(event), event)
     }
   }
-  const families = [...asked].map((name) => name.replace(/_(bucket|count|sum)$/, ''))
-  t.same(
-    [...new Set(families)].sort(),
-    register
-      .getMetricsAsArray()
-      .map(({ name }) => name)
-      .sort()
-  )
+  t.same([...asked].sort(), metrics.sort())
   t.match(JSON.stringify(templating), /label_values\(idempotency_events_total, route\)/)
 })
 
-const EVENTS =
-  'acquired replayed conflict mismatch stored released tombstoned takeover lease-lost store-error bypassed'.split(' ')
+t.test('so do the alerts, each of which says what is wrong', async (t) => {
+  const { series } = await exported(t)
+  const rules = alerts.split(/^ {6}- alert: /m).slice(1)
+  const names = rules.map((rule) => rule.slice(0, rule.indexOf('\n')))
+  t.ok(names.length > 5)
+  t.equal(new Set(names).size, names.length)
+  for (const rule of rules) {
+    const [, expr = ''] = /^ {8}expr: >-\n((?: {10}.*\n)+)/m.exec(rule) ?? []
+    const { grouped } = checkQuery(t, series, expr)
+    t.equal(expr.split('(').length, expr.split(')').length, expr)
+    t.match(rule, /^ {10}severity: (page|ticket)$/m)
+    const [, summary = ''] = /^ {10}summary: (.+)$/m.exec(rule) ?? []
+    t.match(summary, /\.$/)
+    // Otherwise it would be no text in YAML.
+    t.notMatch(summary, /: | #/)
+    const shown = [...summary.matchAll(/\$labels\.(\w+)/g)].map(([, label]) => label as string)
+    for (const label of shown) t.ok(grouped.includes(label), `${label} is left over in ${expr}`)
+  }
+  // What may have run twice, and what nobody but a person can decide.
+  for (const event of ['bypassed', 'lease-lost', 'takeover', 'store-error']) t.match(alerts, `event="${event}"`)
+  t.match(alerts, 'FST_IDEMPOTENCY_ABANDONED')
+})
