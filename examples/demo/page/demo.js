@@ -14,8 +14,8 @@ let state = null
 /** The scenario that runs, and its order. */
 let running = null
 const keyView = createKeyView({ isBusy: () => running !== null, missing })
-/** What the clock of the server is ahead. */
-let ahead = 0
+/** What the clock of the server is ahead: a message that took its time makes it seem less. */
+let ahead = Number.NEGATIVE_INFINITY
 /** Called with each thing that happens. */
 const watchers = new Set()
 
@@ -36,8 +36,10 @@ events.onerror = () => {
 }
 events.onmessage = ({ data }) => {
   const message = JSON.parse(data)
-  ahead = message.now - Date.now()
+  ahead = Math.max(ahead, message.now - Date.now())
   state = message.state
+  // What is over is not read out.
+  $('#log').ariaLive = message.anew ? 'off' : 'polite'
   if (message.anew) {
     timeline.clear()
     keyView.clear()

@@ -36,9 +36,10 @@ export const scenarios = {
       const connection = new AbortController()
       const lost = both((side) => sendOnce(side, order, connection.signal))
       await paid
+      const gone = happened('hung-up')
       note('cut')
       connection.abort()
-      await lost
+      await Promise.all([lost, gone])
       await control('go')
       await both((side) => send(side, order))
     },
