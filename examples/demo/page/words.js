@@ -19,7 +19,7 @@ const WORDS = {
     status ? `The client got ${status}, and will send it again` : 'The client got no reply'
   ],
   // The shop
-  arrived: ({ customer, key }) => ['plain', `${name(customer)} sends an order${key ? `, key ${shortKey(key)}` : ''}`],
+  arrived: ({ customer, key }) => ['plain', `${name(customer)} orders${key ? `, key ${shortKey(key)}` : ''}`],
   ran: ({ attempt, side }) => ['run', side === 'with' ? `The handler runs, attempt ${attempt}` : 'The handler runs'],
   replied: ({ status, replayed }) => [
     replayed ? 'good' : status < 400 ? 'plain' : 'bad',
