@@ -61,7 +61,8 @@ process.on('message', ({ stopStore }: ToShop) => {
   outage.isOn = stopStore
   tell({ storeStopped: stopStore })
 })
-process.on('disconnect', () => void app.close())
+// Whatever it still waits for: there is nobody left to answer to.
+process.on('disconnect', () => void app.close().finally(() => process.exit()))
 // Ctrl-C reaches both: the parent decides.
 process.on('SIGINT', () => {})
 
