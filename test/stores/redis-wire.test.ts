@@ -142,7 +142,7 @@ for (const [name, prepare, expected, asking, commands] of [
     'who wants to know what is left of a reply asks once more',
     async (store, key) => void (await finish(store, key)),
     { state: 'completed', ttlMs: Number },
-    {},
+    { withTtl: true },
     ['set', 'get', 'pttl']
   ]
 ] as [string, (store: RedisStore, key: string) => Promise<void>, object, Partial<Claim>, string[]][]) {
