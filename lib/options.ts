@@ -94,6 +94,8 @@ export interface Policy extends KeyRules {
 export interface Globals {
   readonly global: boolean
   readonly methods: ReadonlySet<string>
+  /** Whoever registers again below may forget it, and its callers would get each other's replies. */
+  readonly scope?: IdempotencyOptions['scope']
 }
 
 /** The options of a route as they were checked. */
@@ -202,21 +204,23 @@ export function registrationOptions(
   warnOfDurations(route, {}, '')
   const globals = {
     ...(global !== undefined && { global }),
-    ...(methods !== undefined && { methods: new Set(methods.map((method) => method.toUpperCase())) })
+    ...(methods !== undefined && { methods: new Set(methods.map((method) => method.toUpperCase())) }),
+    ...(route.scope !== undefined && { scope: route.scope })
   }
+  const { scope, ...covered } = inherited(globals, outer)
   if (supportedMethods !== undefined) checkMethods(globals.methods, supportedMethods, methods)
   const hashes = hashesOf(own)
   const store = route.store ?? new MemoryStore()
   if (hashes.length > 1) checkSeveral(store, false, '')
   return Object.freeze({
-    ...inherited(globals, outer),
+    ...covered,
     own: globals,
     hashes,
-    routeDefaults: Object.freeze({ ...route, store })
+    routeDefaults: Object.freeze({ ...route, ...(scope !== undefined && { scope }), store })
   })
 }
 
-/** What a registration says of `global` and `methods`, else the nearest one above, else the defaults. */
+/** What a registration says of `global`, `methods` and `scope`, else the nearest one above, else the defaults. */
 export function inherited(own: Partial<Globals>, outer: Globals | undefined): Globals {
   return { global: false, methods: new Set(['POST', 'PATCH']), ...outer, ...own }
 }

@@ -1,6 +1,6 @@
 import type { FastifyInstance, RouteOptions } from 'fastify'
 import type { IdempotencyOptions } from '../types/index.js'
-import { AlreadyRegistered } from './errors.js'
+import { AlreadyRegistered, InvalidOption } from './errors.js'
 import { kExchange, kRefusal } from './http/exchange.js'
 import { type FieldedRoute, warnOfForms } from './http/form-fields.js'
 import { RouteHooks } from './http/hooks.js'
@@ -20,7 +20,7 @@ const seenUrls = new WeakMap<object, Set<string>>()
 
 // Async, because what a plugin with a callback throws, Fastify does not catch.
 export async function plugin(fastify: FastifyInstance, options: IdempotencyOptions): Promise<void> {
-  // In a child of this instance a second registration is its own master, and inherits what `global` covers.
+  // In a child of this instance a second registration is its own master, and inherits what is covered, and who callers are.
   if (Object.hasOwn(fastify, kRegistration)) throw new AlreadyRegistered()
   const { supportedMethods } = fastify
   const registration = new Registration(registrationOptions(options, { supportedMethods, outer: globalsOf(fastify) }))
@@ -48,9 +48,15 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
     later(this, () => place(route, policy, hooks))
   })
 
-  fastify.addHook('onReady', (done) => {
+  fastify.addHook('onReady', async () => {
     warnOfForms(fielded)
-    done()
+    // An outer registration that has come later: nobody has inherited it, and nobody is to miss it in silence.
+    const outer = globalsOf(Object.getPrototypeOf(fastify))
+    if (outer?.scope !== undefined && registration.options.routeDefaults.scope === undefined) {
+      throw new InvalidOption(
+        'option "scope" of an outer registration has come too late for the inner one: register it first'
+      )
+    }
   })
 
   fastify.addHook('preClose', (done) => {

@@ -21,7 +21,7 @@ export function registrationOf(instance: FastifyInstance): unknown {
   return (instance as { [kRegistration]?: unknown })[kRegistration]
 }
 
-/** The `global` and `methods` in force on an instance: those of its registration, with what it inherits. */
+/** What is in force on an instance and below: what its registration says, with what it inherits. */
 export function globalsOf(instance: FastifyInstance): Globals | undefined {
   const registration = registrationOf(instance)
   if (!(registration instanceof Registration)) return undefined

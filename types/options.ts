@@ -62,7 +62,8 @@ export interface IdempotencyRouteOptions {
    *
    * Without it the request's credentials are part of the fingerprint: `Authorization`, else an API key (`X-API-Key`,
    * `Api-Key`, `X-Auth-Token`, `X-Access-Token`), else a client certificate, else all cookies; and `Proxy-Authorization`.
-   * `false`: all callers are deliberately one, as in a public form, or for the webhooks of one sender.
+   * `false`: all callers are deliberately one, as in a public form, or for the webhooks of one sender. A registration below
+   * another one inherits its `scope`, unless it says otherwise.
    */
   scope?: ((request: FastifyRequest) => string | Promise<string>) | false
   /**

@@ -1,6 +1,6 @@
 import Fastify, { type FastifyInstance, type FastifyPluginAsync } from 'fastify'
 import t, { type Test } from 'tap'
-import idempotency, { MemoryStore } from '../../index.js'
+import idempotency, { type IdempotencyOptions, MemoryStore } from '../../index.js'
 import { isReplay, post } from './kit.js'
 
 function server(t: Test) {
@@ -120,7 +120,7 @@ t.test('an inner registration inherits global and methods of the nearest outer o
   const inner = new MemoryStore()
   await app.register(async (child) => {
     await child.register(idempotency, { store: inner })
-    t.equal(child.idempotency.store, inner, 'and no other option')
+    t.equal(child.idempotency.store, inner, 'and no store')
     all(child, '/inner')
     child.put('/out', { config: { idempotency: false } }, async () => 'done')
     await child.register(async (grandchild) => {
@@ -160,6 +160,51 @@ t.test('an inner registration that has come before the outer one inherits nothin
     const boot = async () => void (await app.ready())
     if ('global' in own || 'methods' in own) await t.resolves(boot)
     else await t.rejects(boot, { code: 'FST_IDEMPOTENCY_ROUTE_TOO_EARLY', message: /^POST \/inner was declared/ })
+  }
+})
+
+t.test('an inner registration that says nothing of scope has the one of the nearest outer one', async (t) => {
+  const account = (request: { headers: Record<string, unknown> }) => String(request.headers['x-account'])
+  const from = (app: FastifyInstance, url: string, caller: string) =>
+    app.inject({ method: 'POST', url, headers: { 'idempotency-key': url, 'x-account': caller } })
+  for (const [own, isApart] of [
+    [{}, true],
+    [{ scope: undefined }, true],
+    [{ scope: false }, false],
+    [{ scope: () => 'all' }, false]
+  ] as [IdempotencyOptions, boolean][]) {
+    const { app, route } = server(t)
+    await app.register(idempotency, { scope: account })
+    await app.register(async (child) => {
+      await child.register(idempotency, { ...own, store: new MemoryStore() })
+      route(child, '/inner')
+      await child.register(async (grandchild) => {
+        await grandchild.register(idempotency, { store: new MemoryStore() })
+        route(grandchild, '/innermost')
+      })
+    })
+    for (const url of ['/inner', '/innermost']) {
+      await from(app, url, 'a')
+      t.equal(isReplay(await from(app, url, 'b')), !isApart, url)
+      t.equal(isReplay(await from(app, url, 'a')), true, url)
+    }
+  }
+})
+
+t.test('an inner registration that has come before an outer one with a scope fails the boot', async (t) => {
+  for (const [own, fails] of [
+    [{}, true],
+    [{ scope: false }, false]
+  ] as [IdempotencyOptions, boolean][]) {
+    const { app, route } = server(t)
+    app.register(async (child) => {
+      await child.register(idempotency, own)
+      route(child, '/inner')
+    })
+    app.register(idempotency, { scope: () => 'somebody' })
+    const boot = async () => void (await app.ready())
+    if (fails) await t.rejects(boot, { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message: /"scope" of an outer/ })
+    else await t.resolves(boot)
   }
 })
 
