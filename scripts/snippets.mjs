@@ -62,7 +62,9 @@ function moduleOf(code, name) {
   const lines = code.split('\n')
   const imports = lines.filter((line) => line.startsWith('import ')).map(toSource)
   const statements = lines.filter((line) => !line.startsWith('import ') && !line.includes('app.listen('))
-  const body = statements.map((line) => line.replace(/^export /, '')).join('\n')
+  const body = statements
+    .map((line) => line.replace(/^export default /, 'const exported = ').replace(/^export /, ''))
+    .join('\n')
   const declared = [...body.matchAll(/^(?:const|let|class|function|async function) (\w+)/gm)].map(([, name]) => name)
   const known = new Set([...declared, ...imports.flatMap((line) => line.match(/\w+/g) ?? [])])
   const isNeeded = (/** @type {string} */ name) =>

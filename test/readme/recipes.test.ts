@@ -1,5 +1,6 @@
 import proxy from '@fastify/http-proxy'
-import type { FastifyInstance, FastifyRequest, InjectOptions } from 'fastify'
+import type { FastifyInstance, FastifyPluginAsync, FastifyRequest, InjectOptions } from 'fastify'
+import fp from 'fastify-plugin'
 import t, { type Test } from 'tap'
 import idempotency from '../../index.js'
 import { codeOf, REPLAYED } from '../support/app.js'
@@ -77,6 +78,28 @@ t.test('redis: callers are told apart, and the keys are in Redis', async (t) => 
   t.equal(codeOf(await sender(app, '/refunds')(authorization.bob)), 'FST_IDEMPOTENCY_KEY_MISSING')
   const client = await redis.client()
   t.match(await client.keys('*'), [/^idempotency:/, /^idempotency:/])
+})
+
+t.test('autoload: the plugin file has the client of another file, and says when that is not loaded', async (t) => {
+  const { exported } = (await snippet('autoload')) as { exported: FastifyPluginAsync }
+  const alone = await bare(t)
+  alone.register(exported)
+  await t.rejects(async () => void (await alone.ready()), { message: /redis-client/ })
+  const app = await bare(t)
+  const redis = await startRedis()
+  t.teardown(() => redis.close())
+  const client = await redis.client()
+  app.register(fp(async (app) => void app.decorate('redis', client as never), { name: 'redis-client' }))
+  app.decorateRequest('account', '')
+  app.addHook('onRequest', async (request) => {
+    request.account = await accountOf(request.headers.authorization)
+  })
+  app.register(exported)
+  app.register(async (app) => {
+    app.post('/charges', { config: { idempotency: true } }, async () => ({ run: ++handled.runs }))
+  })
+  await app.ready()
+  await keepsOut(t, sender(app, '/charges'), authorization)
 })
 
 t.test(

@@ -13,6 +13,7 @@ interface Owner {
 /** The snippets that `recipes.test.ts` runs. */
 export const RECIPES = [
   'redis',
+  'autoload',
   'scope',
   'jwt',
   'auth',
