@@ -142,9 +142,13 @@ function release(args) {
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
   try {
-    if (process.argv.includes('--refuse'))
+    if (process.argv.includes('--help')) {
+      console.log(
+        'npm run build && node scripts/release.mjs --repository https://github.com/<owner>/<name> [--out <folder>]'
+      )
+    } else if (process.argv.includes('--refuse')) {
       throw new Error('Publish the folder that `npm run release` makes, not this one')
-    release(process.argv.slice(2))
+    } else release(process.argv.slice(2))
   } catch (error) {
     console.error(error instanceof Error ? error.message : error)
     process.exitCode = 1
