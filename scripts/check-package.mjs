@@ -20,7 +20,9 @@ const entries = ['dist/index', ...subpaths.map((subpath) => `dist/lib/${subpath}
   `${entry}.d.ts`,
   `${entry}.d.mts`
 ])
-const docs = readdirSync(join(root, 'docs')).map((file) => `docs/${file}`)
+const docs = readdirSync(join(root, 'docs'))
+  .filter((file) => file.endsWith('.md'))
+  .map((file) => `docs/${file}`)
 const pages = ['README.md', 'CHANGELOG.md', 'SECURITY.md', 'llms.txt']
 const required = ['package.json', 'dist/package.json', 'LICENSE', ...pages, ...entries, ...docs]
 const allowed =
