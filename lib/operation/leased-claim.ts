@@ -372,7 +372,8 @@ export class LeasedClaim implements HeldClaim, Renewable {
       fingerprint,
       leaseMs: policy.lease,
       retainMs: policy.retain,
-      takeover: false
+      takeover: false,
+      withTtl: false
     }
   }
 

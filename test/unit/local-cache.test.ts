@@ -93,7 +93,7 @@ t.test('a list, and whether to delete what is running, go on to the store', asyn
   const cache = new LocalCache(store)
   const key = newKey()
   await take(cache, key)
-  t.strictSame(await cache.list?.(['running'], null), await store.list(['running']))
+  t.match(await cache.list?.(['running'], null), { keys: [{ key, state: 'running' }], cursor: null })
   t.strictSame(await cache.list?.(['reply'], null), { keys: [], cursor: null })
   t.equal(await cache.delete?.(key, true), false)
   t.equal(await cache.delete?.(key), true)

@@ -199,12 +199,12 @@ t.test('a record is understood without a script, and by one command where nobody
   const found = acquiring(recorded(record), 700)
   same(t, await found.store.acquire('k', { ...mine, withTtl: false }), record)
   t.equal(found.sent.length, 1)
-  same(t, await found.store.acquire('k', mine), record)
+  same(t, await found.store.acquire('k', { ...mine, withTtl: true }), record)
   t.equal(found.sent.length, 3)
   t.strictSame(found.scripts, [])
   for (const left of [-1, 0, 700]) {
     const ttlMs = left === -1 ? null : left
-    t.match(await acquiring(recorded(tombstone('hijacked')), left).store.acquire('k', mine), {
+    t.match(await acquiring(recorded(tombstone('hijacked')), left).store.acquire('k', { ...mine, withTtl: true }), {
       state: 'completed',
       ttlMs
     })
@@ -220,7 +220,7 @@ t.test('a record that goes between two looks at it leaves a key that is free', a
     ],
     scripted: () => [1]
   })
-  t.strictSame(await store.acquire('k', mine), { state: 'acquired', attempt: 1 })
+  t.strictSame(await store.acquire('k', { ...mine, withTtl: true }), { state: 'acquired', attempt: 1 })
   t.equal(scripts.length, 1)
 })
 
