@@ -16,7 +16,6 @@ import {
 } from '../support/kill-scene.js'
 import { soon, until } from '../support/latch.js'
 import { countBy, shuffled, some } from '../support/lists.js'
-import { newSeed, Random } from '../support/random.js'
 
 // Server processes that kill themselves at every point of a request's life, and clients that ask again until they have
 // an answer. With `transaction: true` each key has one effect and one reply. That the check would see it otherwise
@@ -24,9 +23,8 @@ import { newSeed, Random } from '../support/random.js'
 
 t.setTimeout(900_000)
 
-const random = new Random(newSeed())
-t.comment(`SEED=${random.seed}`)
-const scene = await KillScene.open(t, random)
+const scene = await KillScene.open(t)
+const { random } = scene
 
 /** Nobody waits for as long: what a dead process leaves is given up with its connection. */
 const LONG_LEASE_MS = 3 * LIMIT_MS

@@ -20,7 +20,7 @@ import {
 import { countBy } from './lists.js'
 import { startPostgres } from './postgres.js'
 import { makeFolder } from './process.js'
-import type { Random } from './random.js'
+import { newSeed, Random } from './random.js'
 
 // The workers of kill-worker.ts, the clients that ask them until they have an answer, and the ledger that says what was done.
 
@@ -81,10 +81,13 @@ export class KillScene {
   readonly folder = makeFolder('kills')
   /** How many requests were sent. */
   requests = 0
-  readonly #random: Random
+  readonly random: Random
   readonly #host: string
 
-  static async open(t: Test, random: Random): Promise<KillScene> {
+  /** A test file has one. */
+  static async open(t: Test): Promise<KillScene> {
+    const random = new Random(newSeed())
+    t.comment(`SEED=${random.seed}`)
     const postgres = await startPostgres()
     t.teardown(() => postgres.close())
     const scene = new KillScene(postgres, random)
@@ -95,7 +98,7 @@ export class KillScene {
   private constructor(postgres: Awaited<ReturnType<typeof startPostgres>>, random: Random) {
     this.pool = postgres.pool()
     this.#host = postgres.host
-    this.#random = random
+    this.random = random
   }
 
   startFleet(t: Test, count: number, { options, sabotage, env }: FleetOptions): Promise<Workers> {
@@ -103,7 +106,7 @@ export class KillScene {
       args: [script, JSON.stringify(options)],
       env: { POSTGRES: this.#host, ...env, ...(sabotage && { SABOTAGE: sabotage }) },
       folder: this.folder,
-      random: this.#random
+      random: this.random
     })
   }
 
@@ -143,7 +146,7 @@ export class KillScene {
         if (typeof answer !== 'string' && !isNotYet(answer)) return answer
         heard = typeof answer === 'string' ? answer : `${answer.status} ${answer.code}`
       }
-      await sleep(this.#random.between(20, 80))
+      await sleep(this.random.between(20, 80))
     }
     return heard
   }
@@ -156,7 +159,7 @@ export class KillScene {
   plansFor(mode: Mode, points: readonly Point[], keys: number, killing: number[] = []): Plan[] {
     return points.flatMap((kill) =>
       Array.from({ length: keys }, (_, n): Plan => {
-        const ms = n % 3 === 0 ? this.#random.between(1, 20) : 0
+        const ms = n % 3 === 0 ? this.random.between(1, 20) : 0
         const kills = killing[n]
         return { key: randomUUID(), mode, ms, ...(kills && { kill, kills }) }
       })

@@ -132,7 +132,7 @@ t.test('a client is what has the methods of ioredis, or of a kind of node-redis'
   }
   // Scripts and modules of the caller's are methods as well.
   t.doesNotThrow(() => new RedisStore({ ...kinds[0], ...some('execute', 'nodeClient') } as never))
-  for (const missing of ['pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate']) {
+  for (const missing of ['pipeline', 'setBuffer', 'evalshaBuffer', 'evalBuffer', 'duplicate']) {
     const { client } = open()
     t.throws(() => new RedisStore({ ...client, [missing]: undefined } as never), { code }, missing)
   }

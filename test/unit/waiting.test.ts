@@ -341,6 +341,23 @@ t.test('a message that gets lost costs a second at most, however long the lease'
   await end()
 })
 
+t.test('a change that leaves the key taken is looked at once, and the next one is waited for again', async (t) => {
+  const store = new Store()
+  const { time, guests, end } = await manyKeys(t, store, 1)
+  for (const looks of [2, 3]) {
+    store.become(running())
+    // After a change that was none the pause before the next look is never nothing.
+    await time.pass(20)
+    t.equal(store.looks.length, looks)
+    await time.pass(900)
+    t.equal(store.looks.length, looks, 'nothing has changed since')
+  }
+  store.become(COMPLETED)
+  await time.pass(20)
+  t.equal(guests[0]?.result, COMPLETED)
+  await end()
+})
+
 t.test('a subscription that fails is replaced by asking again, and tried again', async (t) => {
   const asked = hurry(t, 100)
   const fail = () => {

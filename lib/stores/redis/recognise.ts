@@ -9,7 +9,7 @@ import * as routes from './node-redis-routes.js'
 
 /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
 export function connectionOf(client: RedisClient): RedisConnection {
-  if (can(client, 'pipeline', 'evalshaBuffer', 'evalBuffer', 'duplicate')) {
+  if (can(client, 'pipeline', 'setBuffer', 'evalshaBuffer', 'evalBuffer', 'duplicate')) {
     return new IoredisConnection(client as IoredisClient)
   }
   const route = routeOf(client)

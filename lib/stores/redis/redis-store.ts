@@ -64,8 +64,8 @@ const FOR_EVER = -1
 
 /**
  * Claims and replies in Redis (6.2 and newer, Valkey), by a client of `ioredis`, `iovalkey` or `redis` (node-redis, 5 and
- * newer): single, Sentinel, Cluster, or a pool. One round trip to acquire and one to complete; the lease is decided by the
- * clock of Redis alone. The client stays the caller's: it is never connected or closed here. Processes may have different
+ * newer): single, Sentinel, Cluster, or a pool. One round trip to acquire and one to complete, a second one to tell whose claim
+ * a key is that is not free; the lease is decided by the clock of Redis alone. The client stays the caller's: it is never connected or closed here. Processes may have different
  * ones.
  *
  * A list walks over all keys of the server, be they the store's or not, 300 at a time (`SCAN`), and reads the beginning of those
