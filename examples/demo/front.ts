@@ -104,6 +104,8 @@ async function forward(shop: ShopProcess, request: IncomingMessage, response: Se
     else response.writeHead(502, { 'content-type': 'application/json' }).end('{"message":"The shop is gone"}')
   }
   const port = await shop.port.catch(() => null)
+  // Nobody has an order carried out that nobody waits for any more.
+  if (response.destroyed) return
   if (port === null) return fail()
   const { method, url, rawHeaders } = request
   const upstream = send({ host: '127.0.0.1', port, method, path: url, headers: rawHeaders as never })

@@ -21,7 +21,7 @@ export interface Plan {
 const PAYMENT_MS = 600
 const PARCEL_MS = 250
 /** Nobody is left who lets them go on. */
-const LONGEST_HOLD_MS = 30_000
+const LONGEST_HOLD_MS = 120_000
 
 const noBooks = (): Books => ({ runs: 0, orders: 0, charges: 0, charged: 0 })
 

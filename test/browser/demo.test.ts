@@ -1,9 +1,14 @@
+import { createServer } from 'node:http'
 import { join } from 'node:path'
 import t, { type Test } from 'tap'
 import { startDemo } from '../../examples/demo/demo.js'
+import { Feed, type State } from '../../examples/demo/feed.js'
+import { buildFront } from '../../examples/demo/front.js'
+import type { ShopProcess } from '../../examples/demo/shop-process.js'
+import { World } from '../../examples/demo/world.js'
 import { readSettings } from '../../examples/settings.js'
 import { type Page, startBrowser } from '../support/browser.js'
-import { until } from '../support/latch.js'
+import { latch, listening, until } from '../support/latch.js'
 import { makeFolder } from '../support/process.js'
 
 /* What `npm start` shows, in a browser: each button, and what the timeline and the counters of both shops say then. */
@@ -195,7 +200,34 @@ const LEAST_CONTRAST = `(() => {
   return found.sort((a, b) => a.contrast - b.contrast)[0]
 })()`
 
-t.test('the demo in Chromium', { timeout: 450_000 }, async (t) => {
+t.test('whoever left while the shop was starting has nothing ordered', async (t) => {
+  const arrived: (string | undefined)[] = []
+  const upstream = createServer((request, response) => {
+    arrived.push(request.url)
+    response.end()
+  })
+  const port = await new Promise<number>((resolve) =>
+    upstream.listen(0, '127.0.0.1', () => resolve((upstream.address() as { port: number }).port))
+  )
+  const started = latch<number>()
+  const feed = new Feed(() => ({}) as State)
+  const front = buildFront({ shop: { port: started.promise } as ShopProcess, world: new World(feed), feed })
+  t.teardown(() => Promise.all([front.close(), new Promise((resolve) => upstream.close(resolve))]))
+  const hungUp = latch()
+  front.server.once('request', (_request, response) => response.once('close', () => hungUp.open()))
+  const url = await listening(front)
+
+  const client = new AbortController()
+  const lost = fetch(`${url}/left`, { method: 'POST', signal: client.signal })
+  front.server.once('request', () => client.abort())
+  await t.rejects(lost, { name: 'AbortError' })
+  await hungUp.promise
+  started.open(port)
+  t.equal((await fetch(`${url}/stayed`, { method: 'POST' })).status, 200)
+  t.same(arrived, ['/stayed'])
+})
+
+t.test('the demo in Chromium', { timeout: 900_000 }, async (t) => {
   const start = async (databaseUrl: string) => {
     const demo = await startDemo(readSettings({ DATABASE_URL: databaseUrl }), { host: '127.0.0.1', port: 0 })
     t.teardown(() => demo.close())

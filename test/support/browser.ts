@@ -12,7 +12,7 @@ const services: { findChromium(): { program: string; env: Record<string, string>
 )
 
 /** What a page has to do within, on a slow and busy machine. */
-const TIMEOUT = 60_000
+const TIMEOUT = 180_000
 
 const FLAGS = [
   '--headless=new',

@@ -62,7 +62,7 @@ function note(what, details = {}) {
 function happened(what) {
   const missing = new Set(['with', 'without'])
   return new Promise((resolve, reject) => {
-    const impatience = setTimeout(() => end(reject, new Error(`no "${what}" within a minute`)), 60_000)
+    const impatience = setTimeout(() => end(reject, new Error(`no "${what}" within two minutes`)), 120_000)
     const watch = (happening) => {
       if (happening.what === what) missing.delete(happening.side)
       if (missing.size === 0) end(resolve)
@@ -163,6 +163,8 @@ function send(side, order) {
     minDelay: 400,
     maxDelay: 1_500,
     maxAttempts: 100,
+    // The demo answers whenever it can: on a slow machine a process takes its time to start.
+    attemptTimeout: null,
     fetch: (request) => exchange(side, order.customer, request)
   })
   const [url, init] = request(side, order)
