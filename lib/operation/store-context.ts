@@ -46,6 +46,7 @@ export class StoreContext {
   /** How many loops give claims back. */
   #concurrency = 0
   #users = 0
+  #isClosed = false
 
   private constructor(store: IdempotencyStore) {
     this.store = store
@@ -69,12 +70,14 @@ export class StoreContext {
   /** One more registration uses the store. */
   enter(): void {
     this.#users++
+    this.#isClosed = false
     inUse.add(this)
   }
 
   /** One registration less; the last one closes the store. */
   async leave(): Promise<void> {
     if (--this.#users > 0) return
+    this.#isClosed = true
     inUse.delete(this)
     for (const claim of this.#orphans) this.#drop(claim, false)
     await this.store.close?.()
@@ -92,7 +95,9 @@ export class StoreContext {
   }
 
   /** Gives a claim back in the background, as soon as the store can be reached. `false` when that is not tried any more. */
-  giveBack(key: string, token: string, timeout: number, unused: boolean): Promise<boolean> {
+  async giveBack(key: string, token: string, timeout: number, unused: boolean): Promise<boolean> {
+    // What was still on its way to the store when it was closed may find only now that nobody needs its claim.
+    if (this.#isClosed) return false
     const given = new Promise<boolean>((done) => {
       this.#orphans.add({ key, token, timeout, unused, done, isUnderWay: false })
     })

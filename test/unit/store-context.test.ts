@@ -133,6 +133,24 @@ t.test('when the last one has left nothing more is given back, and who waits for
   t.equal(asked, before)
 })
 
+t.test(
+  'a claim that nobody needs any more when the last one has left is not given back, until the store is used again',
+  async (t) => {
+    let asked = 0
+    const inUse = releasing(async () => {
+      asked++
+      return true
+    })
+    inUse.enter()
+    await inUse.leave()
+    t.equal(await inUse.giveBack('a', 'token', TIMEOUT, true), false)
+    t.equal(asked, 0)
+    inUse.enter()
+    t.equal(await inUse.giveBack('a', 'token', TIMEOUT, true), true)
+    t.equal(asked, 1)
+  }
+)
+
 t.test('a claim whose giving back fails after the last one has left is not tried again', async (t) => {
   hurry(t)
   const answer = latch<boolean>()
