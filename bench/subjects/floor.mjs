@@ -1,6 +1,6 @@
 import { hash, randomUUID } from 'node:crypto'
 import Fastify from 'fastify'
-import { redisClient } from './clients.mjs'
+import { postgresPool, redisClient } from './clients.mjs'
 import { COVERED, UNCOVERED } from './route.mjs'
 import { served } from './served.mjs'
 
@@ -29,6 +29,13 @@ export async function floorOnRedis({ route, redis }) {
 export async function floorOnRedisUnsafe({ route, redis }) {
   const client = await redisClient(redis)
   return build(route, new RedisFloor(client, false), async () => client.disconnect())
+}
+
+/** Two prepared statements: an insert that claims or else reads, an update of the row that is still ours. */
+export async function floorOnPostgres({ route, postgres }) {
+  const pool = postgresPool(postgres)
+  await pool.query(FLOOR_TABLE)
+  return build(route, new PostgresFloor(pool), () => pool.end())
 }
 
 async function build(route, store, close) {
@@ -151,4 +158,59 @@ function read(found) {
   const end = 46 + found.readUInt16BE(44)
   const [status, headers] = JSON.parse(found.utf8Slice(46, end))
   return { fingerprint, status, headers, body: found.subarray(end) }
+}
+
+const FLOOR_TABLE = `CREATE TABLE IF NOT EXISTS floor_keys (
+  key text PRIMARY KEY, token text, fingerprint text NOT NULL, status int, headers text, body text,
+  expires_at timestamptz NOT NULL
+)`
+
+/** Rows that have expired are somebody else's to delete. */
+class PostgresFloor {
+  #pool
+
+  constructor(pool) {
+    this.#pool = pool
+  }
+
+  acquire(key, fingerprint, done) {
+    const token = randomUUID()
+    this.#pool.query({ ...CLAIM, values: [key, token, fingerprint, LEASE] }, (error, result) => {
+      if (error) return done(error)
+      const [row] = result.rows
+      // Another has just been faster: its row could not be seen yet.
+      if (row === undefined) return done(null, { fingerprint, status: 0 }, null)
+      if (row.token === token) return done(null, null, { key, token })
+      done(null, { ...row, status: row.status ?? 0, headers: row.headers && JSON.parse(row.headers) }, null)
+    })
+  }
+
+  complete({ key, token }, status, headers, body, done) {
+    this.#pool.query({ ...FINISH, values: [key, token, status, JSON.stringify(headers), body, TTL] }, done)
+  }
+
+  release({ key, token }, done) {
+    this.#pool.query({ ...DROP, values: [key, token] }, done)
+  }
+}
+
+const CLAIM = {
+  name: 'floor-claim',
+  text: `WITH taken AS (
+      INSERT INTO floor_keys (key, token, fingerprint, expires_at)
+      VALUES ($1, $2, $3, now() + $4 * interval '1 ms') ON CONFLICT DO NOTHING RETURNING token
+    )
+    SELECT token, NULL AS fingerprint, NULL::int AS status, NULL AS headers, NULL AS body FROM taken
+    UNION ALL
+    SELECT token, fingerprint, status, headers, body FROM floor_keys
+    WHERE key = $1 AND NOT EXISTS (SELECT FROM taken)`
+}
+const FINISH = {
+  name: 'floor-finish',
+  text: `UPDATE floor_keys SET status = $3, headers = $4, body = $5, expires_at = now() + $6 * interval '1 ms'
+    WHERE key = $1 AND token = $2 AND status IS NULL`
+}
+const DROP = {
+  name: 'floor-drop',
+  text: 'DELETE FROM floor_keys WHERE key = $1 AND token = $2 AND status IS NULL'
 }

@@ -101,6 +101,15 @@ export const subjects = [
     slow: 8
   },
   {
+    name: 'floor-postgres',
+    title: 'by hand, PostgreSQL',
+    store: 'postgres',
+    from: 'floor.mjs',
+    build: 'floorOnPostgres',
+    marks: true,
+    slow: 4
+  },
+  {
     name: 'postgres',
     title: 'fastify-idempotency, PostgreSQL',
     store: 'postgres',

@@ -478,15 +478,29 @@ for (const [name, call] of CALLS) {
 for (const [name, prepare] of Object.entries(STATES)) {
   for (const takeover of [false, true]) {
     const how = takeover ? 'that would take over' : 'that would not take over'
-    t.test(`acquiring a key that is ${name}, by a claim ${how}, is one statement`, async (t) => {
+    const free = ['free', 'released', 'expired'].includes(name)
+    const state = free || (takeover && shown(name) === 'abandoned') ? 'acquired' : shown(name)
+    const isPlain = ['free', 'running', 'completed'].includes(name)
+    t.test(
+      `acquiring a key that is ${name}, by a claim ${how}, is ${isPlain ? 'a short statement' : 'two'}`,
+      async (t) => {
+        const { store, second } = await open(t)
+        const key = newKey()
+        await prepare(second, key)
+        const { result, sent } = await shared.statements(() => store.acquire(key, claim({ takeover })))
+        t.equal(sent.length, isPlain ? 1 : 2, sent.join('\n\n'))
+        t.match(result, { state })
+      }
+    )
+
+    t.test(`acquiring a key that is ${name}, by a claim ${how} and asks for the ttl, is one statement`, async (t) => {
       const { store, second } = await open(t)
       const key = newKey()
       await prepare(second, key)
-      const { result, sent } = await shared.statements(() => store.acquire(key, claim({ takeover })))
+      const asked = claim({ takeover, withTtl: true })
+      const { result, sent } = await shared.statements(() => store.acquire(key, asked))
       t.equal(sent.length, 1, sent.join('\n\n'))
-      const free = ['free', 'released', 'expired'].includes(name)
-      const expected = { state: free || (takeover && shown(name) === 'abandoned') ? 'acquired' : shown(name) }
-      t.match(result, expected)
+      t.match(result, { state })
     })
   }
 
@@ -537,7 +551,10 @@ for (const [name, step] of [
   ['completing', (store, key, token) => store.complete(key, token, reply(), LONG)],
   ['leaving a tombstone on', (store, key, token) => store.complete(key, token, tombstone('too-large'), null)],
   ['releasing', (store, key, token) => store.release(key, token)],
-  ['claiming again', async (store, key, token) => (await store.acquire(key, claim({ token }))).state === 'acquired']
+  [
+    'claiming again',
+    async (store, key, token) => (await store.acquire(key, claim({ token, withTtl: true }))).state === 'acquired'
+  ]
 ] as [string, (store: PostgresStore, key: string, token: string) => Promise<boolean>][]) {
   t.test(`${name} what one holds is one statement, whether the lease has lapsed or not`, async (t) => {
     const { store } = await open(t)
@@ -551,16 +568,83 @@ for (const [name, step] of [
   })
 
   if (name === 'renewing' || name === 'claiming again') continue
-  t.test(`${name} a second time what one has held is one statement`, async (t) => {
-    const { store } = await open(t)
-    const key = newKey()
-    const token = await take(store, key)
-    await step(store, key, token)
-    const { result, sent } = await shared.statements(() => step(store, key, token))
-    t.equal(result, true)
-    t.equal(sent.length, 1, sent.join('\n\n'))
+  const isCompletion = name === 'completing' || name === 'leaving a tombstone on'
+  t.test(
+    `${name} a second time what one has held is ${isCompletion ? 'two statements' : 'one statement'}`,
+    async (t) => {
+      const { store } = await open(t)
+      const key = newKey()
+      const token = await take(store, key)
+      await step(store, key, token)
+      const { result, sent } = await shared.statements(() => step(store, key, token))
+      t.equal(result, true)
+      t.equal(sent.length, isCompletion ? 2 : 1, sent.join('\n\n'))
+    }
+  )
+}
+
+t.test('completing what somebody waits for is two statements', async (t) => {
+  const { store, second, table, rows } = await open(t)
+  const key = newKey()
+  const token = await take(store, key)
+  const waiter = second.changed(key, never())
+  await awaited(rows, table, key)
+  const { result, sent } = await shared.statements(() => store.complete(key, token, reply(), LONG))
+  t.equal(result, true)
+  t.equal(sent.length, 2, sent.join('\n\n'))
+  await soon(waiter)
+})
+
+/* Prepared statements */
+
+const PREPARED = "SELECT name FROM pg_prepared_statements WHERE name LIKE 'fastify-idempotency-%' ORDER BY name"
+
+/** A key that is claimed, finished and replayed. */
+async function live(t: Test, store: PostgresStore): Promise<void> {
+  const key = newKey()
+  const token = await take(store, key)
+  t.equal(await store.renew(key, token, LONG), true)
+  t.equal(await store.complete(key, token, reply(), LONG), true)
+  same(t, await store.acquire(key, claim()), reply())
+}
+
+t.test('statements are prepared once on each connection, under names that are the same in all processes', async (t) => {
+  const table = newTable()
+  const found: unknown[] = []
+  for (let process = 0; process < 2; process++) {
+    const { store, pool } = await open(t, { table, pool: { max: 1 } })
+    for (let n = 0; n < 3; n++) await live(t, store)
+    const { rows } = await pool.query(PREPARED)
+    t.equal(rows.length, 3, 'to claim, to renew, to complete')
+    found.push(rows)
+  }
+  t.strictSame(found[0], found[1])
+})
+
+for (const [name, spoil] of Object.entries({
+  'have been dropped by DISCARD ALL': (pool: Pool) => pool.query('DISCARD ALL'),
+  'were prepared for a table that has been changed since': (pool: Pool, table: string) =>
+    pool.query(`ALTER TABLE "${table}" ALTER COLUMN tombstone TYPE varchar(100)`)
+})) {
+  t.test(`statements that ${name} are repeated, and are not prepared any more`, async (t) => {
+    const { store, pool, table } = await open(t, { pool: { max: 1 } })
+    await live(t, store)
+    await spoil(pool, table)
+    for (let n = 0; n < 3; n++) await live(t, store)
+    t.strictSame((await pool.query(PREPARED)).rows, [], 'the pool has let go of the connection that failed')
   })
 }
+
+t.test('statements whose names somebody else has prepared on the connection are not, as behind a pooler', async (t) => {
+  const { store, pool, table } = await open(t, { pool: { max: 1 } })
+  await live(t, store)
+  const names = (await pool.query(PREPARED)).rows.map(({ name }) => name)
+  const another = ownPool(t, { max: 1 })
+  for (const name of names) await another.query(`PREPARE "${name}" AS SELECT 1`)
+  const behind = new PostgresStore({ pool: another, table, sweepInterval: null })
+  t.teardown(() => behind.close())
+  for (let n = 0; n < 3; n++) await live(t, behind)
+})
 
 t.test('a transaction is one message to begin, one to complete, and COMMIT; telling is one more', async (t) => {
   const { store, pool } = await open(t)

@@ -10,7 +10,7 @@ import { claim, reply, tombstone } from '../support/store-fixtures.js'
 
 /* What a PostgresStore sends to its pool, and what it makes of the answers. */
 
-type Query = { text: string; values?: unknown[]; types: unknown }
+type Query = { text: string; values?: unknown[]; name?: string; types: unknown }
 
 const sql = new PostgresSql(null, 'idempotency_keys')
 const contention = (code = '40001') => Object.assign(new Error('lost'), { code, severity: 'ERROR' })
@@ -118,9 +118,24 @@ t.test('a pool whose connections break does not end the process, and gets one li
 t.test('each step is one statement with its values, read as text', async (t) => {
   const { pool, store } = open()
   const long = 'l'.repeat(600)
-  const { acquire, renew, complete, step, release, watch, get, remove, list, settle, settleAsEnded, createTable } = sql
+  const { acquire, renew, step, release, watch, get, remove, list, settle, settleAsEnded, createTable } = sql
+  const { acquireAtOnce, completeUnheard } = sql
   const yes = [{}]
-  pool.answers.push([ACQUIRED], yes, yes, yes, yes, [], [{ existed: 't' }], [{ existed: 't' }], [NO_ROWS], yes, yes, [])
+  pool.answers.push(
+    [ACQUIRED],
+    [ACQUIRED],
+    yes,
+    yes,
+    yes,
+    yes,
+    [],
+    [{ existed: 't' }],
+    [{ existed: 't' }],
+    [NO_ROWS],
+    yes,
+    yes,
+    []
+  )
   t.strictSame(
     await store.acquire(long, claim({ token: 't\0', fingerprint: 'f\\', leaseMs: 5, retainMs: 6, takeover: true })),
     {
@@ -128,6 +143,9 @@ t.test('each step is one statement with its values, read as text', async (t) => 
       attempt: 1
     }
   )
+  t.match(await store.acquire('k', claim({ token: 't', fingerprint: 'f', leaseMs: 5, retainMs: 6, withTtl: true })), {
+    state: 'acquired'
+  })
   t.equal(await store.renew('k', 't', 5), true)
   t.equal(await store.complete('k', 't', reply({ headers: [], body: Buffer.from('b'), fingerprint: 'f' }), null), true)
   t.equal(await store.step('k', 't\0', ['"a"', '\0\n']), true)
@@ -141,11 +159,13 @@ t.test('each step is one statement with its values, read as text', async (t) => 
   await store.createTable()
   const nobodies = pool.queries.slice(-3, -1).map(({ values }) => values?.[1])
   t.ok(nobodies.every((token) => String(token).length === 36) && nobodies[0] !== nobodies[1], 'nobody has these tokens')
-  t.strictSame(pool.queries, [
-    { text: acquire, values: [toKey(long), 't\\0', 'f\\\\', 5, 6, true], types: AS_TEXT },
+  const unnamed = pool.queries.map(({ name: _, ...query }) => query)
+  t.strictSame(unnamed, [
+    { text: acquireAtOnce, values: [toKey(long), 't\\0', 'f\\\\', 5, 6], types: AS_TEXT },
+    { text: acquire, values: ['k', 't', 'f', 5, 6, false], types: AS_TEXT },
     { text: renew, values: ['k', 't', 5], types: AS_TEXT },
     {
-      text: complete,
+      text: completeUnheard,
       values: ['k', 't', 'f', 1_700_000_000_000, 201, '[]', Buffer.from('b'), true, null, null],
       types: AS_TEXT
     },
@@ -215,13 +235,64 @@ t.test('what was not there was not deleted', async (t) => {
   t.equal(await store.delete('k'), false, 'nor what a transaction holds')
 })
 
+t.test('what cannot be said at once is asked with more care', async (t) => {
+  const { pool, store } = open()
+  for (const atOnce of [[], [{ found: null, fingerprint: 'f' }]]) {
+    pool.answers.push(atOnce, [ACQUIRED], [], [{}])
+    t.match(await store.acquire('k', claim()), { state: 'acquired' })
+    t.equal(await store.complete('k', 't', reply(), 5), true)
+    t.strictSame(
+      pool.queries.splice(0).map(({ text }) => text),
+      [sql.acquireAtOnce, sql.acquire, sql.completeUnheard, sql.complete]
+    )
+  }
+  pool.answers.push([{ found: 'running', attempt: '2', fingerprint: 'f', left_ms: '5' }])
+  t.strictSame(await store.acquire('k', claim()), { state: 'running', fingerprint: 'f', leaseMs: 5, attempt: 2 })
+  t.equal(pool.queries.length, 1)
+})
+
 t.test('a claim that could not see who was faster asks again, twenty times', async (t) => {
   const { pool, store } = open()
-  pool.answers.push(...Array.from({ length: 19 }, () => []), [ACQUIRED])
+  pool.answers.push(...Array.from({ length: 20 }, () => []), [ACQUIRED])
   t.match(await store.acquire('k', claim()), { state: 'acquired' })
-  t.equal(pool.queries.length, 20)
+  t.equal(pool.queries.length, 21)
   await t.rejects(store.acquire('k', claim()), { message: 'The idempotency key changes hands too fast' })
-  t.equal(pool.queries.length, 40)
+  t.equal(pool.queries.length, 42)
+})
+
+t.test('a statement is prepared under a name of its own, and what has no values is not', async (t) => {
+  const [one, two] = [open(), open()]
+  for (const { store } of [one, two]) {
+    await store.get('k')
+    await store.get('l')
+    await store.renew('k', 't', 5)
+    await store.createTable()
+  }
+  const [get, again, renew, , createTable] = one.pool.queries.map(({ name }) => name)
+  t.match(get, /^fastify-idempotency-[\da-f]{32}$/)
+  t.ok(Buffer.byteLength(get as string) < 64, 'longer ones are cut')
+  t.equal(again, get)
+  t.not(renew, get)
+  t.equal(createTable, undefined)
+  t.strictSame(
+    two.pool.queries.map(({ name }) => name),
+    one.pool.queries.map(({ name }) => name),
+    'of which another process knows that it is the same statement'
+  )
+})
+
+t.test('a statement that a connection has lost is repeated as it is, and none is prepared any more', async (t) => {
+  for (const code of ['26000', '42P05', '0A000']) {
+    const { pool, store } = open()
+    pool.answers.push(contention(code))
+    t.equal(await store.get('k'), null)
+    await store.get('k')
+    const { name, ...query } = pool.queries[0] as Query
+    t.ok(name)
+    t.strictSame(pool.queries.slice(1), [query, query])
+    pool.answers.push(contention(code))
+    await t.rejects(store.get('k'), { code }, 'where it was not prepared it is an error')
+  }
 })
 
 t.test('a statement that loses against others is repeated, twenty times', async (t) => {
@@ -268,7 +339,7 @@ t.test('no is said twice', async (t) => {
   t.equal(await store.release('k', 't'), false)
   t.equal(await store.complete('k', 't', reply(), 5), false)
   t.equal(await store.settle('k', 'f', 'ended'), false)
-  t.equal(pool.queries.length, 8)
+  t.equal(pool.queries.length, 9, 'and a completion once more, because somebody may wait')
   t.strictSame(pool.queries[0], pool.queries[1])
 })
 
@@ -287,7 +358,7 @@ t.test('who waits looks whether there is a claim that runs', async (t) => {
   })
   const { signal } = new AbortController()
   await store.changed('k', signal)
-  t.strictSame(pool.queries, [{ text: sql.watch, values: ['k'], types: AS_TEXT }])
+  t.match(pool.queries, [{ text: sql.watch, values: ['k'], types: AS_TEXT }])
   pool.answers.push([{}])
   let isOver = false
   const waiting = store.changed('k', signal).then(() => {

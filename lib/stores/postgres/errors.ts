@@ -12,6 +12,10 @@ export interface DatabaseError extends Error {
 
 const SERIALIZATION_FAILURE = '40001'
 const DEADLOCK = '40P01'
+const UNKNOWN_STATEMENT = '26000'
+const DUPLICATE_STATEMENT = '42P05'
+/** Among others: the table was changed since, so that what a prepared statement returns would be of other types. */
+const NOT_SUPPORTED = '0A000'
 const UNDEFINED_TABLE = '42P01'
 /** A statement has failed in the transaction: it takes no other until it is rolled back, at least to a savepoint. */
 export const IN_FAILED_TRANSACTION = '25P02'
@@ -25,6 +29,12 @@ const SERVERS_OWN = /^(?:08|53|57|58|XX)/
 export function isContention(error: unknown): boolean {
   const { code } = error as DatabaseError
   return code === SERIALIZATION_FAILURE || code === DEADLOCK
+}
+
+/** Has a prepared statement not been carried out because of how it was prepared? */
+export function isUnprepared(error: unknown): boolean {
+  const { code } = error as DatabaseError
+  return code === UNKNOWN_STATEMENT || code === DUPLICATE_STATEMENT || code === NOT_SUPPORTED
 }
 
 /** Has the server answered, if only by an error? */

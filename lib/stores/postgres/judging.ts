@@ -48,10 +48,23 @@ export const VERDICT = `CASE WHEN version <> ${VERSION} OR state NOT IN ('runnin
 const LEFT_MS = `(CASE WHEN state = 'running' THEN ${until('lease_end')} WHEN state = 'completed' THEN ${until('expires_at')}
     WHEN abs(retain_ms) < 'infinity' THEN ${until('expires_at')} - retain_ms END)::numeric`
 
+const RECORD =
+  "created_at, status_code, headers::text AS headers, encode(body, 'base64') AS body, body_is_text, tombstone, steps"
+
 /** A row as it is read: what is found, and the columns of the record. */
 export const FOUND = `
-  ${VERDICT} AS found, attempt, fingerprint, ${LEFT_MS} AS left_ms,
-  created_at, status_code, headers::text AS headers, encode(body, 'base64') AS body, body_is_text, tombstone, steps`
+  ${VERDICT} AS found, attempt, fingerprint, ${LEFT_MS} AS left_ms, ${RECORD}`
+
+/**
+ * The same of a row that counts and needs no care: a record, without what is left of its life, or the claim of another that
+ * is running. NULL is found in all others.
+ */
+export function plainlyFound(token: string): string {
+  const isPlain = `version = ${VERSION} AND (state = 'completed' OR (state = 'running' AND token <> ${token} AND lease_end > moment))`
+  return `
+  CASE WHEN ${isPlain} THEN state END AS found, attempt, fingerprint,
+  CASE WHEN state = 'running' THEN ${LEFT_MS} END AS left_ms, ${RECORD}`
+}
 
 /** The columns behind `attempt` where there is no row to read, and no steps. */
 export const NO_RECORD = 'NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL'

@@ -19,9 +19,9 @@ import { ANYTHING, type Checked, checked, SWEEP_INTERVAL } from '../../option-ru
 import { describe } from '../../util/describe.js'
 import { limited } from '../longest-time.js'
 import { RELEASE_MEMORY_MS } from '../release-memory.js'
-import { toKey, toText } from '../storable-text.js'
+import { sha256, toKey, toText } from '../storable-text.js'
 import { Sweeper } from '../sweeper.js'
-import { claimFailure, explain, isContention } from './errors.js'
+import { claimFailure, explain, isContention, isUnprepared } from './errors.js'
 import { PostgresNotifications } from './notifications.js'
 import type { PostgresPool } from './pool.js'
 import { AS_TEXT, acquisitionOf, type FoundRow, type ListedRow, listedOf, recordValues, stepValues } from './rows.js'
@@ -45,7 +45,18 @@ export interface PostgresStoreOptions {
   sweepInterval?: Duration | null
 }
 
-type Query = (config: { text: string; values?: unknown[]; types: typeof AS_TEXT }) => Promise<{ rows: object[] }>
+interface QueryConfig {
+  text: string
+  values?: unknown[]
+  /** The statement is prepared under this name, once on each connection. */
+  name?: string
+  types: typeof AS_TEXT
+}
+
+type Query = (config: QueryConfig) => Promise<{ rows: object[] }>
+
+/** A row that has to be judged with more care. */
+type NotFound = { found: null }
 
 /** A row of a page, which may have none but its cursor. */
 type ListedPageRow = { cursor: string | null } & (ListedRow | { key: null })
@@ -103,6 +114,11 @@ export class PostgresStore implements IdempotencyStore {
   readonly #sql: PostgresSql
   readonly #notifications: PostgresNotifications
   readonly #sweeper: Sweeper | null
+  /**
+   * Are statements prepared? Not any more once a connection has lost one: behind a pooler that gives out another connection
+   * for each statement, or where somebody says DISCARD ALL.
+   */
+  #prepares = true
 
   /** @throws FST_IDEMPOTENCY_INVALID_OPTION */
   constructor(options: PostgresStoreOptions) {
@@ -121,9 +137,15 @@ export class PostgresStore implements IdempotencyStore {
     await this.#query(this.#sql.createTable)
   }
 
-  async acquire(key: string, { token, fingerprint, leaseMs, retainMs, takeover }: Claim): Promise<Acquisition> {
+  async acquire(key: string, claim: Claim): Promise<Acquisition> {
     this.#sweeper?.start()
-    const values = [toKey(key), toText(token), toText(fingerprint), limited(leaseMs), limited(retainMs), takeover]
+    const { token, fingerprint, leaseMs, retainMs, takeover, withTtl } = claim
+    const values: unknown[] = [toKey(key), toText(token), toText(fingerprint), limited(leaseMs), limited(retainMs)]
+    if (withTtl === false) {
+      const [row] = await this.#query<FoundRow | NotFound>(this.#sql.acquireAtOnce, values, claimFailure)
+      if (row !== undefined && row.found !== null) return acquisitionOf(row, leaseMs)
+    }
+    values.push(takeover)
     for (let tries = 1; tries <= MOST_TRIES; tries++) {
       const [row] = await this.#query(this.#sql.acquire, values, claimFailure)
       if (row !== undefined) return acquisitionOf(row, leaseMs)
@@ -137,7 +159,9 @@ export class PostgresStore implements IdempotencyStore {
   }
 
   async complete(key: string, token: string, record: StoredRecord, ttlMs: number | null): Promise<boolean> {
-    return this.#test(this.#sql.complete, [toKey(key), toText(token), ...recordValues(record), ttlMs])
+    const values = [toKey(key), toText(token), ...recordValues(record), ttlMs]
+    if ((await this.#query(this.#sql.completeUnheard, values)).length > 0) return true
+    return this.#test(this.#sql.complete, values)
   }
 
   async step(key: string, token: string, step: StoredStep): Promise<boolean> {
@@ -217,14 +241,29 @@ export class PostgresStore implements IdempotencyStore {
 
   async #query<Row = FoundRow>(text: string, values?: unknown[], failure = explain): Promise<Row[]> {
     for (let tries = 1; ; tries++) {
+      const prepared = values !== undefined && this.#prepares
       try {
-        const { rows } = await this.#pool.query({ text, ...(values && { values }), types: AS_TEXT })
+        const config = { text, types: AS_TEXT, ...(values && { values }), ...(prepared && { name: nameOf(text) }) }
+        const { rows } = await this.#pool.query(config)
         return rows as Row[]
       } catch (error) {
-        if (tries === MOST_TRIES || !isContention(error)) throw failure(error)
+        if (prepared && isUnprepared(error)) this.#prepares = false
+        else if (tries === MOST_TRIES || !isContention(error)) throw failure(error)
       }
     }
   }
+}
+
+const names = new Map<string, string>()
+
+/** The same name is the same statement everywhere: a pooler may have prepared it for another process. */
+function nameOf(text: string): string {
+  let name = names.get(text)
+  if (name === undefined) {
+    name = `fastify-idempotency-${sha256(text).slice(0, 32)}`
+    names.set(text, name)
+  }
+  return name
 }
 
 /** The queries of pg-native hear nothing of the protocol. */

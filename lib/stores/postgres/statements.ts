@@ -12,6 +12,7 @@ import {
   LISTED,
   NO_RECORD,
   NOTHING_MORE,
+  plainlyFound,
   VERDICT,
   VERSION
 } from './judging.js'
@@ -66,10 +67,17 @@ export class PostgresSql {
   readonly createTable: string
   /** $1 key, $2 token, $3 fingerprint, $4 leaseMs, $5 retainMs, $6 takeover. No row: ask once more. */
   readonly acquire: string
+  /**
+   * The same where it can be said at once: the key is free, or its record is kept, or another holds it. $1 to $5. No row, or
+   * one in which nothing is found: ask by `acquire`.
+   */
+  readonly acquireAtOnce: string
   /** $1 key, $2 token, $3 leaseMs. A row: yes. */
   readonly renew: string
   /** $1 key, $2 token, $3 fingerprint, $4 to $9 the record, $10 ttlMs or null. A row: yes. */
   readonly complete: string
+  /** The same where nobody waits. No row: ask by `complete`. */
+  readonly completeUnheard: string
   /** The same for a claim of the very transaction that it runs in, which cannot have expired. */
   readonly completeInTransaction: string
   /** $1 key, $2 token, $3 how the step begins, up to its result, $4 the step. A row: yes. */
@@ -111,6 +119,7 @@ export class PostgresSql {
     const mine = `key = $1::text AND token = $2::text AND version = ${VERSION} AND expires_at > clock_timestamp()`
 
     this.acquire = this.#claim('pg_try_advisory_xact_lock_shared', PARAMETERS)
+    this.acquireAtOnce = this.#claimAtOnce(PARAMETERS)
 
     this.renew = `
 UPDATE ${table} SET
@@ -123,6 +132,7 @@ RETURNING true`
     body_is_text = $8::boolean, tombstone = $9::text, steps = NULL,
     expires_at = coalesce(${after('$10::float8')}, 'infinity')`
     this.complete = this.#finish("state = 'completed'", mine, record)
+    this.completeUnheard = `UPDATE ${table} SET ${record} WHERE ${mine} AND state = 'running' AND NOT waiting RETURNING true`
     // A row's xmin is the transaction that has written it, in 32 bits.
     const written = "key = $1::text AND token = $2::text AND xmin::text = (txid_current() & x'ffffffff'::bigint)::text"
     this.completeInTransaction = this.#finish("state = 'completed'", written, record)
@@ -225,7 +235,8 @@ SELECT relnamespace::regnamespace::text AS schema FROM pg_class WHERE oid = ${th
 SELECT set_config('lock_timeout', '${idleMs}', true) WHERE current_setting('lock_timeout') = '0'`
   }
 
-  #claim(tryLock: string, { key, token, fingerprint, leaseMs, retainMs, takeover }: ClaimValues): string {
+  #claim(tryLock: string, values: ClaimValues): string {
+    const { key, token, takeover } = values
     const table = this.#table
     const isNew = `(NOT ${isClaimed('old.')} OR old.expires_at <= clock_timestamp())`
     const isOurs = "(old.state = 'running' AND old.token = EXCLUDED.token)"
@@ -242,8 +253,7 @@ WITH held AS MATERIALIZED (
   )
 ), taken AS (
   INSERT INTO ${table} AS old (key, version, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)
-  SELECT ${key}, ${VERSION}, ${token}, ${fingerprint}, 1, 'running',
-    ${after(leaseMs)}, ${retainMs}, ${after(`(${leaseMs} + ${retainMs})`)}
+  SELECT ${this.#newRow(values)}
   FROM chance WHERE chance.taken
   ON CONFLICT (key) DO UPDATE SET
     version = EXCLUDED.version, token = EXCLUDED.token, fingerprint = EXCLUDED.fingerprint,
@@ -264,6 +274,30 @@ UNION ALL
 SELECT 'acquired', attempt, ${NO_RECORD}, steps FROM taken
 UNION ALL
 SELECT 'locked', NULL, ${NOTHING_MORE} FROM chance WHERE NOT chance.taken`
+  }
+
+  /** A key that is free has no row at all: whatever there is of an old one is for `#claim`. */
+  #claimAtOnce(values: Omit<ClaimValues, 'takeover'>): string {
+    const { key, token } = values
+    return `
+WITH held AS MATERIALIZED (
+  ${this.#held(key)}
+), taken AS (
+  INSERT INTO ${this.#table} (key, version, token, fingerprint, attempt, state, lease_end, retain_ms, expires_at)
+  SELECT ${this.#newRow(values)}
+  WHERE NOT EXISTS (SELECT FROM held) AND pg_try_advisory_xact_lock_shared(${this.#lock(key)})
+  ON CONFLICT (key) DO NOTHING
+  RETURNING attempt
+)
+SELECT ${plainlyFound(token)} FROM held
+UNION ALL
+SELECT 'acquired', attempt, ${NO_RECORD}, NULL FROM taken`
+  }
+
+  /** What a first attempt writes. */
+  #newRow({ key, token, fingerprint, leaseMs, retainMs }: Omit<ClaimValues, 'takeover'>): string {
+    return `${key}, ${VERSION}, ${token}, ${fingerprint}, 1, 'running',
+    ${after(leaseMs)}, ${retainMs}, ${after(`(${leaseMs} + ${retainMs})`)}`
   }
 
   /** Of the rows that are looked at, each is judged by itself, so that a damaged one does not keep the rest from being seen. */
