@@ -76,6 +76,18 @@ t.test('the README is no longer than one can read', async (t) => {
   t.ok(text('README.md').split('\n').length <= 420)
 })
 
+// GitHub shows so many columns in a window of 1280; what is generated, and what a machine draws, is another matter.
+t.test('no line of code is cut off', async (t) => {
+  const isWritten = (page: string) =>
+    /^(?:README|conformance\/README|docs\/.*)\.md$/.test(page) && page !== 'docs/api.md'
+  for (const page of pages.filter(isWritten)) {
+    for (const [block = ''] of text(page).matchAll(/^```[\s\S]*?^```/gm)) {
+      if (block.startsWith('```mermaid')) continue
+      for (const line of block.split('\n')) if (line.length > 98) t.fail(`${page}: ${line}`)
+    }
+  }
+})
+
 interface Release {
   repositoryOf(address: string | undefined): string
   publishedManifest(manifest: object, repository: string): Record<string, unknown>
