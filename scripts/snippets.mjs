@@ -1,9 +1,9 @@
 // Makes a module of every snippet of README.md and of docs/*.md, under test/docs/snippets, so that it is compiled and run
 // like any test. A name is used once in all pages.
 //
-// A snippet is a fenced block of ts or js under a comment `<!-- snippet: name -->`. Its imports stay on top, the rest
-// becomes the function `run(given)`, which returns what the snippet declares. What the snippet uses but does not
-// declare, such as `app`, it gets from `given`.
+// A snippet is a fenced block of ts or js under a comment `<!-- snippet: name -->`. Its imports, and what it declares of a
+// module, stay on top, the rest becomes the function `run(given)`, which returns what the snippet declares. What the
+// snippet uses but does not declare, such as `app`, it gets from `given`.
 
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 
@@ -59,7 +59,8 @@ function extract(pages, into) {
 
 /** @param {string} code @param {string} name */
 function moduleOf(code, name) {
-  const lines = code.split('\n')
+  const [declarations = ''] = /^declare module [\s\S]*?^}\n/m.exec(code) ?? []
+  const lines = code.replace(declarations, '').split('\n')
   const imports = lines.filter((line) => line.startsWith('import ')).map(toSource)
   const statements = lines.filter((line) => !line.startsWith('import ') && !line.includes('app.listen('))
   const body = statements
@@ -75,6 +76,7 @@ function moduleOf(code, name) {
   }
   return `${[...imports, "import type { Given } from '../given.js'"].join('\n')}
 
+${declarations}
 export async function run(${needed.length > 0 ? 'given' : '_given'}: Given) {
 ${needed.length > 0 ? `const { ${needed.join(', ')} } = given\n` : ''}${body}
 return { ${declared.join(', ')} }
@@ -85,7 +87,8 @@ return { ${declared.join(', ')} }
 /** @param {string} code */
 function commonJsOf(code) {
   const lines = code.split('\n').filter((line) => !line.includes('app.listen('))
-  return `// @ts-nocheck\n${lines.map(toSource).join('\n')}\nmodule.exports = { app }\n`
+  const exported = code.includes('module.exports =') ? '' : 'module.exports = { app }\n'
+  return `// @ts-nocheck\n${lines.map(toSource).join('\n')}\n${exported}`
 }
 
 /** @param {string} line */

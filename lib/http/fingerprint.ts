@@ -145,10 +145,11 @@ async function withContent(hash: string, files: readonly FileLike[]): Promise<st
 }
 
 /**
- * The hash of a value, for a `fingerprint` function that leaves out, or adds, a part of a request:
- * `({ body: { sentAt, ...rest } }) => payloadFingerprint(rest)`. Equal values have the same hash, in whatever order the
- * members of their objects are; the order of arrays counts. Takes what JSON can say, and bytes, dates, maps, sets, form
- * data and instances of classes by what can be seen of them.
+ * The hash of a value, for a `fingerprint` function that leaves out, or adds, a part of a request, as in
+ * `const { sentAt, ...rest } = (request.body ?? {}) as Record<string, unknown>` and `return payloadFingerprint(rest)`: a
+ * request may have no body. Equal values have the same hash, in whatever order the members of their objects are; the
+ * order of arrays counts. Takes what JSON can say, and bytes, dates, maps, sets, form data and instances of classes by
+ * what can be seen of them.
  * @throws FST_IDEMPOTENCY_INVALID_OPTION for a value that hides what is in it, such as a `Blob`, a stream or a promise:
  * two of those would be taken for the same.
  */

@@ -1,3 +1,4 @@
+import { createRequire } from 'node:module'
 import proxy from '@fastify/http-proxy'
 import type { FastifyInstance, FastifyPluginAsync, FastifyRequest, InjectOptions } from 'fastify'
 import fp from 'fastify-plugin'
@@ -100,6 +101,21 @@ t.test('autoload: the plugin file has the client of another file, and says when 
   })
   await app.ready()
   await keepsOut(t, sender(app, '/charges'), authorization)
+})
+
+t.test('fastify-cli: options of the application are not taken for those of the plugin', async (t) => {
+  tried.add('fastify-cli')
+  const plugin = createRequire(import.meta.url)('../docs/snippets/fastify-cli.cjs') as FastifyPluginAsync
+  const options = { foo: 'bar' }
+  const bareOne = await bare(t)
+  bareOne.register(idempotency, options as object)
+  await t.rejects(async () => void (await bareOne.ready()), { message: /option "foo" is not known/ })
+  const app = await bare(t)
+  app.register(plugin, options)
+  app.register(async (app) => {
+    app.post('/charges', { config: { idempotency: true } }, async () => ({}))
+  })
+  t.equal(codeOf(await sender(app, '/charges')({})), 'FST_IDEMPOTENCY_KEY_MISSING')
 })
 
 t.test(
@@ -287,6 +303,17 @@ t.test('a 207 with an error inside, as of tRPC, runs again when it says discard(
     const reply = await send({ 'idempotency-key': 'k' })
     t.same([reply.json()[0].run, isReplay(reply)], [run, replayed])
   }
+})
+
+t.test('changing-field: it is not compared, and all the others are; a body may be missing', async (t) => {
+  const app = await bare(t, true)
+  await snippet('changing-field', { app })
+  const send = (payload: object) => sender(app, '/orders', payload)({ 'idempotency-key': 'k' })
+  t.equal(isReplay(await send({ book: 1, sentAt: 1 })), false)
+  t.equal(isReplay(await send({ book: 1, sentAt: 2 })), true)
+  t.equal(codeOf(await send({ book: 2, sentAt: 1 })), 'FST_IDEMPOTENCY_KEY_REUSED')
+  const empty = { method: 'POST', url: '/orders', headers: { 'idempotency-key': 'empty' } } as const
+  t.equal((await app.inject(empty)).statusCode, 200)
 })
 
 t.test('target: a URL that is signed anew is the same request', async (t) => {
