@@ -17,8 +17,8 @@ export function summary({ date, node, rules, peers }) {
     broken(peer, rules)
   ])
   return [
-    table(['', 'on', ...LEVELS, 'what does not hold of *must*'], rows),
-    `\nRules that hold, of those that apply and can be decided; *declared*: its documents say that this one does not hold. ${dayOf(date)}, Node ${node}.`
+    table(['', 'on', ...LEVELS, 'what does not hold of *must*'], rows, { left: ['what does not hold of *must*'] }),
+    `\nRules that hold, of those that apply and can be decided. Each ${SIGNS.declared} is one that does not, as its documents say. ${dayOf(date)}, Node ${node}.`
   ].join('\n')
 }
 
@@ -36,7 +36,7 @@ export function details(results) {
         `\`${id}\`: ${cell(title)}`,
         ...peers.map(({ outcomes }) => SIGNS[outcomes[id]?.outcome] ?? '')
       ])
-    blocks.push(`\n#### ${level}\n`, table([level, ...peers.map(({ name }) => name)], rows))
+    blocks.push(`\n### ${level}\n`, table([level, ...peers.map(({ name }) => name)], rows))
   }
   blocks.push(`\n${legend()}`)
   // Where nobody could be tried there is nothing to compare.
@@ -49,7 +49,7 @@ export function details(results) {
 function findings(peer, rules) {
   const { package: name, version, on, built, date, seed, note, crashes, outcomes, error } = peer
   const lines = [
-    `\n#### ${peer.name}\n`,
+    `\n### ${peer.name}\n`,
     `[\`${name}\`](https://www.npmjs.com/package/${name}) ${version}, on ${on}; ${dayOf(date)}, seed \`${seed}\`.`
   ]
   if (built) lines.push(`Built from the tag of that version in its repository.`)
@@ -88,13 +88,14 @@ function share({ outcomes }, rules, level) {
   const of = count('passed', 'failed', 'declared')
   if (of === 0) return 'not tried'
   const declared = count('declared')
-  return `${count('passed')} of ${of}${declared > 0 ? ` (${declared} declared)` : ''}`
+  return `${count('passed')} of ${of}${declared > 0 ? ` ${SIGNS.declared.repeat(declared)}` : ''}`
 }
 
-/** @param {string[]} head @param {string[][]} rows */
-export function table(head, rows) {
+/** The first column, and those in `left`, hold text. @param {string[]} head @param {string[][]} rows */
+export function table(head, rows, { left = [] } = {}) {
   const line = (cells) => `| ${cells.join(' | ')} |`
-  return [line(head), line(head.map((_, n) => (n === 0 ? '---' : ':---:'))), ...rows.map(line)].join('\n')
+  const marks = head.map((name, n) => (n === 0 || left.includes(name) ? '---' : ':---:'))
+  return [line(head), line(marks), ...rows.map(line)].join('\n')
 }
 
 /** A text that stays in its cell, and is text. */
