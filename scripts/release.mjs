@@ -3,7 +3,8 @@
 // package.json here names no repository: whoever publishes the package says where it is, here or by RELEASE_REPOSITORY, and
 // nothing is made without it. In the folder, package.json names it (`repository`, `homepage`, `bugs`) and has no scripts, so
 // that none runs beside a token or where the package is installed; the README, which npm shows by itself, has absolute links;
-// other pages have them where they lead out of the package. npm draws no Mermaid: its README has the drawing as text.
+// other pages have them where they lead out of the package. npm draws no Mermaid, and chooses no source of a picture: its
+// README has the drawing as text, and of a picture the image.
 
 import { spawnSync } from 'node:child_process'
 import { cpSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -47,23 +48,28 @@ export function publishedManifest({ scripts: _, devDependencies: __, overrides: 
  */
 export function publishedPage(page, text, { repository, tag, files }) {
   const isShownAlone = page === 'README.md'
-  /** @type {(link: string, start: string, path: string, anchor?: string) => string} */
-  const absolute = (link, start, path, anchor = '') => {
+  /** @type {(path: string) => string | undefined} */
+  const absolute = (path) => {
     const target = posix.normalize(posix.join(posix.dirname(page), path))
-    if (!isShownAlone && files.has(target)) return link
+    if (!isShownAlone && files.has(target)) return undefined
     const kind = /\.(?:png|svg)$/.test(target)
       ? 'raw'
       : extname(target) || posix.basename(target) === 'LICENSE'
         ? 'blob'
         : 'tree'
-    return `${start}${repository}/${kind}/${tag}/${target.replace(/\/$/, '')}${anchor})`
+    return `${repository}/${kind}/${tag}/${target.replace(/\/$/, '')}`
   }
   return text
     .split(/^(```[\s\S]*?^```)/m)
     .map((part) => {
       if (part.startsWith('```mermaid')) return isShownAlone ? drawn(part) : part
       if (part.startsWith('```')) return part
-      return part.replaceAll(/(\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)/g, absolute)
+      return part
+        .replaceAll(/<picture>[\s\S]*?(<img [^>]*>)\s*<\/picture>/g, '$1')
+        .replaceAll(/(\]\(|<img [^>]*?\bsrc=")(?!https?:|mailto:|#)([^)#\s"]+)/g, (link, start, path) => {
+          const address = absolute(path)
+          return address ? `${start}${address}` : link
+        })
     })
     .join('')
 }

@@ -32,15 +32,16 @@ function anchorsOf(page: string): Set<string> {
   return anchors
 }
 
-/** Where the relative links of a page lead: a path from the root, and an anchor. */
+/** Where the relative links and pictures of a page lead: a path from the root, and an anchor. */
 function linksOf(page: string): { link: string; target: string; anchor: string | undefined }[] {
-  return [...prose(page).matchAll(/\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)/g)].map(
-    ([link, path, anchor]) => ({
-      link,
-      target: path ? normalize(join(dirname(page), path)) : page,
-      anchor
-    })
-  )
+  const text = prose(page)
+  const links = [...text.matchAll(/\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)/g)]
+  const pictures = [...text.matchAll(/\bsrc(?:set)?="(?!https?:)([^"]*)"/g)]
+  return [...links, ...pictures].map(([link, path, anchor]) => ({
+    link,
+    target: path ? normalize(join(dirname(page), path)) : page,
+    anchor
+  }))
 }
 
 t.test('relative links lead to files that are there, and anchors to headings', async (t) => {
@@ -120,9 +121,8 @@ t.test('what is published has no link that leads nowhere', async (t) => {
   let absolute = 0
   for (const page of pages.filter((file) => files.has(file))) {
     const published = release.publishedPage(page, text(page), { repository, tag: 'v1.0.0', files })
-    const links = [...published.replaceAll(/^```[\s\S]*?^```/gm, '').matchAll(/\]\(([^)#\s]+)/g)].map(
-      ([, link = '']) => link
-    )
+    const shown = published.replaceAll(/^```[\s\S]*?^```/gm, '')
+    const links = [...shown.matchAll(/(?:\]\(|\bsrc(?:set)?=")([^)#\s"]+)/g)].map(([, link = '']) => link)
     for (const link of links) {
       if (link.startsWith('https:') || link.startsWith('http:')) {
         const [, path] = /^https:\/\/github\.com\/example\/shop\/(?:blob|tree|raw)\/v1\.0\.0\/(.*)$/.exec(link) ?? []
@@ -134,6 +134,37 @@ t.test('what is published has no link that leads nowhere', async (t) => {
     }
   }
   t.ok(absolute > 50)
+})
+
+t.test('of a picture with sources npm is given the image, by its address', async (t) => {
+  const page = `<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="docs/images/dark.png">
+  <img alt="Two shops" src="docs/images/light.png">
+</picture>
+
+![one](docs/images/one.png) [page](docs/page.md#part) [here](#here)
+
+<picture><source srcset="a.png"><img src="https://example.com/b.png"></picture>`
+  const published = { repository, tag: 'v1.0.0', files: new Set() }
+  t.equal(
+    release.publishedPage('README.md', page, published),
+    `<img alt="Two shops" src="${repository}/raw/v1.0.0/docs/images/light.png">
+
+![one](${repository}/raw/v1.0.0/docs/images/one.png) [page](${repository}/blob/v1.0.0/docs/page.md#part) [here](#here)
+
+<img src="https://example.com/b.png">`
+  )
+  t.match(text('README.md'), /<picture>/)
+})
+
+t.test('headings leave no level out', async (t) => {
+  for (const page of pages.filter((page) => page.endsWith('.md'))) {
+    let last = 0
+    for (const [, signs = '', heading] of prose(page).matchAll(/^(#+) (.+)$/gm)) {
+      if (signs.length > last + 1) t.fail(`${page}: ${heading}`)
+      last = signs.length
+    }
+  }
 })
 
 t.test('where no diagrams are drawn, the README has it as text', async (t) => {
