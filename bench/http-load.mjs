@@ -15,17 +15,24 @@ export class HttpLoad {
     return load
   }
 
-  /** Sends the requests, and rejects when one is not answered by that status. */
-  async run(requests, status) {
+  /**
+   * Sends the requests, so many at a time, and rejects when one is not answered by that status.
+   * @returns How long each took, in microseconds.
+   */
+  async run(requests, status, inFlight = this.#sockets.length) {
+    const latencies = []
     let at = 0
     await Promise.all(
-      this.#sockets.map(async (socket) => {
+      this.#sockets.slice(0, inFlight).map(async (socket) => {
         while (at < requests.length) {
+          const sent = performance.now()
           const got = await socket.exchange(requests[at++])
+          latencies.push((performance.now() - sent) * 1_000)
           if (got !== status) throw new Error(`Got ${got}, wanted ${status}`)
         }
       })
     )
+    return latencies
   }
 
   close() {

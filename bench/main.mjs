@@ -26,7 +26,7 @@ const command = ['npm run bench', ...(process.argv.length > 2 ? ['--', ...proces
 
 /** Those who take part, path by path; neighbours are compared most often. */
 const all = subjects.map(({ name }) => name)
-const main = ['bare', 'floor-memory', 'memory', 'cached', 'floor-redis', 'redis', 'node-idempotency-redis', 'postgres']
+const main = ['bare', 'floor-memory', 'memory', 'cached', 'floor-redis', 'redis', 'node-idempotency-redis']
 const plan = [
   ['uncovered small', ['bare', 'memory', 'redis']],
   [
@@ -43,7 +43,20 @@ const plan = [
         [`replay ${size}`, main]
       ]))
 ]
-const overHttp = ['bare', 'floor-memory', 'memory', 'cached', 'floor-redis', 'redis']
+const overHttp = [
+  'bare',
+  'floor-memory',
+  'memory',
+  'floor-redis',
+  'redis',
+  'floor-redis-unpipelined',
+  'redis-unpipelined',
+  'node-idempotency-redis'
+]
+/** How many processes of each subject take turns. */
+const PROCESSES = 3
+/** Requests in flight: a quiet hour, an ordinary one, and a rush. */
+const IN_FLIGHT = [1, 16, 256]
 
 const servers = await startServers()
 try {
@@ -62,7 +75,7 @@ async function growth(machine) {
 }
 
 async function ratios(machine) {
-  const contestants = new Map()
+  const proved = []
   for (const definition of subjects) {
     const contestant = await Contestant.start(definition, environmentOf(definition, servers))
     if (contestant === null) {
@@ -70,11 +83,31 @@ async function ratios(machine) {
       continue
     }
     await contestant.ask('proof')
-    contestants.set(definition.name, contestant)
+    await contestant.end()
+    proved.push(definition)
   }
-  log(`${contestants.size} subjects, each of which has proved that it replays`)
-  const present = (names) => names.flatMap((name) => contestants.get(name) ?? [])
+  log(`${proved.length} subjects, each of which has proved that it replays`)
   const wanted = (name) => options.only === undefined || options.only.split(',').some((part) => name.startsWith(part))
+  /** New processes of these subjects, for as long as something is measured. */
+  const among = async (names, measure) => {
+    const contestants = []
+    for (const definition of proved.filter(({ name }) => names.includes(name))) {
+      contestants.push(await Contestant.start(definition, environmentOf(definition, servers)))
+    }
+    const measured = await measure(contestants)
+    for (const contestant of contestants) await contestant.end()
+    await flush()
+    return measured
+  }
+  /** The same by several processes of each, because no two of them are equally fast: all their rounds. */
+  const inProcesses = async (names, rounds, measure) => {
+    const samples = new Map()
+    for (let process = 0; process < PROCESSES; process++) {
+      const some = await among(names, (contestants) => measure(contestants, Math.ceil(rounds / PROCESSES)))
+      for (const [name, list] of some) samples.set(name, [...(samples.get(name) ?? []), ...list])
+    }
+    return samples
+  }
 
   const results = { paths: new Map(), http: new Map(), counts: new Map(), records: new Map(), waiting: new Map() }
   const scale = quick ? 0.5 : 1
@@ -87,20 +120,20 @@ async function ratios(machine) {
     if (!wanted(key)) continue
     log(key)
     const [path, size] = key.split(' ')
-    results.paths.set(key, await measurePath(present(names), servers, { path, size, rounds: rounds(key), scale }))
-    await flush()
+    const samples = await inProcesses(names, rounds(key), (contestants, rounds) =>
+      measurePath(contestants, servers, { path, size, rounds, scale })
+    )
+    results.paths.set(key, samples)
   }
-  for (const path of ['uncovered', 'first', 'replay']) {
+  for (const path of ['first', 'replay']) {
     if (!wanted(`http-${path}`)) continue
-    log(`${path}, HTTP`)
-    const samples = await measureHttp(present(overHttp), servers, {
-      path,
-      size: 'small',
-      rounds: quick ? 8 : 40,
-      scale
-    })
-    results.http.set(`${path} small`, samples)
-    await flush()
+    for (const inFlight of IN_FLIGHT) {
+      log(`${path}, HTTP, ${inFlight} in flight`)
+      const samples = await inProcesses(overHttp, rounds('http'), (contestants, rounds) =>
+        measureHttp(contestants, servers, { path, size: 'small', inFlight, rounds, scale })
+      )
+      results.http.set(`${path} ${inFlight}`, samples)
+    }
   }
   if (wanted('waiting')) {
     for (const [waiters, repeats] of quick
@@ -114,17 +147,16 @@ async function ratios(machine) {
           [100, 20],
           [5_000, 5]
         ]) {
-      for (const contestant of present(['memory', 'redis', 'cached', 'postgres'])) {
-        log(`${waiters} waiters, ${contestant.definition.title}`)
-        const measured = await measureWaiting(contestant, servers, { waiters, repeats })
-        results.waiting.set(`${contestant.name} ${waiters}`, measured)
+      for (const name of ['memory', 'redis', 'cached', 'postgres']) {
+        log(`${waiters} waiters, ${name}`)
+        const measured = await among([name], ([one]) => measureWaiting(one, servers, { waiters, repeats }))
+        results.waiting.set(`${name} ${waiters}`, measured)
       }
     }
   }
-  for (const contestant of contestants.values()) await contestant.end()
   if (wanted('counts')) {
     log('round trips, commands and bytes')
-    for (const { definition } of contestants.values()) {
+    for (const definition of proved) {
       if (definition.store !== 'redis' && definition.store !== 'postgres') continue
       const environment = environmentOf(definition, servers)
       results.counts.set(
@@ -135,7 +167,7 @@ async function ratios(machine) {
   }
   if (wanted('records')) {
     log('memory per record')
-    for (const { definition } of contestants.values()) {
+    for (const definition of proved) {
       if (definition.store !== 'memory' && definition.store !== 'redis') continue
       if (definition.name.startsWith('express')) continue
       const environment = environmentOf(definition, servers)

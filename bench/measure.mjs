@@ -11,9 +11,6 @@ import { COVERED, UNCOVERED } from './subjects/route.mjs'
  * and their quartiles.
  */
 
-/** Connections of an HTTP window. */
-const CONNECTIONS = 32
-
 /** Rounds that do not count. */
 const WARM_ROUNDS = 2
 
@@ -28,15 +25,18 @@ export async function measurePath(contestants, servers, { path, size, rounds, sc
   return samples
 }
 
-/** Windows over HTTP: the client is this process, so that the CPU of the subject's is the server's alone. */
-export async function measureHttp(contestants, servers, { path, size, rounds, scale = 1 }) {
+/**
+ * Windows over HTTP: the client is this process, so that the CPU of the subject's is the server's alone.
+ * @param options.inFlight how many keep-alive connections there are, with one request on each
+ */
+export async function measureHttp(contestants, servers, { path, size, inFlight, rounds, scale = 1 }) {
   const body = bodyOf(size)
   const url = path === 'uncovered' ? UNCOVERED : COVERED
   const loads = new Map()
   const keys = Array.from({ length: 64 }, () => randomUUID())
   for (const one of contestants) {
     await one.ask('start', { path: 'first', size })
-    const load = await HttpLoad.connect(await one.ask('listen'), CONNECTIONS)
+    const load = await HttpLoad.connect(await one.ask('listen'), inFlight)
     loads.set(one, load)
     if (path === 'replay') await load.run(requestsOf('replay', keys.length, url, body, keys), 200)
     await load.run(requestsOf(path, 1_000, url, body, keys), 200)
@@ -45,8 +45,9 @@ export async function measureHttp(contestants, servers, { path, size, rounds, sc
     const count = Math.max(8, Math.floor((windowOf(size) * scale) / (one.definition.slow ?? 1)))
     const requests = requestsOf(path, count, url, body, keys)
     await one.ask('clock')
-    await loads.get(one).run(requests, 200)
-    return { ...(await one.ask('stop')), count }
+    const latencies = await loads.get(one).run(requests, 200)
+    const [p50, p99] = [quantile(latencies, 0.5), quantile(latencies, 0.99)]
+    return { ...(await one.ask('stop')), p50, p99, count }
   })
   for (const one of contestants) {
     loads.get(one).close()
@@ -62,20 +63,37 @@ async function inRounds(contestants, servers, rounds, window) {
     for (const one of round % 2 === 0 ? contestants : [...contestants].reverse()) {
       const { store } = one.definition
       const before = await servers.cpuOf(store)
-      const { cpu, wall, delay, count } = await window(one)
+      const { cpu, wall, p50, p99, count } = await window(one)
       const server = (await servers.cpuOf(store)) - before
       if (round >= 0)
-        samples.get(one.name).push({ cpu: cpu / count, wall: wall / count, server: server / count, delay: delay.p99 })
+        samples.get(one.name).push({ cpu: cpu / count, wall: wall / count, server: server / count, p50, p99 })
     }
   }
   return samples
 }
 
-/** What one subject's windows are to another's of the same round. */
+/** A window in which a subject takes this many times what it mostly takes was disturbed. */
+const DISTURBED = 1.5
+
+/**
+ * What one subject's windows are to another's of the same round. A round in which either was disturbed by what else went on
+ * in the machine does not count: the rule is the same for both, so that it favours neither.
+ */
 export function ratio(samples, name, reference, what) {
   const [ours, theirs] = [samples.get(name), samples.get(reference)]
   if (ours === undefined || theirs === undefined) return null
-  return spread(ours.map((sample, round) => sample[what] / theirs[round][what]))
+  const limits = [ours, theirs].map(
+    (list) =>
+      DISTURBED *
+      quantile(
+        list.map((sample) => sample[what]),
+        0.5
+      )
+  )
+  const rounds = ours
+    .map((sample, round) => [sample[what], theirs[round][what]])
+    .filter((pair) => pair.every((value, side) => !(value > limits[side])))
+  return spread(rounds.map(([our, their]) => our / their))
 }
 
 /**

@@ -10,15 +10,16 @@ export function report(results, { machine, command, minutes }) {
 
 ${new Date().toISOString().slice(0, 10)}; ${machine}. ${minutes} minutes. Run it again: \`${command}\`.
 
-Each subject runs in a process of its own; in each round every subject does one short window of equally many requests,
+Each subject runs in processes of its own, three in turn; in each round every subject does one short window of equally many requests,
 and what is compared are the windows of one round. A cell is the median of the rounds' ratios, with the quartiles behind
-it: where they are far apart, the machine had other things to do. *Quiet windows* is the CPU ÷ by hand of each one's
+it: where they are far apart, the machine had other things to do. A round does not count in which either of the two took
+more than 1.5 times what it mostly takes. *Quiet windows* is the CPU ÷ by hand of each one's
 fastest tenth. Smaller is better everywhere. All ioredis clients have
 \`enableAutoPipelining\`; 64 requests are in flight; replies are 0.5 KiB of JSON unless a heading says otherwise.
 
-*By hand* is the least that works on one route: one hook that claims (Redis: \`SET … NX GET PX\`), compares and replays,
-one that stores the reply before it leaves (Redis: a script that compares and sets). It has no leases, scopes, streams
-or options.
+*By hand* is the least that works on one route: one hook that claims (Redis: \`SET … NX GET PX\`; PostgreSQL: one prepared
+insert that reads what is there), compares and replays, one that stores the reply before it leaves (Redis: a script that
+compares and sets; PostgreSQL: a prepared update). It has no leases, scopes, streams or options.
 
 ## Goals
 
@@ -26,13 +27,14 @@ ${goalsTable(results)}
 
 ## CPU per request
 
-${pathTables(results.paths, 'process')}
+${pathTables(results.paths)}
 
 ## Over HTTP
 
-The client is another process; CPU is the server's.
+Keep-alive connections with one request in flight on each. The client is another process; CPU is the server's. Latencies
+are those of the requests in a window.
 
-${pathTables(results.http, 'HTTP')}
+${httpTables(results.http)}
 
 ## Waiting for a running request
 
@@ -52,11 +54,33 @@ ${recordsTable(results.records)}
 `
 }
 
-function pathTables(runs, where) {
+function httpTables(runs) {
+  const sections = []
+  for (const [key, samples] of runs) {
+    const [path, inFlight] = key.split(' ')
+    const rows = [...samples.keys()].map((name) => {
+      const floor = floorOf(name)
+      const cells = ['cpu', 'wall', 'p50', 'p99'].map((what) => {
+        if (floor === null) return '–'
+        return name === floor ? '1' : cell(ratio(samples, name, floor, what))
+      })
+      return [subjectNamed(name).title, name === 'bare' ? '1' : cell(ratio(samples, name, 'bare', 'cpu')), ...cells]
+    })
+    const head = [
+      '',
+      'CPU ÷ bare',
+      ...['CPU', 'time', 'median latency', 'p99 latency'].map((what) => `${what} ÷ by hand`)
+    ]
+    sections.push(`### ${paths[path].title}, ${inFlight} in flight\n\n${table(head, rows)}`)
+  }
+  return sections.join('\n\n')
+}
+
+function pathTables(runs) {
   const sections = []
   for (const [key, samples] of runs) {
     const [path, size] = key.split(' ')
-    const heading = `### ${paths[path].title}${size === 'small' ? '' : `, ${sizes[size].title}`}${where === 'HTTP' ? ', HTTP' : ''}`
+    const heading = `### ${paths[path].title}${size === 'small' ? '' : `, ${sizes[size].title}`}`
     const head = [
       '',
       'CPU ÷ bare',
@@ -66,7 +90,6 @@ function pathTables(runs, where) {
       'time ÷ bare',
       'time ÷ by hand'
     ]
-    if (where === 'HTTP') head.push('event-loop delay (p99) ÷ bare')
     const rows = [...samples.keys()].map((name) => {
       const floor = floorOf(name)
       const per = (reference, what) => (reference === null ? '–' : cell(ratio(samples, name, reference, what)))
@@ -75,11 +98,10 @@ function pathTables(runs, where) {
         name === 'bare' ? '1' : per('bare', 'cpu'),
         name === floor ? '1' : per(floor, 'cpu'),
         floor === null || name === floor ? '–' : number(quietRatio(samples, name, floor, 'cpu')),
-        subjectNamed(name).store !== 'redis' ? '–' : name === floor ? '1' : per(floor, 'server'),
+        !['redis', 'postgres'].includes(subjectNamed(name).store) ? '–' : name === floor ? '1' : per(floor, 'server'),
         name === 'bare' ? '1' : per('bare', 'wall'),
         name === floor ? '1' : per(floor, 'wall')
       ]
-      if (where === 'HTTP') row.push(name === 'bare' ? '1' : per('bare', 'delay'))
       return row
     })
     sections.push(`${heading}\n\n${table(head, rows)}`)
@@ -89,11 +111,12 @@ function pathTables(runs, where) {
 
 const cell = (value) => (value === null ? '–' : ratioCell(value))
 
-/** The version by hand on the same store. */
-function floorOf(name) {
-  const { store } = subjectNamed(name)
+/** The version by hand on the same store; that on Redis for those that have none. */
+export function floorOf(name) {
+  const { store, floor } = subjectNamed(name)
   if (store === 'none') return null
-  return store === 'memory' ? 'floor-memory' : 'floor-redis'
+  if (name.startsWith('floor-')) return name
+  return floor ?? (['memory', 'postgres'].includes(store) ? `floor-${store}` : 'floor-redis')
 }
 
 function waitingTable(waiting) {

@@ -25,6 +25,11 @@ export async function floorOnRedis({ route, redis }) {
   return build(route, new RedisFloor(client, true), async () => client.disconnect())
 }
 
+export async function floorOnRedisUnpipelined({ route, redis }) {
+  const client = await redisClient(redis, false)
+  return build(route, new RedisFloor(client, true), async () => client.disconnect())
+}
+
 /** The same without asking whether the claim is still ours: two plain commands, and unsafe after a stall. */
 export async function floorOnRedisUnsafe({ route, redis }) {
   const client = await redisClient(redis)

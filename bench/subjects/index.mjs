@@ -4,6 +4,7 @@
  *
  *   store    what it needs: 'none', 'memory', 'redis', 'postgres', 'sqlite' or 'mysql'
  *   marks    whether its replays carry the header that says so
+ *   floor    the version by hand that it is compared with, where it is not the plain one of its store
  *   slow     takes that many times fewer requests per window; per request it is compared all the same
  */
 export const subjects = [
@@ -61,6 +62,24 @@ export const subjects = [
     ours: true
   },
   {
+    name: 'floor-redis-unpipelined',
+    title: 'by hand, Redis without auto pipelining',
+    store: 'redis',
+    from: 'floor.mjs',
+    build: 'floorOnRedisUnpipelined',
+    marks: true
+  },
+  {
+    name: 'redis-unpipelined',
+    title: 'fastify-idempotency, Redis without auto pipelining',
+    store: 'redis',
+    from: 'plugin.mjs',
+    build: 'onRedisUnpipelined',
+    marks: true,
+    ours: true,
+    floor: 'floor-redis-unpipelined'
+  },
+  {
     name: 'redis-by-node-redis',
     title: 'fastify-idempotency, Redis by node-redis',
     store: 'redis',
@@ -79,7 +98,7 @@ export const subjects = [
   },
   {
     name: 'node-idempotency-redis',
-    title: '@node-idempotency/core, Redis',
+    title: '@node-idempotency/core, Redis (no owner check)',
     store: 'redis',
     from: 'node-idempotency.mjs',
     build: 'nodeIdempotencyOnRedis',
@@ -87,14 +106,14 @@ export const subjects = [
   },
   {
     name: 'powertools-redis',
-    title: '@aws-lambda-powertools/idempotency, Redis',
+    title: '@aws-lambda-powertools/idempotency, Redis (no owner check)',
     store: 'redis',
     from: 'powertools.mjs',
     build: 'powertoolsOnRedis'
   },
   {
     name: 'express-redis',
-    title: 'express-idempotency, Redis (on Express)',
+    title: 'express-idempotency, Redis (on Express, no owner check)',
     store: 'redis',
     from: 'express-idempotency.mjs',
     build: 'expressIdempotencyOnRedis',

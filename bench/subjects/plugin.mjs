@@ -35,6 +35,11 @@ export async function onRedis({ route, redis }) {
   return build(route, new RedisStore(client), async () => client.disconnect())
 }
 
+export async function onRedisUnpipelined({ route, redis }) {
+  const client = await redisClient(redis, false)
+  return build(route, new RedisStore(client), async () => client.disconnect())
+}
+
 export async function onNodeRedis({ route, redis }) {
   const client = await nodeRedisClient(redis)
   return build(route, new RedisStore(client), async () => client.destroy())

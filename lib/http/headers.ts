@@ -42,7 +42,9 @@ export function takeOffUnsendable(reply: FastifyReply): unknown {
   for (const name in now) {
     try {
       validateHeaderName(name)
-      for (const value of [now[name as keyof Headers]].flat()) validateHeaderValue(name, value as string)
+      const value = now[name as keyof Headers]
+      if (!Array.isArray(value)) validateHeaderValue(name, value as string)
+      else for (const one of value) validateHeaderValue(name, one)
     } catch (error) {
       reply.removeHeader(name)
       first ??= error

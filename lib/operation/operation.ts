@@ -93,6 +93,8 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   #waited = 0
   /** When the key was last asked for. Wall-clock milliseconds. */
   #startedAt = 0
+  /** `null` while nobody has asked for it since the payload was known, and the key asked for. */
+  #storedFingerprint: string | null = null
   #caller: string | null = null
 
   constructor(
@@ -136,10 +138,8 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
 
   /** The same as stores keep it: with where it comes from. */
   get storedFingerprint(): string {
-    const [claimed] = this.storageKeys
-    this.#caller ??= this.#host.hashes[0].mark(claimed, this.#scope)
-    const { route } = this.policy
-    return withOrigin(this.fingerprints[0] as string, { startedAt: this.#startedAt, caller: this.#caller, route })
+    this.#storedFingerprint ??= this.#withOrigin()
+    return this.#storedFingerprint
   }
 
   get takesOver(): boolean {
@@ -184,6 +184,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     if (payload === this.#payload) return
     this.#payload = payload
     this.#fingerprints = null
+    this.#storedFingerprint = null
   }
 
   // What can be decided at once is decided at once: a promise is paid for only where there is something to wait for.
@@ -307,8 +308,16 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
 
   /* Verdicts */
 
+  #withOrigin(): string {
+    const [claimed] = this.storageKeys
+    this.#caller ??= this.#host.hashes[0].mark(claimed, this.#scope)
+    const { route } = this.policy
+    return withOrigin(this.fingerprints[0] as string, { startedAt: this.#startedAt, caller: this.#caller, route })
+  }
+
   #ask(takeover: boolean): MaybePromise<Found> {
     this.#startedAt = clock.date()
+    this.#storedFingerprint = null
     return this.#claiming.ask(takeover)
   }
 
