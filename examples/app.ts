@@ -70,6 +70,13 @@ async function databases(app: FastifyInstance, { redisUrl, databaseUrl }: Servic
   return redisUrl === undefined ? inMemory() : openRedis(app, redisUrl)
 }
 
+const HEAD = `<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Shop</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">`
+
 /** A page for people: the form carries its own key, so a double click, a reload or the back button orders once. */
 async function shop(app: FastifyInstance, { orders, partners }: { orders: Orders; partners: Partners }): Promise<void> {
   await app.register(idempotency, {
@@ -83,8 +90,7 @@ async function shop(app: FastifyInstance, { orders, partners }: { orders: Orders
   })
 
   app.get('/form', async (_request, reply) =>
-    reply.type('text/html').send(`<!doctype html>
-<title>Shop</title>
+    reply.type('text/html').send(`${HEAD}
 <h1>Order a book</h1>
 <form method="post" action="/orders">
   ${app.idempotency.hiddenInput()}
@@ -116,8 +122,7 @@ async function shop(app: FastifyInstance, { orders, partners }: { orders: Orders
   app.get<{ Params: { number: number } }>('/orders/:number', async (request, reply) => {
     const title = (await orders.all())[request.params.number - 1]
     if (title === undefined) return reply.callNotFound()
-    return reply.type('text/html').send(`<!doctype html>
-<title>Shop</title>
+    return reply.type('text/html').send(`${HEAD}
 <h1>Thank you</h1>
 <p>Order ${request.params.number}: ${escapeHtml(title)}</p>
 <a href="/form">Another one</a>

@@ -22,16 +22,16 @@ export type ToShop = { stopStore: boolean }
 const { WORLD_URL = '' } = process.env
 const tell = (message: FromShop) => process.connected && process.send?.(message)
 
-async function call<T>(path: string, body: object, key: string | undefined): Promise<T> {
+async function call<T>(who: string, path: string, body: object, key: string | undefined): Promise<T> {
   const headers = { 'content-type': 'application/json', ...(key !== undefined && { 'idempotency-key': key }) }
   const response = await fetch(`${WORLD_URL}/${path}`, { method: 'POST', headers, body: JSON.stringify(body) })
   if (response.ok) return (await response.json()) as T
-  throw Object.assign(new Error(`${path} answers ${response.status}`), { statusCode: 503 })
+  throw Object.assign(new Error(`the ${who} answers ${response.status}`), { statusCode: 503 })
 }
 
 const services: Services = {
-  pay: (side, amount, key) => call(`${side}/payment`, { amount }, key),
-  send: (side, item, key) => call(`${side}/parcel`, { item }, key)
+  pay: (side, amount, key) => call('payment provider', `${side}/payment`, { amount }, key),
+  send: (side, item, key) => call('warehouse', `${side}/parcel`, { item }, key)
 }
 
 const app = Fastify({ forceCloseConnections: true }) as unknown as FastifyInstance

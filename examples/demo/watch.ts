@@ -15,6 +15,7 @@ export function watch(app: FastifyInstance, tell: (happening: Happening) => void
     if (side !== undefined) tell({ what, at: Date.now(), side, ...details })
   }
 
+  const replied = new WeakSet<FastifyRequest>()
   app.addHook('onRequest', async (request, reply) => {
     note('arrived', request, {
       key: request.headers['idempotency-key'],
@@ -26,6 +27,7 @@ export function watch(app: FastifyInstance, tell: (happening: Happening) => void
   })
   app.addHook('onResponse', async (request, reply) => {
     if (!reply.raw.writableFinished) return
+    replied.add(request)
     const replayed = reply.getHeader('idempotent-replayed') === 'true'
     note('replied', request, { status: reply.statusCode, replayed })
   })
@@ -34,7 +36,9 @@ export function watch(app: FastifyInstance, tell: (happening: Happening) => void
     subscribe(`fastify-idempotency:${name}`, (message) => {
       const { request, attempt, step, differs, loss, error } = message as IdempotencyEvent
       const { code } = (error ?? {}) as { code?: string }
-      note(name, request, { attempt, step, differs, loss, code })
+      // A reply that is sent while the store is away is stored later.
+      const late = request !== null && replied.has(request)
+      note(name, request, { attempt, step, differs, loss, code, late })
     })
   }
 }

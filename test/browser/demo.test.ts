@@ -132,6 +132,19 @@ class Demo {
     return this.page.text('#status')
   }
 
+  /** From now on what the status says is kept. */
+  async watchStatus(): Promise<void> {
+    await this.page.evaluate(`{
+      window.said = []
+      const status = document.querySelector('#status')
+      new MutationObserver(() => said.push(status.textContent)).observe(status, { childList: true })
+    }`)
+  }
+
+  said(): Promise<string[]> {
+    return this.page.evaluate('window.said')
+  }
+
   count(side: Side): Promise<Count> {
     return this.page.evaluate(`(() => {
       const section = document.querySelector('#${side}')
@@ -200,6 +213,11 @@ const LEAST_CONTRAST = `(() => {
   return found.sort((a, b) => a.contrast - b.contrast)[0]
 })()`
 
+/** What is wider than its place. */
+const STICKING_OUT = `Array.from(document.body.querySelectorAll('*'))
+  .filter((one) => one.scrollWidth > one.clientWidth + 1 && one.clientWidth > 0 && getComputedStyle(one).overflowX === 'visible')
+  .map((one) => one.outerHTML.slice(0, 200))`
+
 t.test('whoever left while the shop was starting has nothing ordered', async (t) => {
   const arrived: (string | undefined)[] = []
   const upstream = createServer((request, response) => {
@@ -249,6 +267,15 @@ t.test('the demo in Chromium', { timeout: 900_000 }, async (t) => {
     return new Demo(page)
   }
 
+  /** The provider answers nothing, until it goes on. */
+  const hold = () =>
+    fetch(`${url}/demo/next`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify({ holdPayments: true })
+    })
+  const go = () => fetch(`${url}/demo/go`, { method: 'POST' })
+
   for (const { button, events, never = [], replies, says, ...counts } of scenarios)
     t.test(`the button "${button}"`, async (t) => {
       const demo = await visit()
@@ -264,6 +291,7 @@ t.test('the demo in Chromium', { timeout: 900_000 }, async (t) => {
       for (const name of never) t.notOk(told.includes(name), name)
       t.same((await demo.replies('with')).sort(), replies)
       t.notOk((await demo.replies('without')).join().includes('replay'))
+      if (button === 'half') t.match(await demo.page.text('#without .replies'), /503\s*the warehouse answers 503/)
     })
 
   t.test('two clicks on "Order" are one order', async (t) => {
@@ -273,13 +301,19 @@ t.test('the demo in Chromium', { timeout: 900_000 }, async (t) => {
     await demo.counts(t, 'with', once)
     await demo.counts(t, 'without', twice)
     t.match(await demo.page.text('#log'), /Clicked again/)
+    t.match(await demo.page.text('#status'), /gets the reply of the first click/)
   })
 
   t.test('while the store is stopped nothing runs unprotected, and afterwards the order goes through', async (t) => {
     const demo = await visit()
     const { page } = demo
     await page.click('#store')
-    await page.waitFor("document.querySelector('#store').getAttribute('aria-pressed') === 'true'")
+    await page.waitFor("document.querySelector('#store').innerText.startsWith('Start the store')")
+    t.equal(
+      await page.evaluate("document.querySelector('#store').ariaPressed"),
+      null,
+      'the label alone says what it does'
+    )
     t.match(await page.text('#store-chip'), /stopped/)
     t.equal(await page.evaluate("document.querySelector('[data-play=kill]').getAttribute('aria-disabled')"), 'true')
     await page.click('[data-play=order]')
@@ -287,25 +321,66 @@ t.test('the demo in Chromium', { timeout: 900_000 }, async (t) => {
     await page.waitFor("document.querySelector('#without [data-count=orders]').textContent === '1'")
     t.match(await demo.count('with'), { charges: 0, orders: 0, runs: 0 })
     t.match(await page.text('#with .replies'), /503\s*STORE_UNAVAILABLE/)
+    await demo.watchStatus()
     await page.click('#store')
     await demo.idle()
     for (const side of SIDES) await demo.counts(t, side, once)
     t.ok((await demo.events('with')).includes('store-error'))
+    const [back, end] = await demo.said()
+    t.equal(back, 'The store is back: what waits goes on.')
+    t.match(end, /503, and the client kept its key.* went through, once/)
+  })
+
+  t.test('an outage is told of whatever is ordered in it', async (t) => {
+    const demo = await visit()
+    const { page } = demo
+    await page.click('#store')
+    await page.waitForElement('#store.primary')
+    await page.click('[data-play=double]')
+    await page.waitForElement('#log .bad[data-what=replied]')
+    await page.click('#store')
+    await demo.idle()
+    t.match(await page.text('#status'), /all requests with this key went through as one order/)
+    await demo.counts(t, 'with', once)
+  })
+
+  t.test('an order that runs already when the store stops gets its reply, which is stored later', async (t) => {
+    const demo = await visit()
+    const { page } = demo
+    await hold()
+    await page.click('[data-play=order]')
+    await page.waitForElement('#log [data-side=with][data-what=charged]')
+    await page.click('#store')
+    await page.waitForElement('#store.primary')
+    await go()
+    await demo.idle()
+    t.match(await page.text('#status'), /it went on, and the client got its reply/)
+    t.same(await demo.replies('with'), ['201'])
+    await page.click('#store')
+    await page.waitFor("document.querySelector('#log').innerText.includes('The store has the reply now')")
+  })
+
+  t.test('while a dead process has the key, the page says what the retry waits for', async (t) => {
+    const demo = await visit()
+    const { page } = demo
+    await demo.watchStatus()
+    await page.click('[data-play=kill]')
+    await page.waitFor(
+      "/process is dead: the lease ends in \\d\\.\\d s, then the retry runs/.test(document.querySelector('#key-text').innerText)"
+    )
+    await demo.idle()
+    t.ok((await demo.said()).some((text) => /process is dead. The retry waits/.test(text)))
   })
 
   t.test('the key is shown with what is left of its lease, and then of its reply', async (t) => {
     const { page } = await visit()
     t.match(await page.text('#key'), 'no key yet')
     t.match(await page.text('#store-chip'), /in the SQLite file .* survive a restart/)
-    await fetch(`${url}/demo/next`, {
-      method: 'POST',
-      headers: { 'content-type': 'application/json' },
-      body: JSON.stringify({ holdPayments: true })
-    })
+    await hold()
     await page.click('[data-play=order]')
     await page.waitFor("/Attempt 1; its lease lasts \\d\\.\\d s/.test(document.querySelector('#key-text').innerText)")
     t.equal(await page.text('#key-state'), 'claimed')
-    await fetch(`${url}/demo/go`, { method: 'POST' })
+    await go()
     await page.waitFor(
       "/Status 201, replayed to every retry for \\d+:\\d\\d/.test(document.querySelector('#key-text').innerText)"
     )
@@ -334,15 +409,48 @@ t.test('the demo in Chromium', { timeout: 900_000 }, async (t) => {
     await demo.page.reload()
     await demo.page.waitForElement('#log [data-what=stored]')
     await demo.counts(t, 'with', once)
+    t.equal(await demo.page.text('#with .replies'), 'No request from this page yet')
+    t.equal(await demo.page.evaluate("document.querySelector('#key-state').checkVisibility()"), false)
     await demo.page.click('#reset')
     await demo.page.waitFor("document.querySelector('#log').innerText.startsWith('Nothing yet')")
     await demo.counts(t, 'with', { charged: '€0.00', charges: 0, orders: 0, runs: 0, verdict: 'Nothing ordered yet' })
+    t.equal(await demo.page.text('#with .replies'), 'No request yet')
+  })
+
+  t.test('on a small screen what is said is in sight, and in the end what has come of it', async (t) => {
+    const demo = await visit()
+    const { page } = demo
+    const isInSight = (selector: string) => `(() => {
+      const { top, bottom } = document.querySelector('${selector}').getBoundingClientRect()
+      return top >= 0 && bottom <= innerHeight
+    })()`
+    await page.resize(390, 664)
+    await hold()
+    await page.evaluate("document.querySelector('[data-play=order]').click()")
+    await page.waitForElement('#status.busy')
+    t.ok(await page.evaluate(isInSight('#status')))
+    await page.waitForElement('#log [data-side=with][data-what=charged]')
+    await go()
+    await demo.idle()
+    await page.waitFor(isInSight('#with .money'))
+    t.ok(await page.evaluate(isInSight('#status')))
+  })
+
+  t.test('when the demo ends, nothing looks as if it could be used', async (t) => {
+    const demo = await startDemo(readSettings({ DATABASE_URL: 'memory:' }), { host: '127.0.0.1', port: 0 })
+    const { page } = await visit(demo.url)
+    await demo.close()
+    await page.waitFor("!document.querySelector('#offline').hidden")
+    t.equal(await page.evaluate("document.querySelectorAll('.chip:not(.off)').length"), 0)
+    t.equal(await page.evaluate("document.querySelectorAll('button:not([aria-disabled=true])').length"), 0)
   })
 
   t.test('it is readable in light and dark, wide and narrow, and told to those who do not see it', async (t) => {
     const demo = await visit()
     const { page } = demo
     await demo.play('amount')
+    // As long as it becomes.
+    await page.evaluate("document.querySelector('#with .replies .text').textContent = 'STORE_UNAVAILABLE'")
     for (const scheme of ['light', 'dark'] as const) {
       await page.prefer(scheme)
       const least = await page.evaluate<{ text: string; contrast: number }>(LEAST_CONTRAST)
@@ -354,8 +462,9 @@ t.test('the demo in Chromium', { timeout: 900_000 }, async (t) => {
         '({ shown: document.documentElement.clientWidth, all: document.documentElement.scrollWidth })'
       )
       t.equal(all, shown, `nothing sticks out at ${width}`)
+      t.same(await page.evaluate(STICKING_OUT), [], `nor out of what it is in at ${width}`)
     }
-    t.equal(await page.evaluate("document.querySelector('#log').ariaLive"), 'polite', 'what happens is read out')
+    t.equal(await page.evaluate("document.querySelector('#log').ariaLive"), 'off', 'not each line is read out')
     t.equal(await page.evaluate("document.querySelector('#status').getAttribute('role')"), 'status')
     t.same(
       await page.evaluate("Array.from(document.querySelectorAll('button')).filter((one) => !one.innerText.trim())"),

@@ -2,18 +2,23 @@
 
 import { idempotentFetch } from '/demo/lib/client.js'
 import { createKeyView } from './key.js'
-import { newOrder, scenarios } from './scenarios.js'
+import { closing, newOrder, scenarios } from './scenarios.js'
 import { createTimeline } from './timeline.js'
-import { money, name } from './words.js'
+import { breakable, money, name } from './words.js'
 
 const $ = (selector) => document.querySelector(selector)
 const timeline = createTimeline($('#log'))
 
 /** How things stand, as the server says; `null` before it has said anything. */
 let state = null
+/** Nobody tells anything at present. */
+let isOffline = false
 /** The scenario that runs, and its order. */
 let running = null
-const keyView = createKeyView({ isBusy: () => running !== null, missing })
+/** When a key was claimed, and when a process was killed, the last time. */
+let claimedAt = 0
+let killedAt = 0
+const keyView = createKeyView({ isBusy: () => running !== null, missing, isDead: () => killedAt > claimedAt })
 /** What the clock of the server is ahead: a message that took its time makes it seem less. */
 let ahead = Number.NEGATIVE_INFINITY
 /** Called with each thing that happens. */
@@ -28,28 +33,34 @@ function missing() {
 // Being told
 
 const events = new EventSource('/demo/events')
-events.onopen = () => {
-  $('#offline').hidden = true
-}
-events.onerror = () => {
-  $('#offline').hidden = false
-}
+events.onopen = () => setOffline(false)
+events.onerror = () => setOffline(true)
 events.onmessage = ({ data }) => {
   const message = JSON.parse(data)
   ahead = Math.max(ahead, message.now - Date.now())
   state = message.state
-  // What is over is not read out.
-  $('#log').ariaLive = message.anew ? 'off' : 'polite'
   if (message.anew) {
     timeline.clear()
     keyView.clear()
     showExchanges([])
+    if (running === null) setStatus(state.store.running ? READY : STOPPED)
   }
   for (const happening of message.happened) {
     timeline.add(happening)
+    if (happening.what === 'acquired' && happening.side === 'with') claimedAt = happening.at
+    if (happening.what === 'killed') killedAt = happening.at
+    // What is over is not told again.
+    if (message.anew) continue
     for (const watch of watchers) watch(happening)
+    comment(happening)
   }
   if (message.happened.some(({ side }) => side === 'with')) keyView.refresh()
+  show()
+}
+
+function setOffline(isSo) {
+  isOffline = isSo
+  $('#offline').hidden = !isSo
   show()
 }
 
@@ -82,6 +93,8 @@ function happened(what) {
 let exchanges = []
 /** So many of them are shown. */
 const MOST_REPLIES = 6
+/** Is there something that this page has not sent itself? */
+const isLatecomer = () => running === null && state?.wanted.orders > 0
 
 function showExchanges(list) {
   exchanges = list
@@ -89,7 +102,7 @@ function showExchanges(list) {
     const all = exchanges.filter((exchange) => exchange.side === side)
     const items = all.slice(-MOST_REPLIES).map(exchangeItem)
     const hidden = all.length - items.length
-    if (all.length === 0) items.push(emptyItem('No request yet'))
+    if (all.length === 0) items.push(emptyItem(isLatecomer() ? 'No request from this page yet' : 'No request yet'))
     if (hidden > 0) items.unshift(emptyItem(`${hidden} more before`))
     $(`#${side} .replies`).replaceChildren(...items)
   }
@@ -109,7 +122,7 @@ function exchangeItem({ status, replayed, text, customer }) {
   code.className = status === null ? 'wait' : status < 300 ? 'ok' : 'no'
   const what = document.createElement('span')
   what.className = 'text'
-  what.textContent = customer === 'alice' ? text : `${name(customer)}: ${text}`
+  what.append(...breakable(customer === 'alice' ? text : `${name(customer)}: ${text}`))
   item.append(code, what)
   if (replayed) {
     const mark = document.createElement('i')
@@ -136,6 +149,10 @@ async function exchange(side, customer, request) {
     shown.text = response.ok
       ? `order ${body.order}, ${money(body.amount)}`
       : (body.code?.replace('FST_IDEMPOTENCY_', '') ?? body.message ?? '')
+    if (running !== null && side === 'with') {
+      if (body.code === 'FST_IDEMPOTENCY_STORE_UNAVAILABLE') running.away = 'refused'
+      else if (response.ok && !state.store.running) running.away ??= 'later'
+    }
     if (isLost) note('lost', { side, status: response.status })
     return response
   } catch (error) {
@@ -190,8 +207,40 @@ async function control(what, body = {}) {
 // Playing
 
 function setStatus(text, kind = '') {
-  $('#status').textContent = text
-  $('#status').className = `status ${kind}`
+  const status = $('#status')
+  status.textContent = text
+  status.className = `status ${kind}`
+}
+
+/** On a small screen the status is below the buttons, and the shops are below it. */
+function reveal() {
+  const status = $('#status')
+  const isOver = status.matches('.done, .failed')
+  const seen = isOver ? $('#with .verdict') : status
+  if (seen.getBoundingClientRect().bottom <= innerHeight) return
+  const behavior = matchMedia('(prefers-reduced-motion: reduce)').matches ? 'instant' : 'smooth'
+  status.scrollIntoView({ block: isOver ? 'start' : 'nearest', behavior })
+}
+
+const READY = 'Press a button: both shops get the same requests.'
+const STOPPED =
+  'The store is stopped. Order now: the plugin lets nothing run that it cannot protect, it answers 503, and the client keeps trying until you start the store again.'
+
+/** Said of what happens: in between, and in the middle of something. */
+const COMMENTS = {
+  'store-stopped': [
+    STOPPED,
+    'The store is stopped. What runs already goes on; what comes now goes through when you start it.'
+  ],
+  'store-started': ['The store is back.', 'The store is back: what waits goes on.']
+}
+
+function comment({ what }) {
+  const [idle, busy = running?.scenario.meanwhile?.[what]?.(state.store.survives)] = COMMENTS[what] ?? []
+  const text = running === null ? idle : busy
+  if (text === undefined) return
+  setStatus(text, running === null ? '' : 'busy')
+  reveal()
 }
 
 async function play(id) {
@@ -199,14 +248,15 @@ async function play(id) {
     // A person who clicks twice is what this is about.
     if (id !== 'order' || running.id !== 'order') return
     note('again')
+    running.clicks++
     running.more.push(running.scenario.run(running))
     return
   }
   const scenario = scenarios[id]
-  if (state === null || (scenario.needsStore && !state.store.running)) return
+  if (state === null || isOffline || (scenario.needsStore && !state.store.running)) return
   const order = newOrder()
-  running = { id, scenario, order, more: [], send, sendOnce, control, happened, note }
-  const { title, done, forgetful } = scenario
+  running = { id, scenario, order, clicks: 1, more: [], away: null, send, sendOnce, control, happened, note }
+  const { title } = scenario
   showExchanges([])
   keyView.follow(order)
   setStatus(`${title} …${state.store.running ? '' : ' The store is stopped: start it, and it goes through.'}`, 'busy')
@@ -217,13 +267,14 @@ async function play(id) {
     await scenario.run(running)
     // The list grows while it is waited for.
     for (const again of running.more) await again
-    setStatus((!state.store.survives && forgetful) || done, 'done')
+    setStatus(closing(scenario, { ...running, survives: state.store.survives }), 'done')
   } catch (error) {
     setStatus(`That did not work: ${error.message}`, 'failed')
   } finally {
     running = null
     keyView.refresh()
     show()
+    reveal()
   }
 }
 
@@ -231,25 +282,17 @@ for (const button of document.querySelectorAll('[data-play]')) {
   button.addEventListener('click', () => play(button.dataset.play))
 }
 
-const STOPPED =
-  'The store is stopped. Order now: the plugin lets nothing run that it cannot protect, it answers 503, and the client keeps trying until you start the store again.'
-
 $('#store').addEventListener('click', () => {
-  if (state === null || (running !== null && running.id !== 'order' && state.store.running)) return
-  const starts = !state.store.running
-  control('store', { running: starts }).then(
-    () => {
-      keyView.refresh()
-      if (running === null) setStatus(starts ? 'The store is back.' : STOPPED)
-    },
+  if (state === null || isOffline || (running !== null && running.id !== 'order' && state.store.running)) return
+  control('store', { running: !state.store.running }).then(
+    () => keyView.refresh(),
     (error) => setStatus(`That did not work: ${error.message}`, 'failed')
   )
 })
 
 $('#reset').addEventListener('click', async () => {
-  if (running !== null) return
+  if (running !== null || isOffline) return
   await control('reset').catch(() => {})
-  setStatus('Press a button: both shops get the same requests.')
 })
 
 // Showing
@@ -280,23 +323,42 @@ function show() {
     place.className = `verdict ${kind}`
     if (place.textContent !== text) place.textContent = text
   }
-  const { shop, store } = state
-  $('#shop-chip').textContent = shop.pid === null ? 'Shop: starting again …' : `Shop: process ${shop.pid}`
-  $('#shop-chip').classList.toggle('off', shop.pid === null)
-  $('#store-chip').textContent = `Keys ${store.place}${store.running ? '' : ' · stopped'}`
-  $('#store-chip').classList.toggle('off', !store.running)
-  $('#store').setAttribute('aria-pressed', String(!store.running))
+  if (exchanges.length === 0) showExchanges([])
+  showChips(state)
+  const { store } = state
+  $('#store').classList.toggle('primary', !store.running)
   $('#store b').textContent = store.running ? 'Stop the store' : 'Start the store'
   $('#store span').textContent = store.running ? 'then order' : 'what waits goes on'
   // Not `disabled`: the focus stays where it is.
   for (const button of document.querySelectorAll('[data-play]')) {
     const { needsStore } = scenarios[button.dataset.play]
     const isBusy = running !== null && !(running.id === 'order' && button.dataset.play === 'order')
-    button.setAttribute('aria-disabled', String(isBusy || (needsStore === true && !store.running)))
+    button.setAttribute('aria-disabled', String(isOffline || isBusy || (needsStore === true && !store.running)))
     button.classList.toggle('playing', running?.id === button.dataset.play)
   }
-  $('#store').setAttribute('aria-disabled', String(running !== null && running.id !== 'order' && store.running))
-  $('#reset').setAttribute('aria-disabled', String(running !== null))
+  const mayNotStop = running !== null && running.id !== 'order' && store.running
+  $('#store').setAttribute('aria-disabled', String(isOffline || mayNotStop))
+  $('#reset').setAttribute('aria-disabled', String(isOffline || running !== null))
+}
+
+function showChips({ shop, store }) {
+  const chip = (id, isOn, ...text) => {
+    $(id).replaceChildren(...text)
+    $(id).classList.toggle('off', !isOn)
+  }
+  if (isOffline) {
+    chip('#shop-chip', false, 'Shop: no answer')
+    chip('#store-chip', false, 'Keys: no answer')
+    return
+  }
+  const isUp = shop.pid !== null
+  chip('#shop-chip', isUp, isUp ? `Shop: process ${shop.pid}` : 'Shop: starting again …')
+  // On a small screen there is room for the place alone.
+  const [place] = store.place.split(/[,:] /)
+  const rest = document.createElement('span')
+  rest.className = 'rest'
+  rest.textContent = store.place.slice(place.length)
+  chip('#store-chip', store.running, `Keys ${place}`, rest, store.running ? '' : ' · stopped')
 }
 
 fetch('/demo/handler')

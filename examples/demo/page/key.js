@@ -11,7 +11,7 @@ const STATES = {
   unknown: 'cannot be asked'
 }
 
-export function createKeyView({ isBusy, missing }) {
+export function createKeyView({ isBusy, missing, isDead }) {
   let order = null
   /** What was known at a moment. */
   let known = { state: 'free' }
@@ -53,6 +53,7 @@ export function createKeyView({ isBusy, missing }) {
     $('key').title = order?.key ?? ''
     $('key-state').textContent = STATES[state]
     $('key-state').className = `pill ${state}`
+    $('key-state').hidden = order === null
     $('key-bar').style.inlineSize = `${left === 0 ? 0 : Math.min(100, (100 * left) / longest)}%`
     $('key-text').textContent = text(left, { state, attempt, steps, statusCode })
   }
@@ -61,6 +62,8 @@ export function createKeyView({ isBusy, missing }) {
     const done = steps.length > 0 ? ` Done: ${steps.join(', ')}.` : ''
     switch (state) {
       case 'running':
+        if (isDead())
+          return `Attempt ${attempt} held it, and its process is dead: the lease ends in ${(left / 1000).toFixed(1)} s, then the retry runs.${done}`
         return `Attempt ${attempt}; its lease lasts ${(left / 1000).toFixed(1)} s more, and is renewed while its process lives.${done}`
       case 'abandoned':
         return `Attempt ${attempt} did not finish; a retry goes on.${done}`

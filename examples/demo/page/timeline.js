@@ -1,6 +1,6 @@
 /* The timeline: a list in the order in which things happened, whoever tells of them. */
 
-import { describe } from './words.js'
+import { breakable, describe } from './words.js'
 
 const LABELS = { with: 'with', without: 'without' }
 const LONGEST = 600
@@ -26,7 +26,7 @@ export function createTimeline(list) {
     side.textContent = LABELS[happening.side] ?? ''
     const what = document.createElement('span')
     what.className = 'what'
-    what.textContent = text
+    what.append(...breakable(text))
     item.append(time, side, what)
     return item
   }

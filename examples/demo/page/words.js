@@ -31,12 +31,12 @@ const WORDS = {
   replayed: () => ['good', 'The stored reply is sent again: the handler does not run'],
   conflict: () => ['bad', 'Refused: a request with this key still runs'],
   mismatch: ({ differs }) => ['bad', `Refused: the key was used with ${DIFFERENCE[differs] ?? 'another request'}`],
-  stored: () => ['good', 'The reply is stored, before it is sent'],
+  stored: ({ late }) => ['good', late ? 'The store has the reply now' : 'The reply is stored, before it is sent'],
   released: () => ['plain', 'The reply is not final: the key is given back, finished steps are kept'],
   tombstoned: () => ['bad', 'The reply could not be kept'],
-  takeover: ({ attempt }) => ['good', `Taken over from attempt ${attempt - 1}, which did not finish`],
+  takeover: ({ attempt }) => ['good', `Goes on after attempt ${attempt - 1}, which did not finish`],
   'lease-lost': () => ['bad', 'The claim was lost'],
-  'store-error': () => ['bad', 'The store does not answer: the handler does not run unprotected'],
+  'store-error': () => ['bad', 'The store does not answer: nothing begins unprotected'],
   bypassed: () => ['bad', 'Runs without protection'],
   refused: ({ code }) => ['bad', `Refused: ${code}`],
   'step-stored': ({ step }) => ['good', `Step “${step}” is done, and kept`],
@@ -56,4 +56,10 @@ const WORDS = {
 
 export function describe(happening) {
   return (WORDS[happening.what] ?? (({ what }) => ['plain', what]))(happening)
+}
+
+/** The text, which may be broken behind each `_`. */
+export function breakable(text) {
+  const [first, ...others] = text.split(/(?<=_)/)
+  return [first, ...others.flatMap((part) => [document.createElement('wbr'), part])]
 }
