@@ -9,6 +9,7 @@ import type {
   StoredReply
 } from '../types/index.js'
 import { InvalidOption } from './errors.js'
+import { blamed } from './http/blamed.js'
 import { isFinal } from './http/finality.js'
 import { constraintsOf } from './http/fingerprint.js'
 import type { KeyRules } from './http/key.js'
@@ -323,7 +324,7 @@ function complete(
   where: string
 ): Omit<Policy, 'route' | 'methods' | 'constraints'> {
   const { header = 'Idempotency-Key', replayHeader = 'Idempotent-Replayed', keyFormat = 'any' } = options
-  const { ttl = 86_400_000, field, getKey } = options
+  const { ttl = 86_400_000, field, getKey, skip, target, fingerprint = true } = options
   if (header === false && field === undefined && getKey === undefined) {
     throw new InvalidOption(`option "header"${where} takes false only together with "field" or "getKey"`)
   }
@@ -331,18 +332,18 @@ function complete(
   if (transaction) checkTransaction(options, options.store ?? store, where)
   return {
     store: options.store ?? store,
-    skip: options.skip ?? null,
+    skip: skip === undefined ? null : blamed('skip', skip),
     header: header === false ? null : header.toLowerCase(),
     headerName: header === false ? null : header,
     field: field ?? null,
-    getKey: getKey ?? null,
+    getKey: getKey === undefined ? null : blamed('getKey', getKey),
     keyFormat,
     maxKeyLength: options.maxKeyLength ?? 255,
     required: options.required ?? false,
     scope: options.scope || null,
     scoped: options.scope !== undefined,
-    target: options.target ?? null,
-    fingerprint: options.fingerprint ?? true,
+    target: target === undefined ? null : blamed('target', target),
+    fingerprint: typeof fingerprint === 'function' ? blamed('fingerprint', fingerprint) : fingerprint,
     hook: options.hook ?? 'preHandler',
     waits: options.onConflict === 'wait',
     waitTimeout: options.waitTimeout ?? 60_000,

@@ -576,3 +576,40 @@ t.test('every event is on its diagnostics channel, with the hashed key', async (
   await send('again')
   t.same(events(), ['acquired', 'takeover', 'stored'])
 })
+
+/* The application's own functions */
+
+for (const option of ['getKey', 'skip', 'target', 'fingerprint'] as const)
+  for (const [how, fail] of [
+    [
+      'throws',
+      (error: Error) => {
+        throw error
+      }
+    ],
+    ['rejects', (error: Error) => Promise.reject(error)]
+  ] as const) {
+    if (option === 'target' && how === 'rejects') continue
+    t.test(
+      `where the option ${option} ${how}, the log names it, and its error is the answer; a 4xx is no failure`,
+      async (t) => {
+        const logged: { msg: string; err: { message: string } }[] = []
+        const stream = { write: (line: string) => void logged.push(JSON.parse(line)) }
+        const app = await build(t, {}, { logger: { level: 'error', stream } })
+        let statusCode: number | undefined
+        const failing = () => fail(Object.assign(new Error('no such member'), statusCode && { statusCode }))
+        let runs = 0
+        app.post('/', { config: { idempotency: { [option]: failing } } }, async () => ++runs)
+        const failed = await app.inject(keyed)
+        t.match([failed.statusCode, failed.json().message, runs], [500, 'no such member', 0])
+        t.same(
+          logged.filter(({ msg }) => msg.startsWith('idempotency')).map(({ msg, err }) => [msg, err.message]),
+          [[`idempotency option ${option} failed`, 'no such member']]
+        )
+        statusCode = 403
+        logged.length = 0
+        t.equal((await app.inject(keyed)).statusCode, 403)
+        t.same(logged, [])
+      }
+    )
+  }

@@ -443,6 +443,7 @@ t.test('what is no pool is refused with what to do, and no password is told', (t
   const url = 'postgres://user:secret@host/db'
   for (const [given, what] of [
     [url, /takes a pool, not a URL: new PostgresStore\(\{ pool/],
+    [new Pool(), /PostgresStore takes its pool as an option: new PostgresStore\(\{ pool/],
     [{ pool: url }, /"pool" takes a pool of pg, not a URL/],
     [{ connectionString: url }, /no option "connectionString", it takes a pool/],
     [

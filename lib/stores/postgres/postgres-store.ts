@@ -82,6 +82,9 @@ function checkedOptions(options: PostgresStoreOptions): Checked<PostgresStoreOpt
   if (pool === undefined && 'connectionString' in others) {
     throw new InvalidOption(`PostgresStore has no option "connectionString", it takes a pool: ${WANTED}`)
   }
+  if (typeof (options as { connect?: unknown } | undefined)?.connect === 'function') {
+    throw new InvalidOption(`PostgresStore takes its pool as an option: ${WANTED}`)
+  }
   return checked<PostgresStoreOptions>(options ?? {}, RULES, { owner: 'PostgresStore ' })
 }
 
