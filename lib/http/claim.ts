@@ -162,9 +162,10 @@ export class Claims {
     if (operation.phase === 'unprotected') exchange.runUnprotected()
     const { reply: stored } = operation
     if (stored === null) return undefined
-    exchange.replay(stored, snapshot(reply))
+    const payload = replayPayload(stored)
+    exchange.replay(stored, payload, snapshot(reply))
     putOn(reply, stored, this.#policy.replayHeader)
-    return reply.send(replayPayload(stored))
+    return reply.send(payload)
   }
 }
 

@@ -41,6 +41,8 @@ interface Claiming {
 export interface Replaying {
   readonly is: 'replaying'
   readonly stored: StoredReply
+  /** The stored payload, of the kind that it had when it was stored. */
+  readonly payload: string | Buffer | undefined
   readonly headersBefore: Headers
   failed: boolean
 }
@@ -149,8 +151,8 @@ export class Exchange {
     return this.isLate && reply !== this.#reply
   }
 
-  replay(stored: StoredReply, headersBefore: Headers): void {
-    this.#stage = { is: 'replaying', stored, headersBefore, failed: false }
+  replay(stored: StoredReply, payload: Replaying['payload'], headersBefore: Headers): void {
+    this.#stage = { is: 'replaying', stored, payload, headersBefore, failed: false }
   }
 
   runUnprotected(): void {

@@ -12,7 +12,7 @@ import { restore } from './headers.js'
 import { keyInHead, missKey } from './key.js'
 import type { Payload } from './payload.js'
 import { problemInPlaceOf, refuse } from './problem-details.js'
-import { hasType, putOn, replayPayload, takeOff } from './replay.js'
+import { hasType, putOn, takeOff } from './replay.js'
 import { kSnapshot, RequestSnapshot } from './request-snapshot.js'
 import { storeReply } from './store-reply.js'
 
@@ -159,13 +159,14 @@ export class RouteHooks {
   }
 
   /** The stored payload. What the instance's hooks have made of it now is void: they saw it when it was stored. */
-  #replayedPayload(reply: FastifyReply, { stored, headersBefore, failed }: Replaying, payload: Payload): Payload {
+  #replayedPayload(reply: FastifyReply, stage: Replaying, payload: Payload): Payload {
+    const { stored, headersBefore, failed } = stage
     // The replay could not be sent: this is the error's reply.
     if (failed) return payload
     // So is the type that Fastify gave to a payload that had none.
     if (!hasType(stored)) restore(reply, 'content-type', headersBefore)
     putOn(reply, stored, this.#policy.replayHeader)
-    return replayPayload(stored) ?? (payload === undefined || payload === null ? undefined : '')
+    return stage.payload ?? (payload === undefined || payload === null ? undefined : '')
   }
 
   async #guard(request: FastifyRequest, reply: FastifyReply, work: Promise<unknown>): Promise<unknown> {
