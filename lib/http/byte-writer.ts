@@ -1,4 +1,4 @@
-import { hash } from 'node:crypto'
+import { createHash, type Hash, hash } from 'node:crypto'
 
 // What a value hash is made of: scalars as bytes, of which no two are written alike.
 
@@ -9,8 +9,8 @@ export function digest(data: string | Uint8Array): string {
   return hash('sha256', data, 'base64url').slice(0, HASH_LENGTH)
 }
 
-/** What a writer keeps for the next value. More is a rare value's need. */
-const USUAL_SIZE = 16_384
+/** Values that need more are hashed a part at a time: what they take does not grow with them. */
+const SIZE = 16_384
 
 /** Up to this length a string of ASCII is faster written here than by the engine. */
 const SHORT = 96
@@ -25,28 +25,32 @@ const NUMBER = tag('d')
 const STRING = tag('s')
 const LONG_STRING = tag('l')
 
-/** Writes scalars into a buffer that grows as it is needed, and is used again. */
+/** Writes scalars into a buffer that is used again, and hashes them. */
 export class ByteWriter {
-  #bytes: Buffer = Buffer.allocUnsafeSlow(USUAL_SIZE)
+  readonly #bytes: Buffer = Buffer.allocUnsafeSlow(SIZE)
   #at = 0
+  /** Of what was written before that which is in the buffer; `null` for nothing. */
+  #before: Hash | null = null
 
   /** Of all that was written. */
   digest(): string {
-    return digest(this.#bytes.subarray(0, this.#at))
+    const rest = this.#bytes.subarray(0, this.#at)
+    if (this.#before === null) return digest(rest)
+    return this.#before.update(rest).digest('base64url').slice(0, HASH_LENGTH)
   }
 
   clear(): void {
-    if (this.#bytes.length > USUAL_SIZE) this.#bytes = Buffer.allocUnsafeSlow(USUAL_SIZE)
     this.#at = 0
+    this.#before = null
   }
 
   byte(byte: number): void {
-    if (this.#at === this.#bytes.length) this.#grow(1)
+    if (this.#at === SIZE) this.#flush()
     this.#bytes[this.#at++] = byte
   }
 
   number(value: number): void {
-    if (this.#at + 9 > this.#bytes.length) this.#grow(9)
+    if (this.#at + 9 > SIZE) this.#flush()
     const bytes = this.#bytes
     if (value >= 0 && value < 256 && value === (value | 0)) {
       bytes[this.#at++] = SMALL_NUMBER
@@ -64,7 +68,7 @@ export class ByteWriter {
       this.#longString(value)
       return
     }
-    if (this.#at + 2 + length > this.#bytes.length) this.#grow(2 + length)
+    if (this.#at + 2 + length > SIZE) this.#flush()
     const bytes = this.#bytes
     let at = this.#at
     bytes[at++] = STRING
@@ -84,13 +88,21 @@ export class ByteWriter {
   #longString(value: string): void {
     this.byte(LONG_STRING)
     this.number(value.length)
-    if (this.#at + 2 * value.length > this.#bytes.length) this.#grow(2 * value.length)
+    if (this.#at + 2 * value.length > SIZE) {
+      const before = this.#flush()
+      if (2 * value.length > SIZE) {
+        before.update(Buffer.from(value, 'utf16le'))
+        return
+      }
+    }
     this.#at += this.#bytes.write(value, this.#at, 'utf16le')
   }
 
-  #grow(by: number): void {
-    const larger = Buffer.allocUnsafeSlow(Math.max(this.#bytes.length * 2, this.#at + by))
-    this.#bytes.copy(larger, 0, 0, this.#at)
-    this.#bytes = larger
+  /** Empties the buffer. */
+  #flush(): Hash {
+    this.#before ??= createHash('sha256')
+    this.#before.update(this.#bytes.subarray(0, this.#at))
+    this.#at = 0
+    return this.#before
   }
 }

@@ -38,6 +38,23 @@ t.test('a wide body is compared to its very end', async (t) => {
   t.equal(payload(backwards), payload(forwards))
 })
 
+t.test('a body that is hashed a part at a time has the hash that all of it has', async (t) => {
+  const rows = Array.from({ length: 5_000 }, (_, i) => ({ i, text: 'text'.repeat(i % 60), half: i / 2 }))
+  // As it was computed in one piece: what is stored by one version must be the same for all.
+  t.equal(payload({ rows, long: 'é'.repeat(20_000) }), '_Hmkwz5FbjWd1bctel2iea')
+  // Around the size of a part: whatever stands there counts, once.
+  const hashes = new Set<unknown>()
+  for (let length = 8_150; length < 8_230; length++) {
+    const padding = ['x'.repeat(80), 'p'.repeat(length)]
+    for (const last of [1, 2, 1_000, 'y', 'y'.repeat(96), 'z'.repeat(97), [], { a: null }]) {
+      const hash = payload([...padding, last])
+      t.equal(payload([...padding, last]), hash)
+      hashes.add(hash)
+    }
+  }
+  t.equal(hashes.size, 80 * 8)
+})
+
 t.test('a graph that a custom parser made, with cycles everywhere, is not followed for ever', async (t) => {
   const nodes: Record<string, unknown>[] = Array.from({ length: 9 }, () => ({}))
   for (const node of nodes) for (const [i, other] of nodes.entries()) node[`n${i}`] = other
