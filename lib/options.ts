@@ -97,6 +97,8 @@ export interface Globals {
   readonly methods: ReadonlySet<string>
   /** Whoever registers again below may forget it, and its callers would get each other's replies. */
   readonly scope?: IdempotencyOptions['scope']
+  /** The same: its keys would be in the memory of one process. */
+  readonly store?: IdempotencyStore
 }
 
 /** The options of a route as they were checked. */
@@ -206,12 +208,12 @@ export function registrationOptions(
   const globals = {
     ...(global !== undefined && { global }),
     ...(methods !== undefined && { methods: new Set(methods.map((method) => method.toUpperCase())) }),
-    ...(route.scope !== undefined && { scope: route.scope })
+    ...(route.scope !== undefined && { scope: route.scope }),
+    ...(route.store !== undefined && { store: route.store })
   }
-  const { scope, ...covered } = inherited(globals, outer)
+  const { scope, store = new MemoryStore(), ...covered } = inherited(globals, outer)
   if (supportedMethods !== undefined) checkMethods(globals.methods, supportedMethods, methods)
   const hashes = hashesOf(own)
-  const store = route.store ?? new MemoryStore()
   if (hashes.length > 1) checkSeveral(store, false, '')
   return Object.freeze({
     ...covered,
@@ -221,7 +223,7 @@ export function registrationOptions(
   })
 }
 
-/** What a registration says of `global`, `methods` and `scope`, else the nearest one above, else the defaults. */
+/** What a registration says of `global`, `methods`, `scope` and `store`, else the nearest one above, else the defaults. */
 export function inherited(own: Partial<Globals>, outer: Globals | undefined): Globals {
   return { global: false, methods: new Set(['POST', 'PATCH']), ...outer, ...own }
 }

@@ -20,7 +20,7 @@ const seenUrls = new WeakMap<object, Set<string>>()
 
 // Async, because what a plugin with a callback throws, Fastify does not catch.
 export async function plugin(fastify: FastifyInstance, options: IdempotencyOptions): Promise<void> {
-  // In a child of this instance a second registration is its own master, and inherits what is covered, and who callers are.
+  // In a child of this instance a second registration is its own master, and inherits what is covered, who callers are, and the store.
   if (Object.hasOwn(fastify, kRegistration)) throw new AlreadyRegistered()
   const { supportedMethods } = fastify
   const registration = new Registration(registrationOptions(options, { supportedMethods, outer: globalsOf(fastify) }))
@@ -52,9 +52,11 @@ export async function plugin(fastify: FastifyInstance, options: IdempotencyOptio
     warnOfForms(fielded)
     // An outer registration that has come later: nobody has inherited it, and nobody is to miss it in silence.
     const outer = globalsOf(Object.getPrototypeOf(fastify))
-    if (outer?.scope !== undefined && registration.options.routeDefaults.scope === undefined) {
+    const { own, routeDefaults } = registration.options
+    for (const name of ['scope', 'store'] as const) {
+      if (outer?.[name] === undefined || own[name] !== undefined || outer[name] === routeDefaults[name]) continue
       throw new InvalidOption(
-        'option "scope" of an outer registration has come too late for the inner one: register it first'
+        `option "${name}" of an outer registration has come too late for the inner one: register it first`
       )
     }
   })

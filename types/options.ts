@@ -20,7 +20,7 @@ export type Secret = Uint8Array | string | KeyObject
 /** Options that a route may set for itself in `config.idempotency`. Sizes are bytes. */
 export interface IdempotencyRouteOptions {
   /**
-   * Where claims and replies live.
+   * Where claims and replies live. A registration below another one inherits its `store`, unless it says otherwise.
    * @default new MemoryStore()
    */
   store?: IdempotencyStore

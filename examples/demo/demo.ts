@@ -5,11 +5,15 @@ import { buildFront } from './front.js'
 import { ShopProcess } from './shop-process.js'
 import { buildWorld, World } from './world.js'
 
-/** The demo: the page, the services that the shop calls, and the shop in a process that can be killed. */
+/**
+ * The demo: the page, the services that the shop calls, and the shop in a process that can be killed.
+ * @param where.onSlowMachine Nothing is taken for dead, or silent, before it has had its time.
+ */
 export async function startDemo(
   settings: Settings,
-  { host, port }: { host: string; port: number }
+  where: { host: string; port: number; onSlowMachine?: boolean }
 ): Promise<{ url: string; close(): Promise<void> }> {
+  const { host, port, onSlowMachine = false } = where
   const feed = new Feed(() => ({
     wanted: world.wanted,
     books: world.books,
@@ -21,6 +25,7 @@ export async function startDemo(
   const { databaseUrl, redisUrl } = settings
   const env = {
     WORLD_URL: await services.listen({ host: '127.0.0.1', port: 0 }),
+    ...(onSlowMachine && { SLOW_MACHINE: '1' }),
     ...(databaseUrl !== undefined && { DATABASE_URL: databaseUrl }),
     ...(redisUrl !== undefined && { REDIS_URL: redisUrl })
   }

@@ -19,7 +19,9 @@ export type FromShop = { port: number } | { happening: Happening } | { run: Side
 /** What the parent says. */
 export type ToShop = { stopStore: boolean }
 
-const { WORLD_URL = '' } = process.env
+const { WORLD_URL = '', SLOW_MACHINE } = process.env
+// Short, so that nobody has to wait long when the shop was killed, or its store stopped.
+const limits = SLOW_MACHINE === undefined ? { lease: '5s', storeTimeout: '1s' } : { lease: '30s', storeTimeout: '10s' }
 const tell = (message: FromShop) => process.connected && process.send?.(message)
 
 async function call<T>(who: string, path: string, body: object, key: string | undefined): Promise<T> {
@@ -48,6 +50,7 @@ await addPayments(app, readSettings(), (store) => outage.over(timed(store)))
 await app.register(shop, {
   store: app.idempotency.store,
   services,
+  limits,
   onRun(side, attempt) {
     tell({ run: side })
     tell({ happening: { what: 'ran', at: Date.now(), side, attempt } })

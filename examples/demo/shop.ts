@@ -14,6 +14,8 @@ export interface Services {
 export interface ShopOptions {
   store: IdempotencyStore
   services: Services
+  /** How long a key stays taken when its process has died, and how long the store may take to answer. */
+  limits: { lease: string; storeTimeout: string }
   onRun(side: Side, attempt: number): void
 }
 
@@ -43,7 +45,7 @@ const schema = {
   headers: { type: 'object', properties: { authorization: { type: 'string', examples: ['Bearer alice'] } } }
 }
 
-export async function shop(app: FastifyInstance, { store, services, onRun }: ShopOptions): Promise<void> {
+export async function shop(app: FastifyInstance, { store, services, limits, onRun }: ShopOptions): Promise<void> {
   app.decorateRequest('customer', '')
   // Pretended: who says to be Alice is Alice.
   app.addHook('onRequest', async (request, reply) => {
@@ -57,10 +59,8 @@ export async function shop(app: FastifyInstance, { store, services, onRun }: Sho
     store,
     scope: (request) => request.customer,
     onConflict: 'wait',
-    // Short, so that nobody has to wait long when the shop was killed.
-    lease: '5s',
     ttl: '10m',
-    storeTimeout: '1s'
+    ...limits
   })
 
   const handler = (side: Side) => {

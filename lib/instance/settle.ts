@@ -21,7 +21,7 @@ export async function settle(
 ): Promise<void> {
   const makeRecord = recordMaker(outcome)
   const place = await known.find(storageKeys)
-  if (place === null) throw new NotSettled('nothing is known of it')
+  if (place === null) throw new NotSettled('nothing is known of it. Is it another key, or another scope?')
   const { store, storageKey, found } = place
   const { live } = StoreContext.of(store)
   if (found.state === 'running' || storageKeys.some((key) => live.has(key))) throw new NotSettled('it is running')

@@ -120,7 +120,7 @@ t.test('an inner registration inherits global and methods of the nearest outer o
   const inner = new MemoryStore()
   await app.register(async (child) => {
     await child.register(idempotency, { store: inner })
-    t.equal(child.idempotency.store, inner, 'and no store')
+    t.equal(child.idempotency.store, inner, 'and not the store that it has said')
     all(child, '/inner')
     child.put('/out', { config: { idempotency: false } }, async () => 'done')
     await child.register(async (grandchild) => {
@@ -257,4 +257,43 @@ t.test('routes with a prefix, and both forms of its root, are covered', async (t
     t.ok(isReplay(await post(app, { url, key: url })))
   }
   t.equal(runs.length, 2)
+})
+
+t.test('an inner registration that says nothing of a store has the one that an outer one was given', async (t) => {
+  const given = new MemoryStore()
+  const { app, route } = server(t)
+  await app.register(idempotency, { store: given, scope: false })
+  await app.register(async (child) => {
+    await child.register(idempotency, { ttl: '2h' })
+    t.equal(child.idempotency.store, given)
+    route(child, '/inner')
+    await child.register(async (grandchild) => {
+      await grandchild.register(idempotency)
+      t.equal(grandchild.idempotency.store, given)
+    })
+  })
+  await app.register(async (child) => {
+    await child.register(idempotency, { store: new MemoryStore() })
+    t.not(child.idempotency.store, given)
+  })
+  await app.inject({ method: 'POST', url: '/inner', headers: { 'idempotency-key': 'k' } })
+  t.match(await app.idempotency.get('k'), { state: 'completed' })
+})
+
+t.test('an inner registration that has come before an outer one with a store fails the boot', async (t) => {
+  for (const [own, outer, fails] of [
+    [{}, { store: new MemoryStore() }, true],
+    [{ store: new MemoryStore() }, { store: new MemoryStore() }, false],
+    [{}, {}, false]
+  ] as [IdempotencyOptions, IdempotencyOptions, boolean][]) {
+    const { app, route } = server(t)
+    app.register(async (child) => {
+      await child.register(idempotency, own)
+      route(child, '/inner')
+    })
+    app.register(idempotency, outer)
+    const boot = async () => void (await app.ready())
+    if (fails) await t.rejects(boot, { code: 'FST_IDEMPOTENCY_INVALID_OPTION', message: /"store" of an outer/ })
+    else await t.resolves(boot)
+  }
 })

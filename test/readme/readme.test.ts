@@ -325,13 +325,16 @@ t.test('metrics: events are counted by their name and route, and can be scraped'
   const app = await build(t)
   await snippet('metrics', { app })
   app.post('/orders', { config: { idempotency: true } }, async () => 'made')
+  app.post('/strict', { config: { idempotency: { required: true } } }, async () => 'made')
   const send = () => app.inject({ method: 'POST', url: '/orders', headers: { 'idempotency-key': 'k' } })
   await send()
   await send()
+  await app.inject({ method: 'POST', url: '/strict' })
   const { headers, payload } = await app.inject('/metrics')
   t.match(headers['content-type'], 'text/plain')
-  t.match(payload, 'idempotency_events_total{event="stored",route="/orders"} 1')
-  t.match(payload, 'idempotency_events_total{event="replayed",route="/orders"} 1')
+  t.match(payload, 'idempotency_events_total{event="stored",route="/orders",code=""} 1')
+  t.match(payload, 'idempotency_events_total{event="replayed",route="/orders",code=""} 1')
+  t.match(payload, 'idempotency_events_total{event="refused",route="/strict",code="FST_IDEMPOTENCY_KEY_MISSING"} 1')
 })
 
 t.test('events: a lost claim is logged by its request', async (t) => {
