@@ -112,7 +112,7 @@ function pathTables(runs) {
 const cell = (value) => (value === null ? '–' : ratioCell(value))
 
 /** The version by hand on the same store; that on Redis for those that have none. */
-export function floorOf(name) {
+function floorOf(name) {
   const { store, floor } = subjectNamed(name)
   if (store === 'none') return null
   if (name.startsWith('floor-')) return name

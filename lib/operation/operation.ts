@@ -138,7 +138,11 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
 
   /** The same as stores keep it: with where it comes from. */
   get storedFingerprint(): string {
-    this.#storedFingerprint ??= this.#withOrigin()
+    if (this.#storedFingerprint !== null) return this.#storedFingerprint
+    const [claimed] = this.storageKeys
+    this.#caller ??= this.#host.hashes[0].mark(claimed, this.#scope)
+    const origin = { startedAt: this.#startedAt, caller: this.#caller, route: this.policy.route }
+    this.#storedFingerprint = withOrigin(this.fingerprints[0] as string, origin)
     return this.#storedFingerprint
   }
 
@@ -307,13 +311,6 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   }
 
   /* Verdicts */
-
-  #withOrigin(): string {
-    const [claimed] = this.storageKeys
-    this.#caller ??= this.#host.hashes[0].mark(claimed, this.#scope)
-    const { route } = this.policy
-    return withOrigin(this.fingerprints[0] as string, { startedAt: this.#startedAt, caller: this.#caller, route })
-  }
 
   #ask(takeover: boolean): MaybePromise<Found> {
     this.#startedAt = clock.date()

@@ -108,9 +108,9 @@ function checkedPool(pool: PostgresPool): PostgresPool {
 const MOST_TRIES = 20
 
 /**
- * Claims and replies in a table of PostgreSQL (12 and newer). One statement to acquire and one to complete; the
- * lease is decided by the server's clock. With `transaction: true` on a route, the claim, the handler's writes and
- * the stored reply are one transaction.
+ * Claims and replies in a table of PostgreSQL (12 and newer). One statement to acquire and one to complete, a second one where
+ * there is an old claim, or somebody waits; the lease is decided by the server's clock. With `transaction: true` on a route,
+ * the claim, the handler's writes and the stored reply are one transaction.
  */
 export class PostgresStore implements IdempotencyStore {
   readonly #pool: { query: Query; connect(done: (error: unknown, client?: TransactionClient) => void): void }
