@@ -7,6 +7,7 @@ import { isClosed, stop, watchClient } from './client-close.js'
 import { Exchange, exchangeOf, kExchange } from './exchange.js'
 import { hashPayload } from './fingerprint.js'
 import { snapshot } from './headers.js'
+import { othersHook } from './hooks-of-others.js'
 import { keyAnywhere, missKey, parseKey } from './key.js'
 import { putOn, replayPayload } from './replay.js'
 import { RequestContext } from './request-context.js'
@@ -157,12 +158,12 @@ export class Claims {
   }
 
   #obey(verdict: Verdict, exchange: Exchange): FastifyReply | undefined {
-    const { operation, reply } = exchange
+    const { operation, reply, request } = exchange
     if (verdict === 'gone') stop(reply)
     if (operation.phase === 'unprotected') exchange.runUnprotected()
     const { reply: stored } = operation
     if (stored === null) return undefined
-    const payload = replayPayload(stored)
+    const payload = replayPayload(stored, othersHook(request, 'onSend'))
     exchange.replay(stored, payload, snapshot(reply))
     putOn(reply, stored, this.#policy.replayHeader)
     return reply.send(payload)

@@ -41,7 +41,7 @@ interface Claiming {
 export interface Replaying {
   readonly is: 'replaying'
   readonly stored: StoredReply
-  /** The stored payload, of the kind that it had when it was stored. */
+  /** The stored payload, as `replayPayload` gives it. */
   readonly payload: string | Buffer | undefined
   readonly headersBefore: Headers
   failed: boolean

@@ -24,8 +24,11 @@ export function takeOff(reply: FastifyReply, stored: StoredReply, replayHeader: 
   if (replayHeader !== null) restore(reply, replayHeader, before)
 }
 
-/** The stored payload, of the kind that it had when it was stored; `undefined` for none. */
-export function replayPayload({ body, text }: StoredReply): string | Buffer | undefined {
+/**
+ * The stored payload, of the kind that it had when it was stored; `undefined` for none.
+ * @param isSeen Do hooks look at it? Else text stays as it is stored: it would be decoded to be encoded again.
+ */
+export function replayPayload({ body, text }: StoredReply, isSeen: boolean): string | Buffer | undefined {
   if (body.length === 0) return undefined
-  return text ? body.toString() : body
+  return text && isSeen ? body.toString() : body
 }

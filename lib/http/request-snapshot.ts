@@ -4,6 +4,7 @@ import type { Policy } from '../options.js'
 import { warn } from '../warnings.js'
 import { credentialsOf } from './credentials.js'
 import { hasBody, headOf, payloadOfBody } from './fingerprint.js'
+import { othersHook } from './hooks-of-others.js'
 import { isInUnparsedBody, keyInBody, parseKey } from './key.js'
 
 /* What the client sent counts, not what hooks and validation make of it. */
@@ -69,7 +70,8 @@ export class RequestSnapshot {
 
   /**
    * Reads the body in the moment in which the parser hands it over: the instance's preValidation hooks, which come
-   * before all hooks of a route, may replace or change it.
+   * before all hooks of a route, may replace or change it. Where nobody has such a hook, `finish` is early enough, and the
+   * request keeps its shape: with an accessor in it, all that looks at it would be slower.
    */
   watchBody(): void {
     const { body, headers } = this.request
@@ -77,7 +79,7 @@ export class RequestSnapshot {
     const isSent = hasBody(this.request) || headers['content-type'] !== undefined
     if (!isSent) {
       this.#readBody()
-    } else {
+    } else if (othersHook(this.request, 'preValidation')) {
       this.before = body
       this.#isWatching = true
       Object.defineProperty(this.request, 'body', WATCHED_BODY)

@@ -1,7 +1,14 @@
 import t from 'tap'
 import { LinkedMap, Node } from '../../lib/stores/memory/linked-map.js'
 
-class Book extends Node {}
+class Book extends Node {
+  readonly size: number
+
+  constructor(key: string, size: number) {
+    super(key)
+    this.size = size
+  }
+}
 
 function shelfOf(...keys: string[]): { shelf: LinkedMap<Book>; books: Record<string, Book> } {
   const shelf = new LinkedMap<Book>()

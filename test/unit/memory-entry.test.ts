@@ -69,6 +69,21 @@ t.test('each reply keeps its own headers, however like those of the one before t
   t.strictSame(entries.map(headersOf), all)
 })
 
+t.test('each has its own outcome, where the headers are those of the one before', async (t) => {
+  const records = [
+    reply({ headers: [], statusCode: 200 }),
+    reply({ headers: [], statusCode: 204 }),
+    tombstone('hijacked'),
+    tombstone('too-large'),
+    reply({ headers: [], statusCode: 201 })
+  ]
+  const entries = records.map((record) => kept(record))
+  t.strictSame(
+    entries.map((entry) => entry.at(0).record),
+    records
+  )
+})
+
 t.test('what is kept is nobody else’s, and what comes back neither', async (t) => {
   const headers: Headers = [['set-cookie', ['a', 'b']]]
   const given = reply({ text: false, headers, body: Buffer.from('body') })
@@ -106,6 +121,20 @@ t.test('an entry takes more the more is in it', async (t) => {
   ] as const) {
     t.ok(more >= less, `${more} of ${less}`)
   }
-  const entry = kept(bare)
-  t.equal(entry.size, sizeOf('key', bare))
+  for (const record of [
+    bare,
+    reply(),
+    reply({
+      text: false,
+      body: Buffer.from([0, 255]),
+      headers: [
+        ['set-cookie', ['a', 'bc']],
+        ['x', 'y']
+      ]
+    }),
+    reply({ text: true, body: Buffer.from('zwölf €'), fingerprint: '€ 𝄞' }),
+    tombstone('too-large')
+  ]) {
+    t.equal(kept(record).size, sizeOf('key', record))
+  }
 })

@@ -71,7 +71,12 @@ t.test('restored headers are what they were: none more, none less, none changed 
 })
 
 t.test('a payload is of the kind that was stored, and none where nothing was', async (t) => {
-  t.equal(replayPayload(STORED), 'done')
-  t.strictSame(replayPayload({ ...STORED, text: false }), Buffer.from('done'))
-  for (const text of [true, false]) t.equal(replayPayload({ ...STORED, body: Buffer.alloc(0), text }), undefined)
+  t.equal(replayPayload(STORED, true), 'done')
+  t.strictSame(replayPayload({ ...STORED, text: false }, true), Buffer.from('done'))
+  for (const text of [true, false]) t.equal(replayPayload({ ...STORED, body: Buffer.alloc(0), text }, true), undefined)
+})
+
+t.test('where no hook looks at it, a stored text is sent as the bytes that it is stored as', async (t) => {
+  for (const text of [true, false]) t.strictSame(replayPayload({ ...STORED, text }, false), Buffer.from('done'))
+  t.equal(replayPayload({ ...STORED, body: Buffer.alloc(0) }, false), undefined)
 })

@@ -12,9 +12,17 @@ type Headers = StoredReply['headers']
 type FlatHeaders = readonly (string | string[])[]
 
 const NONE: FlatHeaders = []
+const NO_HEADERS: Headers = []
 
 // V8 stores small integers (Smis) inline: times are whole milliseconds since the start of the process.
 const EPOCH = Date.now()
+
+/** What many entries have in common, and which is kept once. */
+interface Head {
+  /** The status code, or why there is a tombstone. */
+  readonly outcome: number | TombstoneReason
+  readonly headers: FlatHeaders
+}
 
 /** A finished operation in the memory of this process. Its record is nobody else's: it is copied in and out. */
 export class MemoryEntry extends Node {
@@ -22,29 +30,29 @@ export class MemoryEntry extends Node {
   readonly expires: number
   readonly fingerprint: string
   readonly #createdAt: number
-  /** The status code, or why there is a tombstone. */
-  readonly #outcome: number | TombstoneReason
-  readonly #text: boolean
-  readonly #headers: FlatHeaders
-  /** One-byte text is kept as a string, which takes less memory and collects faster than a buffer. */
+  readonly #head: Head
+  /** Text is kept as a string of its bytes, which takes less memory and collects faster than a buffer. */
   readonly #body: Buffer | string
 
   constructor(key: string, record: StoredRecord, expires: number) {
-    super(key, sizeOf(key, record))
+    super(key)
     this.expires = Math.floor(expires)
     this.fingerprint = compact(record.fingerprint)
     this.#createdAt = record.createdAt - EPOCH
     if (record.kind === 'tombstone') {
-      this.#outcome = record.reason
-      this.#text = false
-      this.#headers = NONE
+      this.#head = headOf(record.reason, NO_HEADERS)
       this.#body = ''
     } else {
-      this.#outcome = record.statusCode
-      this.#text = record.text
-      this.#headers = flatten(record.headers)
+      this.#head = headOf(record.statusCode, record.headers)
       this.#body = record.text ? record.body.toString('latin1') : Buffer.from(record.body)
     }
+  }
+
+  get size(): number {
+    const { headers } = this.#head
+    let size = ENTRY_OVERHEAD + this.key.length + this.fingerprint.length + this.#body.length
+    for (let at = 0; at < headers.length; at++) size += headers[at]?.length ?? 0
+    return size + (headers.length / 2) * HEADER_OVERHEAD
   }
 
   /** What a store says of it at this time. */
@@ -56,11 +64,11 @@ export class MemoryEntry extends Node {
   listedAt(now: number): ListedKey {
     const { key, fingerprint } = this
     const createdAt = this.#createdAt + EPOCH
-    return { key, state: 'completed', fingerprint, createdAt, outcome: this.#outcome, ttlMs: this.#ttlAt(now) }
+    return { key, state: 'completed', fingerprint, createdAt, outcome: this.#head.outcome, ttlMs: this.#ttlAt(now) }
   }
 
   get isReply(): boolean {
-    return typeof this.#outcome === 'number'
+    return typeof this.#head.outcome === 'number'
   }
 
   #ttlAt(now: number): number | null {
@@ -70,25 +78,30 @@ export class MemoryEntry extends Node {
   #copy(): StoredRecord {
     const { fingerprint } = this
     const createdAt = this.#createdAt + EPOCH
-    const outcome = this.#outcome
+    const { outcome, headers: flat } = this.#head
     if (typeof outcome === 'string') return { kind: 'tombstone', fingerprint, createdAt, reason: outcome }
+    const text = typeof this.#body === 'string'
     const body = typeof this.#body === 'string' ? Buffer.from(this.#body, 'latin1') : Buffer.from(this.#body)
-    const headers = unflatten(this.#headers)
-    return { kind: 'reply', fingerprint, createdAt, statusCode: outcome, headers, body, text: this.#text }
+    return { kind: 'reply', fingerprint, createdAt, statusCode: outcome, headers: unflatten(flat), body, text }
   }
 }
 
-let lastHeaders: FlatHeaders = NONE
+let last: Head = { outcome: 0, headers: NONE }
 
-/** Replies one after the other mostly have the same headers, which are kept once then. */
+/** Replies one after the other mostly have the same status and headers. */
+function headOf(outcome: number | TombstoneReason, headers: Headers): Head {
+  const isSame = headers.length * 2 === last.headers.length && headers.every(isLike)
+  if (isSame && outcome === last.outcome) return last
+  last = { outcome, headers: isSame ? last.headers : flatten(headers) }
+  return last
+}
+
 function flatten(headers: Headers): FlatHeaders {
-  if (headers.length * 2 === lastHeaders.length && headers.every(isLike)) return lastHeaders
-  lastHeaders = headers.flatMap(([name, value]) => [name, Array.isArray(value) ? [...value] : value])
-  return lastHeaders
+  return headers.flatMap(([name, value]) => [name, Array.isArray(value) ? [...value] : value])
 }
 
 function isLike([name, value]: Headers[number], at: number): boolean {
-  return name === lastHeaders[2 * at] && value === lastHeaders[2 * at + 1]
+  return name === last.headers[2 * at] && value === last.headers[2 * at + 1]
 }
 
 function unflatten(flat: FlatHeaders): Headers {

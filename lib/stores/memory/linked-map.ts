@@ -1,15 +1,15 @@
 /** An entry of a `LinkedMap`, between its neighbours. */
 export abstract class Node {
   readonly key: string
-  /** Bytes, roughly. */
-  readonly size: number
   older: this | null = null
   newer: this | null = null
 
-  constructor(key: string, size: number) {
+  constructor(key: string) {
     this.key = key
-    this.size = size
   }
+
+  /** Bytes, roughly: the same at all times. */
+  abstract get size(): number
 }
 
 /**
