@@ -11,6 +11,9 @@ type Headers = StoredReply['headers']
 /** Name, value, name, value. */
 type FlatHeaders = readonly (string | string[])[]
 
+/** What comes behind the last one, in the fingerprint that stores are given, is the same for all requests to a route. */
+const SEPARATOR = '~'
+
 const NONE: FlatHeaders = []
 const NO_HEADERS: Headers = []
 
@@ -22,13 +25,16 @@ interface Head {
   /** The status code, or why there is a tombstone. */
   readonly outcome: number | TombstoneReason
   readonly headers: FlatHeaders
+  /** Of the fingerprint: in those of one route, its name. */
+  readonly end: string
 }
 
 /** A finished operation in the memory of this process. Its record is nobody else's: it is copied in and out. */
 export class MemoryEntry extends Node {
   /** Monotonic milliseconds; infinite for ever. */
   readonly expires: number
-  readonly fingerprint: string
+  /** Of the fingerprint. */
+  readonly #start: string
   readonly #createdAt: number
   readonly #head: Head
   /** Text is kept as a string of its bytes, which takes less memory and collects faster than a buffer. */
@@ -37,20 +43,25 @@ export class MemoryEntry extends Node {
   constructor(key: string, record: StoredRecord, expires: number) {
     super(key)
     this.expires = Math.floor(expires)
-    this.fingerprint = compact(record.fingerprint)
+    const end = record.fingerprint.lastIndexOf(SEPARATOR) + 1
+    this.#start = compact(record.fingerprint.slice(0, end))
     this.#createdAt = record.createdAt - EPOCH
     if (record.kind === 'tombstone') {
-      this.#head = headOf(record.reason, NO_HEADERS)
+      this.#head = headOf(record.reason, NO_HEADERS, record.fingerprint.slice(end))
       this.#body = ''
     } else {
-      this.#head = headOf(record.statusCode, record.headers)
+      this.#head = headOf(record.statusCode, record.headers, record.fingerprint.slice(end))
       this.#body = record.text ? record.body.toString('latin1') : Buffer.from(record.body)
     }
   }
 
+  get fingerprint(): string {
+    return this.#start + this.#head.end
+  }
+
   get size(): number {
-    const { headers } = this.#head
-    let size = ENTRY_OVERHEAD + this.key.length + this.fingerprint.length + this.#body.length
+    const { headers, end } = this.#head
+    let size = ENTRY_OVERHEAD + this.key.length + this.#start.length + end.length + this.#body.length
     for (let at = 0; at < headers.length; at++) size += headers[at]?.length ?? 0
     return size + (headers.length / 2) * HEADER_OVERHEAD
   }
@@ -86,13 +97,13 @@ export class MemoryEntry extends Node {
   }
 }
 
-let last: Head = { outcome: 0, headers: NONE }
+let last: Head = { outcome: 0, headers: NONE, end: '' }
 
-/** Replies one after the other mostly have the same status and headers. */
-function headOf(outcome: number | TombstoneReason, headers: Headers): Head {
+/** Replies one after the other are mostly of the same route, and have the same status and headers. */
+function headOf(outcome: number | TombstoneReason, headers: Headers, end: string): Head {
   const isSame = headers.length * 2 === last.headers.length && headers.every(isLike)
-  if (isSame && outcome === last.outcome) return last
-  last = { outcome, headers: isSame ? last.headers : flatten(headers) }
+  if (isSame && outcome === last.outcome && end === last.end) return last
+  last = { outcome, headers: isSame ? last.headers : flatten(headers), end: compact(end) }
   return last
 }
 
