@@ -11,8 +11,12 @@ const queued = new WeakMap<object, Set<Exchange>>()
 /** From now on it is noticed when the client leaves. */
 export function watchClient(exchange: Exchange): void {
   const { raw } = exchange.reply
-  // Less than what it takes to find the exchange by its response.
-  raw.on('close', () => onClose(exchange, raw))
+  // Who keeps the response, as the result of an `inject` does, is not to keep the request with its body.
+  let watched: Exchange | null = exchange
+  raw.on('close', () => {
+    if (watched !== null) onClose(watched, raw)
+    watched = null
+  })
   // A response that waits behind another on its connection is not told when the connection ends.
   if (raw.socket === null) watchConnection(exchange)
 }
