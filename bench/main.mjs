@@ -26,37 +26,26 @@ const command = ['npm run bench', ...(process.argv.length > 2 ? ['--', ...proces
 
 /** Those who take part, path by path; neighbours are compared most often. */
 const all = subjects.map(({ name }) => name)
-const main = ['bare', 'floor-memory', 'memory', 'cached', 'floor-redis', 'redis', 'node-idempotency-redis']
+const pairs = ['floor-memory', 'memory', 'floor-redis', 'redis']
+const unpipelined = ['floor-redis-unpipelined', 'redis-unpipelined']
 const plan = [
-  ['uncovered small', ['bare', 'memory', 'redis']],
-  [
-    'no-key small',
-    ['bare', 'floor-memory', 'memory', 'node-idempotency-memory', 'floor-redis', 'redis', 'powertools-redis']
-  ],
+  ['uncovered small', ['bare', 'memory']],
+  ['no-key small', ['bare', 'memory']],
   ['first small', all],
   ['replay small', all],
-  ['conflict small', all],
+  ['conflict small', [...pairs, 'node-idempotency-memory', 'node-idempotency-redis']],
   ...(quick
     ? []
-    : ['reply-10k', 'reply-256k', 'request-10k', 'request-256k'].flatMap((size) => [
-        [`first ${size}`, main],
-        [`replay ${size}`, main]
-      ]))
-]
-const overHttp = [
-  'bare',
-  'floor-memory',
-  'memory',
-  'floor-redis',
-  'redis',
-  'floor-redis-unpipelined',
-  'redis-unpipelined',
-  'node-idempotency-redis'
+    : ['replay reply-10k', 'replay reply-256k', 'first request-10k', 'first request-256k'].map((key) => [key, pairs]))
 ]
 /** How many processes of each subject take turns. */
-const PROCESSES = 3
+const PROCESSES = 2
 /** Requests in flight: a quiet hour, an ordinary one, and a rush. */
-const IN_FLIGHT = [1, 16, 256]
+const overHttp = [
+  [1, pairs],
+  [16, ['bare', ...pairs, ...unpipelined]],
+  [256, pairs]
+]
 
 const servers = await startServers()
 try {
@@ -111,25 +100,21 @@ async function ratios(machine) {
 
   const results = { paths: new Map(), http: new Map(), counts: new Map(), records: new Map(), waiting: new Map() }
   const scale = quick ? 0.5 : 1
-  const rounds = (key) => {
-    if (options.rounds !== undefined) return Number(options.rounds)
-    if (quick) return 8
-    return key.endsWith('small') ? 50 : 24
-  }
+  const rounds = () => Number(options.rounds ?? (quick ? 6 : 16))
   for (const [key, names] of plan) {
     if (!wanted(key)) continue
     log(key)
     const [path, size] = key.split(' ')
-    const samples = await inProcesses(names, rounds(key), (contestants, rounds) =>
+    const samples = await inProcesses(names, rounds(), (contestants, rounds) =>
       measurePath(contestants, servers, { path, size, rounds, scale })
     )
     results.paths.set(key, samples)
   }
   for (const path of ['first', 'replay']) {
     if (!wanted(`http-${path}`)) continue
-    for (const inFlight of IN_FLIGHT) {
+    for (const [inFlight, names] of overHttp) {
       log(`${path}, HTTP, ${inFlight} in flight`)
-      const samples = await inProcesses(overHttp, rounds('http'), (contestants, rounds) =>
+      const samples = await inProcesses(names, rounds(), (contestants, rounds) =>
         measureHttp(contestants, servers, { path, size: 'small', inFlight, rounds, scale })
       )
       results.http.set(`${path} ${inFlight}`, samples)
@@ -143,9 +128,9 @@ async function ratios(machine) {
           [5_000, 1]
         ]
       : [
-          [1, 40],
-          [100, 20],
-          [5_000, 5]
+          [1, 20],
+          [100, 10],
+          [5_000, 3]
         ]) {
       for (const name of ['memory', 'redis', 'cached', 'postgres']) {
         log(`${waiters} waiters, ${name}`)

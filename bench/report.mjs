@@ -10,7 +10,7 @@ export function report(results, { machine, command, minutes }) {
 
 ${new Date().toISOString().slice(0, 10)}; ${machine}. ${minutes} minutes. Run it again: \`${command}\`.
 
-Each subject runs in processes of its own, three in turn; in each round every subject does one short window of equally many requests,
+Each subject runs in processes of its own, two in turn; in each round every subject does one short window of equally many requests,
 and what is compared are the windows of one round. A cell is the median of the rounds' ratios, with the quartiles behind
 it: where they are far apart, the machine had other things to do. A round does not count in which either of the two took
 more than 1.5 times what it mostly takes. *Quiet windows* is the CPU ÷ by hand of each one's
@@ -58,17 +58,19 @@ function httpTables(runs) {
   const sections = []
   for (const [key, samples] of runs) {
     const [path, inFlight] = key.split(' ')
+    const perBare = samples.has('bare')
     const rows = [...samples.keys()].map((name) => {
       const floor = floorOf(name)
       const cells = ['cpu', 'wall', 'p50', 'p99'].map((what) => {
         if (floor === null) return '–'
         return name === floor ? '1' : cell(ratio(samples, name, floor, what))
       })
-      return [subjectNamed(name).title, name === 'bare' ? '1' : cell(ratio(samples, name, 'bare', 'cpu')), ...cells]
+      const ofBare = name === 'bare' ? '1' : cell(ratio(samples, name, 'bare', 'cpu'))
+      return [subjectNamed(name).title, ...(perBare ? [ofBare] : []), ...cells]
     })
     const head = [
       '',
-      'CPU ÷ bare',
+      ...(perBare ? ['CPU ÷ bare'] : []),
       ...['CPU', 'time', 'median latency', 'p99 latency'].map((what) => `${what} ÷ by hand`)
     ]
     sections.push(`### ${paths[path].title}, ${inFlight} in flight\n\n${table(head, rows)}`)

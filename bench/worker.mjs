@@ -17,7 +17,7 @@ const env = JSON.parse(environment)
 const IN_FLIGHT = 64
 
 /** Milliseconds of CPU: a slow subject must not spend the run on warming up. */
-const LONGEST_WARM_UP = 4_000
+const LONGEST_WARM_UP = 2_000
 
 let route
 let subject
@@ -118,7 +118,7 @@ const tasks = {
     way = await paths[path].start({ body: bodyOf(size), subject, route, subjectName })
     const before = process.cpuUsage()
     const spent = () => process.cpuUsage(before).user / 1_000
-    for (let left = warm ?? windowOf(size) * 20; left > 0 && spent() < LONGEST_WARM_UP; left -= IN_FLIGHT) {
+    for (let left = warm ?? windowOf(size) * 10; left > 0 && spent() < LONGEST_WARM_UP; left -= IN_FLIGHT) {
       await run(Math.min(left, IN_FLIGHT))
     }
   },
