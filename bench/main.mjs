@@ -100,12 +100,12 @@ async function ratios(machine) {
 
   const results = { paths: new Map(), http: new Map(), counts: new Map(), records: new Map(), waiting: new Map() }
   const scale = quick ? 0.5 : 1
-  const rounds = () => Number(options.rounds ?? (quick ? 6 : 16))
+  const rounds = Number(options.rounds ?? (quick ? 6 : 16))
   for (const [key, names] of plan) {
     if (!wanted(key)) continue
     log(key)
     const [path, size] = key.split(' ')
-    const samples = await inProcesses(names, rounds(), (contestants, rounds) =>
+    const samples = await inProcesses(names, rounds, (contestants, rounds) =>
       measurePath(contestants, servers, { path, size, rounds, scale })
     )
     results.paths.set(key, samples)
@@ -114,7 +114,7 @@ async function ratios(machine) {
     if (!wanted(`http-${path}`)) continue
     for (const [inFlight, names] of overHttp) {
       log(`${path}, HTTP, ${inFlight} in flight`)
-      const samples = await inProcesses(names, rounds(), (contestants, rounds) =>
+      const samples = await inProcesses(names, rounds, (contestants, rounds) =>
         measureHttp(contestants, servers, { path, size: 'small', inFlight, rounds, scale })
       )
       results.http.set(`${path} ${inFlight}`, samples)

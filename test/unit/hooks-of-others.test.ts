@@ -19,6 +19,7 @@ async function serve(t: Test, { before = () => {}, route = {} }: Setup) {
   const app = await build(t)
   await before(app)
   const seen = { isWatched: false, written: [] as unknown[] }
+  // Behind the plugin's first hook, and before the body is read.
   app.addHook('preParsing', async (request, reply) => {
     seen.isWatched = Object.getOwnPropertyDescriptor(request, 'body')?.get !== undefined
     const { raw } = reply
@@ -28,7 +29,6 @@ async function serve(t: Test, { before = () => {}, route = {} }: Setup) {
       return Reflect.apply(end, raw, args)
     }
   })
-  // Behind the plugin's: the last hook before the body is read sees what the plugin has made of the request.
   app.post('/', { config: { idempotency: true }, ...route }, async () => REPLY)
   const send = () =>
     inject(app, { method: 'POST', url: '/', headers: { 'idempotency-key': 'k' }, payload: { amount: 1 } })

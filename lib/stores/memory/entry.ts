@@ -27,6 +27,8 @@ interface Head {
   readonly headers: FlatHeaders
   /** Of the fingerprint: in those of one route, its name. */
   readonly end: string
+  /** Bytes of the headers and the end, roughly. */
+  readonly size: number
 }
 
 /** A finished operation in the memory of this process. Its record is nobody else's: it is copied in and out. */
@@ -60,10 +62,7 @@ export class MemoryEntry extends Node {
   }
 
   get size(): number {
-    const { headers, end } = this.#head
-    let size = ENTRY_OVERHEAD + this.key.length + this.#start.length + end.length + this.#body.length
-    for (let at = 0; at < headers.length; at++) size += headers[at]?.length ?? 0
-    return size + (headers.length / 2) * HEADER_OVERHEAD
+    return ENTRY_OVERHEAD + this.key.length + this.#start.length + this.#body.length + this.#head.size
   }
 
   /** What a store says of it at this time. */
@@ -97,13 +96,14 @@ export class MemoryEntry extends Node {
   }
 }
 
-let last: Head = { outcome: 0, headers: NONE, end: '' }
+let last: Head = { outcome: 0, headers: NONE, end: '', size: 0 }
 
 /** Replies one after the other are mostly of the same route, and have the same status and headers. */
 function headOf(outcome: number | TombstoneReason, headers: Headers, end: string): Head {
   const isSame = headers.length * 2 === last.headers.length && headers.every(isLike)
   if (isSame && outcome === last.outcome && end === last.end) return last
-  last = { outcome, headers: isSame ? last.headers : flatten(headers), end: compact(end) }
+  const size = sizeOfHeaders(headers) + end.length
+  last = { outcome, headers: isSame ? last.headers : flatten(headers), end: compact(end), size }
   return last
 }
 
@@ -132,9 +132,12 @@ function compact(text: string): string {
 
 /** Bytes, roughly. */
 export function sizeOf(key: string, record: StoredRecord): number {
-  let size = ENTRY_OVERHEAD + key.length + record.fingerprint.length
-  if (record.kind === 'tombstone') return size
-  size += record.body.length
-  for (const [name, value] of record.headers) size += name.length + value.length + HEADER_OVERHEAD
+  const size = ENTRY_OVERHEAD + key.length + record.fingerprint.length
+  return record.kind === 'tombstone' ? size : size + record.body.length + sizeOfHeaders(record.headers)
+}
+
+function sizeOfHeaders(headers: Headers): number {
+  let size = 0
+  for (const [name, value] of headers) size += name.length + value.length + HEADER_OVERHEAD
   return size
 }
