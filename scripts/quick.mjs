@@ -8,7 +8,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 const root = fileURLToPath(new URL('..', import.meta.url))
-const SERVERS = /support\/(?:redis|postgres|browser|fleet|bad-network|process)\b/
+const SERVERS = /support\/(?:every-store|redis|postgres|browser|fleet|bad-network|process)\b/
 /** Thousands of inputs or waiters, packages that are installed, and the conformance kit on over a hundred stores; deaths at each call. */
 const LONG =
   /hostile-input|plugin-model|value-hash-size|testkit|layouts|client-types|transaction|migrating-deaths|examples?\.test|waiting|docs\.test|docs\/clients|same-request/
