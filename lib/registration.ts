@@ -7,6 +7,7 @@ import { type Globals, inherited, type Policy, type RegistrationOptions } from '
 import { warnOfSiblings } from './stores/memory/siblings.js'
 import { waitAtMost } from './util/timeout.js'
 import { LONGEST_DELAY } from './util/timer.js'
+import { TransientSet } from './util/transient.js'
 
 /* One `app.register(idempotency)`, and how it closes: what runs is waited for, for one lease at most. */
 
@@ -34,9 +35,9 @@ export function globalsOf(instance: FastifyInstance): Globals | undefined {
 export class Registration implements Host {
   readonly options: RegistrationOptions
   /** The requests that hold a claim, wait for one, or still have a reply to store. */
-  readonly operations = new Set<Ongoing>()
+  readonly operations = new TransientSet<Ongoing>()
   /** The streamed replies whose sources are open. */
-  readonly streams = new Set<Unfinished>()
+  readonly streams = new TransientSet<Unfinished>()
   /** Nothing is waited for any more, and nothing is repeated. */
   closed = false
   #closing = false
@@ -91,7 +92,7 @@ export class Registration implements Host {
   /** The server stops taking requests: whoever waits gets an answer, so that the server can close at all. */
   startClosing(): void {
     this.#closing = true
-    for (const operation of this.operations) operation.stopWaiting()
+    for (const operation of this.operations.items()) operation.stopWaiting()
   }
 
   /**
@@ -101,9 +102,9 @@ export class Registration implements Host {
   async close(): Promise<void> {
     this.startClosing()
     await waitAtMost(Math.min(this.#longestLease, LONGEST_DELAY), this.#drained())
-    await Promise.all([...this.streams].map((stream) => stream.giveUp()))
+    await Promise.all(this.streams.items().map((stream) => stream.giveUp()))
     this.closed = true
-    for (const operation of this.operations) operation.abandon()
+    for (const operation of this.operations.items()) operation.abandon()
     const closed = await Promise.allSettled([...this.#stores.values()].map((store) => store.leave()))
     for (const result of closed) if (result.status === 'rejected') throw result.reason
   }

@@ -1,6 +1,7 @@
 import { finished, Readable } from 'node:stream'
 import type { TombstoneReason } from '../../types/index.js'
 import { Timer } from '../util/timer.js'
+import type { Transient, TransientSet } from '../util/transient.js'
 import { stopSource } from './payload.js'
 
 /*
@@ -17,7 +18,7 @@ export interface StreamFate {
 }
 
 /** Something that has a source open. */
-export interface Unfinished {
+export interface Unfinished extends Transient {
   /** Nobody waits for the rest. Resolves when that is stored. */
   giveUp(): Promise<void>
 }
@@ -32,7 +33,7 @@ export interface CaptureOptions {
   /** Milliseconds after which a client that takes nothing does not read; and for which is read what nobody reads. */
   readonly lease: number
   /** Where the stream is to be found for as long as its source is open. */
-  readonly open: Set<Unfinished>
+  readonly open: TransientSet<Unfinished>
 }
 
 /**
@@ -43,6 +44,8 @@ export interface CaptureOptions {
  * more: the source is read to its end, for the copy, for another lease and up to the limit. What is longer is given up.
  */
 export class CapturedStream extends Readable implements Unfinished {
+  previous: Unfinished['previous'] = null
+  next: Unfinished['next'] = null
   readonly #source: Readable
   readonly #fate: StreamFate
   readonly #limit: number
@@ -50,7 +53,7 @@ export class CapturedStream extends Readable implements Unfinished {
   readonly #keeps: boolean
   readonly #lease: number
   #patience: Timer<CapturedStream> | null = null
-  readonly #open: Set<Unfinished>
+  readonly #open: TransientSet<Unfinished>
   /** `null` without a copy: there is to be none, it would be too large, or is handed over. */
   #chunks: Buffer[] | null
   #length = 0
@@ -77,7 +80,8 @@ export class CapturedStream extends Readable implements Unfinished {
     this.#keeps = keeps
     this.#chunks = keeps ? [] : null
     this.#lease = lease
-    this.#open = open.add(this)
+    this.#open = open
+    open.add(this)
     // Whoever does not listen, as a hook that sends something else, must not end the process by that.
     this.on('error', () => {})
     source.on('data', this.#take)

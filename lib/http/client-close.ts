@@ -1,12 +1,13 @@
 import type { ServerResponse } from 'node:http'
 import type { FastifyReply } from 'fastify'
+import { TransientSet } from '../util/transient.js'
 import { endByStatus, storeHijacked } from './end-claim.js'
 import { type Exchange, isFailure } from './exchange.js'
 
 /* A client that leaves: before the handler starts its key is given back, afterwards nothing changes. */
 
 /** The exchanges whose responses wait behind another on their connection, by the connection's socket. */
-const queued = new WeakMap<object, Set<Exchange>>()
+const queued = new WeakMap<object, TransientSet<Exchange>>()
 
 /** From now on it is noticed when the client leaves. */
 export function watchClient(exchange: Exchange): void {
@@ -25,7 +26,7 @@ function watchConnection(exchange: Exchange): void {
   const { socket } = exchange.reply.request
   let exchanges = queued.get(socket)
   if (exchanges === undefined) {
-    exchanges = new Set()
+    exchanges = new TransientSet()
     queued.set(socket, exchanges)
     socket.once('close', onConnectionClose)
   }
@@ -33,7 +34,7 @@ function watchConnection(exchange: Exchange): void {
 }
 
 function onConnectionClose(this: object): void {
-  for (const exchange of queued.get(this) ?? []) onClose(exchange, exchange.reply.raw)
+  for (const exchange of queued.get(this)?.items() ?? []) onClose(exchange, exchange.reply.raw)
 }
 
 /** A response's 'close', in whatever way it ended. */

@@ -2,6 +2,7 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { StoredReply } from '../../types/index.js'
 import type { Refusal } from '../errors.js'
 import type { Operation } from '../operation/operation.js'
+import type { Transient } from '../util/transient.js'
 import type { CapturedStream } from './captured-stream.js'
 import type { Headers } from './headers.js'
 
@@ -109,7 +110,9 @@ const STORING: Storing = { is: 'storing' }
 const SENT: Sent = { is: 'sent', stream: null }
 
 /** One request and its reply, on the way of one operation. All that changes on that way changes here. */
-export class Exchange {
+export class Exchange implements Transient {
+  previous: Transient | null = null
+  next: Transient | null = null
   readonly operation: Operation
   readonly request: FastifyRequest
   #reply: FastifyReply

@@ -1,6 +1,7 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { Policy } from '../options.js'
 import type { MaybePromise } from '../util/sync-promise.js'
+import type { TransientSet } from '../util/transient.js'
 import type { Unfinished } from './captured-stream.js'
 import { endByStatus, storeThenSend } from './end-claim.js'
 import type { Exchange, Running } from './exchange.js'
@@ -20,7 +21,7 @@ export function storeReply(
   running: Running,
   payload: Payload,
   policy: Policy,
-  open: Set<Unfinished>
+  open: TransientSet<Unfinished>
 ): MaybePromise<Payload> {
   const { operation, reply, request } = exchange
   const { storedFingerprint: fingerprint } = operation

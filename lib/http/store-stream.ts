@@ -1,5 +1,6 @@
 import type { TombstoneReason } from '../../types/index.js'
 import type { MaybePromise } from '../util/sync-promise.js'
+import type { TransientSet } from '../util/transient.js'
 import { CapturedStream, type CaptureOptions, type StreamFate, type Unfinished } from './captured-stream.js'
 import { giveBack, sendAfter } from './end-claim.js'
 import { type Exchange, isFailure, type Running } from './exchange.js'
@@ -21,7 +22,7 @@ export function storeStream(
   running: Running,
   payload: Payload,
   final: boolean,
-  open: Set<Unfinished>
+  open: TransientSet<Unfinished>
 ): MaybePromise<Payload> {
   const { operation, reply, isLate } = exchange
   const { policy, storedFingerprint: fingerprint } = operation

@@ -67,6 +67,8 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   attempt = 0
   replayed = false
   phase: Phase = 'asking'
+  previous: Ongoing['previous'] = null
+  next: Ongoing['next'] = null
   /** The handler asked that its reply be not stored. */
   discarded = false
   /** How long its reply is to be kept; `null` for ever. */

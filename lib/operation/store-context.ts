@@ -1,5 +1,6 @@
 import type { Acquisition, IdempotencyStore } from '../../types/index.js'
 import { clock } from '../util/clock.js'
+import { TransientMap } from '../util/transient.js'
 import type { HeldClaim } from './held-claim.js'
 import { StoreHealth } from './store-health.js'
 import { WaitingRoom } from './waiting.js'
@@ -35,9 +36,9 @@ const inUse = new Set<StoreContext>()
 export class StoreContext {
   readonly store: IdempotencyStore
   /** The claims that this process holds, by storage key. */
-  readonly live = new Map<string, HeldClaim>()
+  readonly live = new TransientMap<string, HeldClaim>()
   /** What is being asked about keys that are wanted in a transaction: the answer, `null` when it was the key itself. */
-  readonly asking = new Map<string, Promise<Acquisition | null>>()
+  readonly asking = new TransientMap<string, Promise<Acquisition | null>>()
   readonly waiting: WaitingRoom
   /** How many of its keys this process has claimed for requests that have not been read yet. */
   reservations = 0

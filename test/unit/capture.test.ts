@@ -11,6 +11,7 @@ import {
 import { snapshot } from '../../lib/http/headers.js'
 import { asStream, isBuffered, isResponse, type Payload } from '../../lib/http/payload.js'
 import { headersSince, replyRecord } from '../../lib/http/reply-record.js'
+import { TransientSet } from '../../lib/util/transient.js'
 import { type Latch, latch, until } from '../support/latch.js'
 import { VirtualTime } from '../support/virtual-time.js'
 
@@ -225,7 +226,7 @@ async function settle(): Promise<void> {
   for (let turn = 0; turn < 10; turn++) await new Promise((resolve) => setImmediate(resolve))
 }
 
-const OPTIONS = { limit: 1_000, expected: undefined, keeps: true, lease: 60_000, open: new Set<Unfinished>() }
+const OPTIONS = { limit: 1_000, expected: undefined, keeps: true, lease: 60_000, open: new TransientSet<Unfinished>() }
 
 /** Notes how a stream ended, and holds its storing until the test lets go. */
 class Fate implements StreamFate {
@@ -746,7 +747,7 @@ timed('what a client does not take is not read for it before one lease has passe
 
 timed('a source that is read for a client which takes nothing has one more lease', async (t) => {
   const source = new PassThrough()
-  const open = new Set<Unfinished>()
+  const open = new TransientSet<Unfinished>()
   const { fate, client } = capture(source, { limit: 1_000_000, open })
   source.write(Buffer.alloc(100_000))
   await time.pass(2 * LEASE - 1)
@@ -863,11 +864,11 @@ t.test('a stream is known as open until its source has ended, failed or is given
     (_source, stream) => stream.giveUp()
   ]
   for (const end of ends) {
-    const open = new Set<Unfinished>()
+    const open = new TransientSet<Unfinished>()
     const source = new PassThrough()
     const { fate, stream } = read(source, { open })
     fate.stored.open()
-    t.strictSame([...open], [stream])
+    t.strictSame(open.items(), [stream])
     await end(source, stream)
     await until(() => source.destroyed && open.size === 0)
     t.equal(fate.calls.length, 1)

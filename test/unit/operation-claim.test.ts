@@ -99,7 +99,7 @@ onBoth(t, 'an abandoned claim of the same request is taken over', async (t, s) =
     t.match(s.store.calls('acquire')[1], [KEY, { fingerprint: OURS, retainMs: 60_000 }])
     t.strictSame(a.events, ['acquired', 'takeover'])
     t.equal(a.operation.attempt, 2)
-    s.inUse.live.clear()
+    s.inUse.live.delete(KEY)
   }
 })
 

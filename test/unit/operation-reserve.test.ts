@@ -66,7 +66,7 @@ onBoth(t, 'a reservation that has lapsed costs nobody who came between anything'
     t.match(await verdictOf(a), verdict)
     t.equal(s.inUse.reservations, 0)
     t.equal(s.store.calls('release').length, 0)
-    s.inUse.live.clear()
+    s.inUse.live.delete(KEY)
   }
 })
 
@@ -188,7 +188,7 @@ onBoth(t, 'a store without room for a reservation may have it for the claim', as
     t.equal(await a.operation.reserve(), 'later')
     t.equal(await verdictOf(a), 'run')
     t.equal(a.operation.phase, 'held')
-    s.inUse.live.clear()
+    s.inUse.live.delete(KEY)
     s.store.answers.acquire = [failing(full)]
     const b = s.actor({ policy: { bypasses } })
     t.equal(await b.operation.reserve(), 'later')
