@@ -11,8 +11,8 @@ import { withTimeout } from '../util/timeout.js'
 const PROBE_MS = 100
 /** So many keys in a row have to fail by errors, without a success between: one key alone may be damaged, or locked. */
 const DIFFERENT_KEYS = 3
-/** What Node says where there is nobody to talk to. */
-const NO_CONNECTION = /^(?:ECONN|EHOST|ENET|EPIPE|ETIMEDOUT|ENOTFOUND|EAI_)/
+/** What Node says where there is nobody to talk to: not of a connection that breaks, which others may outlive. */
+const NO_CONNECTION = /^(?:ECONNREFUSED|EHOST|ENET|ETIMEDOUT|ENOTFOUND|EAI_)/
 
 /** May a request ask the store, and how long does it wait for the answer? */
 export interface Permit {
@@ -25,19 +25,23 @@ const UNLIMITED: Permit = { patience: Number.POSITIVE_INFINITY }
  * Whether a store is known to be down, as its answers to this process tell: while it is, requests need not wait for it.
  *
  * It is down when a call has had no answer within its limit, or no connection, while no other call had one; or when calls
- * for several keys have failed one after the other. It is up again with the first answer, to whomever. So the failure of
- * one key closes the store to nobody: with others at work it stands against their answers, and without them the next
- * request is the probe. An answer that makes no sense, and that there is no room, are answers.
+ * for several keys have failed one after the other. Calls that were under way together have failed together: a connection
+ * that breaks ends all that go by it, and a store may have several, to several servers. It is up again with the first
+ * answer, to whomever. So the failure of one key closes the store to nobody: with others at work it stands against their
+ * answers, and without them the next request is the probe. An answer that makes no sense, and that there is no room, are
+ * answers.
  */
 export class StoreHealth {
   #isDown = false
   #downSince = 0
   /** The last of the errors that have come since there was an answer, of which the first is logged. */
   #error: unknown = null
-  /** The keys that have failed since the last success. */
+  /** The keys that have failed one after the other since the last success. */
   readonly #failed = new Set<string>()
   /** How many answers there were, so that a call can tell whether there was one while it waited. */
   #answers = 0
+  /** How many failures have counted, for the same. */
+  #failures = 0
   #probe: { readonly patience: number; readonly until: number } | null = null
   /** Where that was. */
   #log: FastifyBaseLogger | null = null
@@ -68,13 +72,17 @@ export class StoreHealth {
    * goes on being waited for when its request does not wait any more.
    */
   ask<T>(key: string, ms: number, call: () => Promise<T>, permit = UNLIMITED): Promise<T> {
-    const before = this.#answers
+    const answers = this.#answers
+    const failures = this.#failures
     const answer = withTimeout(ms, call, {
       answered: () => {
         this.#answers++
         this.answered()
       },
-      failed: (error) => this.#fail(key, error, before, permit)
+      failed: (error) => {
+        if (this.#probe === permit) this.#probe = null
+        if (!isNoOutage(error) && answers === this.#answers) this.#fail(key, error, failures)
+      }
     })
     if (isResolved(answer)) this.answered()
     if (permit.patience >= ms) return answer
@@ -106,15 +114,18 @@ export class StoreHealth {
     log.error({ ...bindings, err: error }, 'idempotency store failed')
   }
 
-  #fail(key: string, error: unknown, before: number, permit: Permit): void {
-    if (this.#probe === permit) this.#probe = null
-    if (isNoOutage(error) || before !== this.#answers) return
+  /** @param before How many failures had counted when the call began. */
+  #fail(key: string, error: unknown, before: number): void {
     this.#error = error ?? new Error('The idempotency store has failed')
-    if (this.#isDown) return
-    this.#failed.add(key)
-    if (!isSilence(error) && this.#failed.size < DIFFERENT_KEYS) return
+    if (this.#isDown || !(isSilence(error) || this.#isLastOfSeveral(key, before))) return
     this.#isDown = true
     this.#downSince = clock.now()
+  }
+
+  #isLastOfSeveral(key: string, before: number): boolean {
+    if (before !== this.#failures || this.#failed.has(key)) return false
+    this.#failures++
+    return this.#failed.add(key).size === DIFFERENT_KEYS
   }
 }
 

@@ -8,6 +8,7 @@ import { VirtualTime } from '../support/virtual-time.js'
 const LIMIT = 2_003
 const away = new Error('away')
 const refused = Object.assign(new Error('connect ECONNREFUSED'), { code: 'ECONNREFUSED' })
+const reset = Object.assign(new Error('read ECONNRESET'), { code: 'ECONNRESET' })
 const full = Object.assign(new Error('full'), { code: 'FST_IDEMPOTENCY_STORE_FULL' })
 const never = () => new Promise<never>(() => {})
 
@@ -81,6 +82,55 @@ t.test('three keys that fail one after the other are a store that is down', asyn
   await fail('d')
   t.equal(health.isDown, false, 'not with an answer between')
   await fail('e')
+  t.equal(health.isDown, true)
+})
+
+t.test('calls that were under way together have failed together: of them one counts', async (t) => {
+  for (const error of [away, reset, Object.assign(new Error('write EPIPE'), { code: 'EPIPE' })]) {
+    const { health, ask } = patient(t)
+    const broken = latch<never>()
+    const asked = ['a', 'b', 'c', 'd', 'e'].map((key) => ask(key, () => broken.promise))
+    const other = latch<boolean>()
+    const elsewhere = ask('elsewhere', () => other.promise)
+    broken.fail(error)
+    await Promise.all(asked)
+    t.equal(health.isDown, false)
+    t.not(health.admit(), null, 'nobody is refused')
+    other.open(true)
+    t.equal(await elsewhere, true)
+  }
+})
+
+t.test('calls that fail one after the other count, whatever the number of those that fail with each', async (t) => {
+  const { health, ask } = patient(t)
+  for (const [round, isDown] of [false, false, true].entries()) {
+    const broken = latch<never>()
+    const asked = ['a', 'b', 'c'].map((key) => ask(`${key}${round}`, () => broken.promise))
+    broken.fail(reset)
+    await Promise.all(asked)
+    t.equal(health.isDown, isDown)
+  }
+})
+
+t.test('a key that fails again and again does not hide that others do', async (t) => {
+  const { health, fail, ask } = patient(t)
+  await fail('damaged')
+  for (const [key, isDown] of Object.entries({ a: false, b: true })) {
+    const broken = latch<never>()
+    const asked = ask(key, () => broken.promise)
+    await fail('damaged')
+    broken.fail(away)
+    await asked
+    t.equal(health.isDown, isDown)
+  }
+})
+
+t.test('a call that has had no answer for as long as it may is silence, whoever has failed meanwhile', async (t) => {
+  const { time, health, ask, fail } = patient(t)
+  const silent = ask('silent', never)
+  await fail('a')
+  await time.pass(LIMIT)
+  t.type(await silent, StoreTimeout)
   t.equal(health.isDown, true)
 })
 
