@@ -44,8 +44,8 @@ export interface CaptureOptions {
  * more: the source is read to its end, for the copy, for another lease and up to the limit. What is longer is given up.
  */
 export class CapturedStream extends Readable implements Unfinished {
-  previous: Unfinished['previous'] = null
-  next: Unfinished['next'] = null
+  previous: Transient | null = null
+  next: Transient | null = null
   readonly #source: Readable
   readonly #fate: StreamFate
   readonly #limit: number

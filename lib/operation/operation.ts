@@ -4,6 +4,7 @@ import { isFull, UnreadableAnswer } from '../errors.js'
 import type { Policy } from '../options.js'
 import { clock } from '../util/clock.js'
 import type { MaybePromise } from '../util/sync-promise.js'
+import type { Transient } from '../util/transient.js'
 import { Claiming, type Found, StoreFailure } from './claiming.js'
 import { decide } from './decide.js'
 import { PLAIN } from './hashes.js'
@@ -67,8 +68,8 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
   attempt = 0
   replayed = false
   phase: Phase = 'asking'
-  previous: Ongoing['previous'] = null
-  next: Ongoing['next'] = null
+  previous: Transient | null = null
+  next: Transient | null = null
   /** The handler asked that its reply be not stored. */
   discarded = false
   /** How long its reply is to be kept; `null` for ever. */
