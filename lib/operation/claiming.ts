@@ -35,7 +35,15 @@ async function pause(n: number): Promise<boolean> {
 export type Found = Placed<Acquisition | TransactionAcquisition>
 
 /** The store failed while a key was asked for. */
-export class StoreFailure extends Error {}
+export class StoreFailure extends Error {
+  /** Had another request of this process the key when it was asked for? */
+  readonly isTaken: boolean
+
+  constructor(cause: unknown, isTaken = false) {
+    super('The key could not be asked for', { cause })
+    this.isTaken = isTaken
+  }
+}
 
 /**
  * Asks the store for the key of one operation: within its limit, under a token of its own, and not at all where this
@@ -77,7 +85,7 @@ export class Claiming {
     }
     if (this.#transactional.isLost) {
       this.#context.live.delete(this.#key)
-      throw new StoreFailure('The key was lost again')
+      throw new StoreFailure(new Error('The connection of the transaction was lost'))
     }
     return this.#transactional
   }
@@ -218,7 +226,7 @@ export class Claiming {
       stored = await withTimeout(Math.min(policy.storeTimeout, permit.patience), () => owner.storeAgain(record))
     } catch (error) {
       tellFailure(this.#claimant, this.#context.health, error)
-      if (!policy.bypasses) throw new StoreFailure('The key could not be asked for', { cause: error })
+      if (!policy.bypasses) throw new StoreFailure(error)
       // Rather than to run once more.
       stored = true
     }
@@ -238,8 +246,10 @@ export class Claiming {
   /** The store has failed, or is known to be down. */
   async #goWithout(owner: HeldClaim | undefined, error: unknown): Promise<Found> {
     tellFailure(this.#claimant, this.#context.health, error)
-    if (owner !== undefined) return owner.asFound()
-    throw new StoreFailure('The key could not be asked for', { cause: error })
+    const known = owner?.asKnown() ?? null
+    this.isRemembered = known !== null
+    if (known === null) throw new StoreFailure(error, owner !== undefined)
+    return known
   }
 
   #acquire(takeover: boolean): Promise<Found> {

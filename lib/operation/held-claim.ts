@@ -62,4 +62,6 @@ export interface HeldClaim {
   forget(): void
   /** What another request of this process finds. */
   asFound(): Acquisition
+  /** The same where the store does not answer; `null` when it alone knows, because another may have had the key. */
+  asKnown(): Acquisition | null
 }

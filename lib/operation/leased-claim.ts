@@ -22,6 +22,8 @@ export class LeasedClaim implements HeldClaim, Renewable {
   isReleasing = false
   /** What could not be stored yet. */
   unstored: StoredRecord | null = null
+  /** What it ends with. */
+  #record: StoredRecord | null = null
   readonly #claimant: Claimant
   readonly #context: StoreContext
   /** `null` until there is one: most operations have none. */
@@ -80,6 +82,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
   }
 
   complete(record: StoredRecord): MaybePromise<void> {
+    this.#record = record
     const stored = peek(this.#call(() => this.#complete(record)))
     if (stored instanceof Promise) return this.#completeInBackground(stored, record)
     this.#completed(stored, record)
@@ -131,6 +134,11 @@ export class LeasedClaim implements HeldClaim, Renewable {
 
   asFound(): Acquisition {
     return { state: 'running', fingerprint: this.#claimant.storedFingerprint, leaseMs: this.lease }
+  }
+
+  asKnown(): Acquisition | null {
+    if (!this.isOwner || !this.isLeased) return null
+    return this.#record === null ? this.asFound() : this.asStored(this.#record)
   }
 
   /** The record that could not be stored, as the store would give it. */
@@ -189,6 +197,7 @@ export class LeasedClaim implements HeldClaim, Renewable {
 
   #completed(stored: boolean | null, record: StoredRecord): void {
     this.unstored = null
+    this.#record = null
     if (this.#isOver()) return
     this.#claimant.end()
     if (stored === null) return

@@ -357,7 +357,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     // Never bypass a key that is known to be running, or may have run already. A store that is full is not down.
     const { cause } = error
     const isUnreadable = cause instanceof UnreadableAnswer && !cause.isFree
-    const isTaken = this.#isTaken || this.#context.live.has(this.storageKeys[0]) || isUnreadable
+    const isTaken = error.isTaken || this.#isTaken || this.#context.live.has(this.storageKeys[0]) || isUnreadable
     if (!this.policy.bypasses || isTaken || isFull(cause)) throw unavailable(this.policy, cause)
     this.phase = 'unprotected'
     tell(this, 'bypassed', cause)
@@ -449,7 +449,7 @@ export class Operation implements Claimant, StepOwner, Waiter, Ongoing {
     if (found.state === 'abandoned') {
       const cause = new UnreadableAnswer('The idempotency store refused the takeover of an abandoned key')
       tellFailure(this, this.#context.health, cause)
-      throw new StoreFailure('The key could not be asked for', { cause })
+      throw new StoreFailure(cause)
     }
     return this.#decide(found, true)
   }

@@ -45,7 +45,7 @@ export class TransactionalClaim implements HeldClaim, Renewable {
     return this.#claimant.policy.lease
   }
 
-  /** Its connection was lost before the claim could be held. */
+  /** Its connection was lost: nothing more can be done in it. */
   get isLost(): boolean {
     return this.#transaction.lost.aborted
   }
@@ -57,7 +57,8 @@ export class TransactionalClaim implements HeldClaim, Renewable {
    */
   get isHidden(): boolean {
     const { phase } = this.#claimant
-    return phase !== 'ending' && phase !== 'over' && clock.now() - this.#askedAt < this.lease
+    const isOpen = phase !== 'ending' && phase !== 'over' && !this.isLost
+    return isOpen && clock.now() - this.#askedAt < this.lease
   }
 
   hold(): void {
@@ -127,6 +128,10 @@ export class TransactionalClaim implements HeldClaim, Renewable {
 
   asFound(): Acquisition {
     return { state: 'running', fingerprint: this.#claimant.storedFingerprint, leaseMs: this.lease }
+  }
+
+  asKnown(): Acquisition | null {
+    return this.isHidden ? this.asFound() : null
   }
 
   /** Nobody needs it. */

@@ -294,6 +294,54 @@ onBoth(t, 'a first attempt that arrives late does not count twice', async (t, s)
   t.strictSame(s.store.names.slice(before), ['get'])
 })
 
+/* Who asks meanwhile, and gets no answer */
+
+for (const bypasses of [false, true]) {
+  const runs = bypasses ? ', though the route runs without protection else' : ''
+  const failingScene = async (t: Test) => {
+    const s = scene(t, { shows: false, policy: { bypasses } })
+    const a = await atWork(s)
+    s.store.answers.acquire = [failing(away)]
+    return { s, a }
+  }
+
+  t.test(`while a reply is being stored it is replayed${runs}`, async (t) => {
+    const { s, a } = await failingScene(t)
+    s.store.answers.renew = [failing(away)]
+    const answer = latch<boolean>()
+    s.store.answers.complete = [() => answer.promise]
+    const done = a.operation.complete(RECORD)
+    const retry = s.actor()
+    t.equal(await verdictOf(retry), 'replay')
+    t.equal(retry.operation.reply, RECORD)
+    t.match(await verdictOf(s.actor(), 'another payload'), REUSED)
+    answer.open(true)
+    await done
+  })
+
+  t.test(`while the handler is at work it is said to be, until the lease may be over${runs}`, async (t) => {
+    const { s } = await failingScene(t)
+    s.store.answers.renew = [failing(away)]
+    await s.time.pass(LEASE - 10)
+    t.match(await verdictOf(s.actor()), IN_PROGRESS)
+    await s.time.pass(10)
+    t.match(await verdictOf(s.actor()), UNAVAILABLE)
+  })
+
+  t.test(`while the key is given back nothing is known of it${runs}`, async (t) => {
+    const { s, a } = await failingScene(t)
+    const [asked, answer] = [latch<unknown>(), latch<boolean>()]
+    s.store.answers.acquire = [() => asked.promise]
+    const verdict = verdictOf(s.actor())
+    s.store.answers.release = [() => answer.promise]
+    const done = a.operation.release()
+    asked.fail(away)
+    t.match(await verdict, UNAVAILABLE)
+    answer.open(true)
+    await done
+  })
+}
+
 /* Deleting */
 
 onBoth(t, 'a reply that cannot be stored when its key was deleted before is nobody’s', async (t, s) => {

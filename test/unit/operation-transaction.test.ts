@@ -370,6 +370,38 @@ t.test('who asks while the transaction is being committed asks the database', as
   await done
 })
 
+for (const bypasses of [false, true]) {
+  const runs = bypasses ? ', though the route runs without protection else' : ''
+  t.test(`who asks then, and gets no answer, is not told that it is running: it may be done${runs}`, async (t) => {
+    const s = scene(t, { policy: { ...policy, bypasses } })
+    const a = await atWork(s)
+    const committed = latch<unknown>()
+    a.transaction.committed = () => committed.promise
+    const done = a.operation.complete(RECORD)
+    s.store.answers.begin = [failing(away)]
+    t.match(await verdictOf(s.actor()), UNAVAILABLE)
+    // Nor is who hears of the failure when all is over here.
+    const answer = latch<unknown>()
+    s.store.answers.begin = [() => answer.promise]
+    const verdict = verdictOf(s.actor())
+    await s.time.pass(0)
+    committed.open({ state: 'committed' })
+    await done
+    answer.fail(away)
+    t.match(await verdict, UNAVAILABLE)
+  })
+}
+
+t.test('who asks when the connection was lost asks the database, although the handler is at work', async (t) => {
+  const s = scene(t, { policy })
+  const a = await atWork(s)
+  a.transaction.connection.abort()
+  s.store.answers.begin = [completed()]
+  t.equal(await verdictOf(s.actor()), 'replay')
+  s.store.answers.begin = [failing(away)]
+  t.match(await verdictOf(s.actor()), UNAVAILABLE)
+})
+
 t.test('a key that a transaction of another process holds is only known to be held', async (t) => {
   const s = scene(t, { policy })
   s.store.answers.begin = [running('')]
