@@ -7,13 +7,14 @@ import { fileURLToPath } from 'node:url'
 const here = fileURLToPath(new URL('.', import.meta.url))
 const lock = readFileSync(new URL('package-lock.json', import.meta.url), 'utf8')
 
-/** Is everything there that the lock names, in the version that it names? */
+/** Is everything there that the lock names, in the version that it names? By npm's own note, which it writes last. */
 function isInstalled() {
-  return Object.entries(JSON.parse(lock).packages).every(([path, { version, optional }]) => {
-    const manifest = new URL(`${path}/package.json`, import.meta.url)
-    if (path === '' || optional) return true
-    return existsSync(manifest) && JSON.parse(readFileSync(manifest, 'utf8')).version === version
-  })
+  const note = new URL('node_modules/.package-lock.json', import.meta.url)
+  if (!existsSync(note)) return false
+  const { packages } = JSON.parse(readFileSync(note, 'utf8'))
+  return Object.entries(JSON.parse(lock).packages).every(
+    ([path, { version, optional }]) => path === '' || optional || packages[path]?.version === version
+  )
 }
 
 if (!isInstalled()) {

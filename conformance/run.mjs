@@ -236,8 +236,7 @@ function isInstalled({ install = [] }) {
 
 /** Is a package there, in the version that a text ends with? */
 function isThere([name, spec]) {
-  const file = `node_modules/${name}/package.json`
-  return existsSync(new URL(file, import.meta.url)) && readJson(file).version === /[^@]*$/.exec(spec)[0]
+  return installed()[`node_modules/${name}`]?.version === /[^@]*$/.exec(spec)[0]
 }
 
 function nameIn(spec) {

@@ -109,7 +109,7 @@ if (wanted === undefined) {
   console.error('Name a file of lib/, such as http/key: npm run mutation -- http/key')
   process.exit(1)
 }
-if (!existsSync(join(tools, 'node_modules'))) {
+if (!existsSync(join(tools, 'node_modules', '.package-lock.json'))) {
   const { status } = spawnSync('npm', ['ci', '--no-audit', '--no-fund'], { cwd: tools, stdio: 'inherit' })
   if (status !== 0) process.exit(1)
 }

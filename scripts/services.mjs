@@ -360,10 +360,12 @@ const newerNode = {
   cache: join(root, '.cache', 'node')
 }
 
-/** `better-sqlite3`, where this version of Node can load it. */
+/** `better-sqlite3`, where this version of Node can load it: its first database loads what was compiled. */
 export function findBetterSqlite() {
   try {
-    return createRequire(join(betterSqlite.cache, 'package.json'))('better-sqlite3')
+    const Database = createRequire(join(betterSqlite.cache, 'package.json'))('better-sqlite3')
+    new Database(':memory:').close()
+    return Database
   } catch {
     return null
   }
@@ -377,21 +379,29 @@ export function findNodeWithSqlite() {
 }
 
 /**
- * Installs a package into a folder of its own. Its output is kept, not shown.
+ * Installs a package into a folder of its own, which is there when all of it is: to npm, what was broken off is installed.
+ * Its output is kept, not shown.
  * @param {Module} module
  * @returns {Promise<string>} what went wrong, if anything
  */
-function installWithNpm({ name, version, cache }) {
-  mkdirSync(cache, { recursive: true })
+async function installWithNpm({ name, version, cache }) {
+  const work = `${cache}.${process.pid}`
+  mkdirSync(work, { recursive: true })
   // Beside what apt does meanwhile.
-  const args = ['install', `${name}@${version}`, '--prefix', cache, '--no-save', '--no-audit', '--no-fund']
+  const args = ['install', `${name}@${version}`, '--prefix', work, '--no-save', '--no-audit', '--no-fund']
   const child = spawn('npm', args, { stdio: ['ignore', 'pipe', 'pipe'] })
   let said = ''
   for (const stream of [child.stdout, child.stderr]) stream.on('data', (text) => (said += text))
-  return new Promise((resolve) => {
+  const report = await new Promise((resolve) => {
     child.on('error', (error) => resolve(`npm: ${error.message}`))
     child.on('close', (code) => resolve(code === 0 ? '' : `$ npm ${args.join(' ')}\n${said.trim()}\n(exit ${code})`))
   })
+  if (report === '') {
+    rmSync(cache, { recursive: true, force: true })
+    renameSync(work, cache)
+  }
+  rmSync(work, { recursive: true, force: true })
+  return report
 }
 
 /**
