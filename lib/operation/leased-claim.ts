@@ -10,12 +10,13 @@ import { isElsewhere } from './rotation.js'
 import { StepKeeper } from './step-keeper.js'
 import { isAcquisition, toBoolean } from './store-answers.js'
 import { retryUntil, type StoreContext } from './store-context.js'
+import type { Waiting } from './store-health.js'
 
 /**
  * A claim under a lease, by an owner's token. It is renewed until its operation has ended, stored or given back; what
  * the store does not take goes on in the background, and counts in this process until another may have the key.
  */
-export class LeasedClaim implements HeldClaim, Renewable {
+export class LeasedClaim implements HeldClaim, Renewable, Waiting {
   readonly client = null
   loss: Loss = 'unknown'
   renewal: Renewable['renewal'] = null
@@ -188,8 +189,11 @@ export class LeasedClaim implements HeldClaim, Renewable {
         this.unstored = record
         scheduleRenewal(this)
       }
+      const { health } = this.#context
       const isPointless = () => this.#claimant.isClosed || this.#isOver()
-      void retryUntil(() => this.storeAgain(record), isPointless).then((stored) => this.#completed(stored, record))
+      void retryUntil(health, () => this.storeAgain(record), isPointless).then((stored) =>
+        this.#completed(stored, record)
+      )
       return
     }
     this.#completed(stored, record)
@@ -267,12 +271,12 @@ export class LeasedClaim implements HeldClaim, Renewable {
     const steps = this.#steps
     if (steps === null) return true
     const isPointless = () => this.#claimant.isClosed
-    return (await retryUntil(() => steps.flush(), isPointless)) !== null
+    return (await retryUntil(this.#context.health, () => steps.flush(), isPointless)) !== null
   }
 
   #keeper(steps: readonly StoredStep[]): StepKeeper {
     const isPointless = () => this.#claimant.isClosed || this.#isOver()
-    return new StepKeeper(steps, (step) => this.#askToKeep(step), isPointless)
+    return new StepKeeper(this.#context.health, steps, (step) => this.#askToKeep(step), isPointless)
   }
 
   async #askToKeep(step: StoredStep): Promise<boolean> {
@@ -291,7 +295,14 @@ export class LeasedClaim implements HeldClaim, Renewable {
       if (!this.#isOver()) tellFailure(this.#claimant, this.#context.health, error)
     }
     const isEnding = this.unstored !== null || (this.isReleasing && !policy.reruns)
-    if (!this.#claimant.isClosed && !this.#isOver() && (this.#isHeld() || isEnding)) scheduleRenewal(this)
+    if (this.#claimant.isClosed || this.#isOver() || !(this.#isHeld() || isEnding)) return
+    scheduleRenewal(this)
+    this.#context.health.tellWhenBack(this)
+  }
+
+  /** Its lease has gone on while the store was down. */
+  storeIsBack(): void {
+    if (this.renewal !== null) this.renew()
   }
 
   /** Tells the store once that the owner lives, or finds out that there is another. */

@@ -1,10 +1,12 @@
 import type { StoredStep } from '../../types/index.js'
 import { retryUntil } from './store-context.js'
+import type { StoreHealth } from './store-health.js'
 
 /* The steps of a claim, as its store is to have them, through outages and the loss of its data. */
 
 /** Sees to it that a store has the steps of a claim: what it does not take at once, or has lost, it is told again. */
 export class StepKeeper {
+  readonly #health: StoreHealth
   readonly #steps: StoredStep[]
   /** Those that the store does not have. */
   readonly #missing = new Set<StoredStep>()
@@ -14,7 +16,13 @@ export class StepKeeper {
   #isTrying = false
 
   /** @param steps Those that the store has. */
-  constructor(steps: readonly StoredStep[], store: (step: StoredStep) => Promise<boolean>, isPointless: () => boolean) {
+  constructor(
+    health: StoreHealth,
+    steps: readonly StoredStep[],
+    store: (step: StoredStep) => Promise<boolean>,
+    isPointless: () => boolean
+  ) {
+    this.#health = health
     this.#steps = [...steps]
     this.#store = store
     this.#isPointless = isPointless
@@ -58,7 +66,7 @@ export class StepKeeper {
   #keepTrying(): void {
     if (this.#isTrying) return
     this.#isTrying = true
-    void retryUntil(() => this.flush(), this.#isPointless).then(() => {
+    void retryUntil(this.#health, () => this.flush(), this.#isPointless).then(() => {
       this.#isTrying = false
     })
   }

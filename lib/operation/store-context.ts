@@ -134,7 +134,7 @@ export class StoreContext {
         if (this.#orphans.delete(claim)) this.#orphans.add(claim)
         // One is enough to find out that the store is back.
         if (this.#concurrency > 1) break
-        await sleep(pause)
+        await this.health.pause(pause)
         pause = Math.min(pause * 2, LONGEST_PAUSE_MS)
       }
     }
@@ -150,9 +150,13 @@ export function sleep(ms: number): Promise<void> {
 }
 
 /** Repeats a step until the store answers; `null` when there is no more point in it. */
-export async function retryUntil<T>(step: () => Promise<T>, isPointless: () => boolean): Promise<T | null> {
+export async function retryUntil<T>(
+  health: StoreHealth,
+  step: () => Promise<T>,
+  isPointless: () => boolean
+): Promise<T | null> {
   for (let pause = FIRST_PAUSE_MS; ; pause = Math.min(pause * 2, LONGEST_PAUSE_MS)) {
-    await sleep(pause)
+    await health.pause(pause)
     if (isPointless()) return null
     try {
       return await step()

@@ -19,6 +19,15 @@ export interface Permit {
   readonly patience: number
 }
 
+/** What the store could not be told, and is to be told when it is back. */
+export interface Waiting {
+  storeIsBack(): void
+}
+
+/** So many of them go at once, and the next a moment later: a store that is back is not to be overrun. */
+const WOKEN_AT_ONCE = 16
+const WAKING_PAUSE_MS = 10
+
 const UNLIMITED: Permit = { patience: Number.POSITIVE_INFINITY }
 
 /**
@@ -45,6 +54,7 @@ export class StoreHealth {
   #probe: { readonly patience: number; readonly until: number } | null = null
   /** Where that was. */
   #log: FastifyBaseLogger | null = null
+  #waiting = new Set<Waiting>()
 
   get isDown(): boolean {
     return this.#isDown
@@ -92,7 +102,8 @@ export class StoreHealth {
   /** The store has answered. */
   answered(): void {
     if (this.#error === null) return
-    if (this.#isDown) {
+    const wasDown = this.#isDown
+    if (wasDown) {
       const downForMs = Math.round(clock.now() - this.#downSince)
       this.#log?.warn({ idempotency: { downForMs } }, 'idempotency store is back')
     }
@@ -101,6 +112,30 @@ export class StoreHealth {
     this.#log = null
     this.#probe = null
     this.#failed.clear()
+    if (wasDown) this.#wake()
+  }
+
+  /**
+   * Is told once when the store, which is down, is back. Whoever only tries again from time to time may miss each moment in
+   * which a store is there that comes and goes.
+   */
+  tellWhenBack(waiting: Waiting): void {
+    if (this.#isDown) this.#waiting.add(waiting)
+  }
+
+  /** A pause before another try, which does not keep the process alive: it ends early when a store that was down is back. */
+  pause(ms: number): Promise<void> {
+    return new Promise((resolve) => {
+      const storeIsBack = () => {
+        clock.clearTimer(timer)
+        this.#waiting.delete(waiting)
+        resolve()
+      }
+      const waiting = { storeIsBack }
+      const timer = clock.setTimer(storeIsBack, ms)
+      timer.unref()
+      this.#waiting.add(waiting)
+    })
   }
 
   /** Logs the failure of a step: an outage is one error, whatever the number of steps that meet it. */
@@ -112,6 +147,22 @@ export class StoreHealth {
     }
     if (isOutage) this.#log = log
     log.error({ ...bindings, err: error }, 'idempotency store failed')
+  }
+
+  #wake(): void {
+    const woken = this.#waiting
+    this.#waiting = new Set()
+    const next = () => {
+      let left = WOKEN_AT_ONCE
+      for (const waiting of woken) {
+        if (this.#isDown) this.#waiting.add(waiting)
+        else if (left-- > 0) waiting.storeIsBack()
+        else break
+        woken.delete(waiting)
+      }
+      if (woken.size > 0) clock.setTimer(next, WAKING_PAUSE_MS).unref()
+    }
+    next()
   }
 
   /** @param before How many failures had counted when the call began. */

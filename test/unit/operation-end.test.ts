@@ -294,6 +294,59 @@ onBoth(t, 'a first attempt that arrives late does not count twice', async (t, s)
   t.strictSame(s.store.names.slice(before), ['get'])
 })
 
+/* A store that comes and goes */
+
+/** The store is down, and then answers one request. */
+async function comesBack(s: Scene, meanwhile: () => Promise<void>): Promise<void> {
+  const { acquire, renew, complete, release } = s.store.answers
+  Object.assign(s.store.answers, {
+    acquire: [never],
+    renew: [failing(away)],
+    complete: [never],
+    release: [failing(away)]
+  })
+  await outcome(async () => {
+    const verdict = verdictOf(s.actor({ key: 'first' }))
+    await s.time.pass(STORE_TIMEOUT)
+    return verdict
+  })
+  t.equal(s.inUse.health.isDown, true)
+  await meanwhile()
+  Object.assign(s.store.answers, { acquire, renew, complete, release })
+  await verdictOf(s.actor({ key: 'other' }))
+  await s.time.pass(0)
+}
+
+t.test(
+  'a reply that could not be stored is stored as soon as the store is back, whenever it would be tried again',
+  async (t) => {
+    const s = scene(t, { shows: false })
+    const a = await atWork(s)
+    await comesBack(s, async () => {
+      const done = a.operation.complete(RECORD)
+      // Tries, and pauses of a second between them.
+      await s.time.pass(LEASE / 2)
+      await done
+      t.notOk(a.events.includes('stored'))
+      s.store.answers.complete = [failing(away)]
+      await s.time.pass(12_000)
+    })
+    t.ok(a.events.includes('stored'))
+  }
+)
+
+t.test('a claim that could not be renewed is renewed as soon as the store is back', async (t) => {
+  const s = scene(t, { shows: false })
+  await atWork(s)
+  const renewals = () => s.store.calls('renew').filter(([key]) => key === KEY).length
+  await comesBack(s, () => s.time.pass(LEASE / 2))
+  t.equal(renewals(), 2)
+  await s.time.pass(LEASE / 3 - 10)
+  t.equal(renewals(), 2, 'that took the place of the next')
+  await s.time.pass(10)
+  t.equal(renewals(), 3)
+})
+
 /* Who asks meanwhile, and gets no answer */
 
 for (const bypasses of [false, true]) {

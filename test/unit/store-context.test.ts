@@ -1,6 +1,7 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import t, { type Test } from 'tap'
 import { retryUntil, StoreContext, sleep } from '../../lib/operation/store-context.js'
+import { StoreHealth } from '../../lib/operation/store-health.js'
 import type { IdempotencyStore } from '../../types/index.js'
 import { latch, until } from '../support/latch.js'
 
@@ -202,6 +203,7 @@ t.test('insisting repeats a step until it is answered, after growing pauses', as
   const pauses = hurry(t)
   let failures = 6
   const answer = await retryUntil(
+    new StoreHealth(),
     async () => {
       if (failures-- > 0) throw new Error('away')
       return 'answer'
@@ -216,6 +218,7 @@ t.test('insisting ends without another step when there is no more point in it', 
   hurry(t)
   let steps = 0
   const answer = await retryUntil(
+    new StoreHealth(),
     async () => {
       steps++
       throw new Error('away')

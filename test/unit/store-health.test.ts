@@ -241,3 +241,57 @@ t.test('errors that say nothing are errors all the same', async (t) => {
   await ask('d', async () => true)
   t.equal(health.isDown, false)
 })
+
+/* Who waits for it to be back */
+
+t.test('a pause ends when it is over, or when a store that was down is back', async (t) => {
+  const { time, health, hang, fail, ask } = patient(t)
+  const ended: string[] = []
+  const pause = (name: string, ms: number) => health.pause(ms).then(() => ended.push(name))
+  void pause('over', 50)
+  void pause('cut short', 5_000)
+  await time.pass(50)
+  t.strictSame(ended, ['over'])
+  await fail('a')
+  await ask('b', async () => true)
+  await time.pass(0)
+  t.strictSame(ended, ['over'], 'it was not down')
+  await hang()
+  await ask('b', async () => true)
+  await time.pass(0)
+  t.strictSame(ended, ['over', 'cut short'])
+})
+
+t.test('who waits for a store that is down is told once that it is back', async (t) => {
+  const { health, hang, ask } = patient(t)
+  let told = 0
+  const waiting = { storeIsBack: () => void told++ }
+  health.tellWhenBack(waiting)
+  for (let outage = 1; outage <= 2; outage++) {
+    await hang()
+    t.equal(told, outage - 1)
+    health.tellWhenBack(waiting)
+    health.tellWhenBack(waiting)
+    await ask('a', async () => true)
+    t.equal(told, outage)
+  }
+})
+
+t.test('a store that is back is not overrun, and not as long as it is down again', async (t) => {
+  const { time, health, hang, ask } = patient(t)
+  let ended = 0
+  for (let n = 0; n < 40; n++) void health.pause(60_000).then(() => ended++)
+  await hang()
+  await ask('a', async () => true)
+  await time.pass(0)
+  t.equal(ended, 16)
+  await time.pass(10)
+  t.equal(ended, 32)
+  await ask('a', () => Promise.reject(refused))
+  t.equal(health.isDown, true)
+  await time.pass(100)
+  t.equal(ended, 32)
+  await ask('a', async () => true)
+  await time.pass(0)
+  t.equal(ended, 40)
+})
