@@ -302,7 +302,9 @@ export class LeasedClaim implements HeldClaim, Renewable, Waiting {
 
   /** Its lease has gone on while the store was down. */
   storeIsBack(): void {
-    if (this.renewal !== null) this.renew()
+    if (this.renewal === null) return
+    cancelRenewal(this)
+    this.renew()
   }
 
   /** Tells the store once that the owner lives, or finds out that there is another. */

@@ -297,7 +297,7 @@ onBoth(t, 'a first attempt that arrives late does not count twice', async (t, s)
 /* A store that comes and goes */
 
 /** The store is down, and then answers one request. */
-async function comesBack(s: Scene, meanwhile: () => Promise<void>): Promise<void> {
+async function comesBack(t: Test, s: Scene, meanwhile: () => Promise<void>): Promise<void> {
   const { acquire, renew, complete, release } = s.store.answers
   Object.assign(s.store.answers, {
     acquire: [never],
@@ -322,7 +322,7 @@ t.test(
   async (t) => {
     const s = scene(t, { shows: false })
     const a = await atWork(s)
-    await comesBack(s, async () => {
+    await comesBack(t, s, async () => {
       const done = a.operation.complete(RECORD)
       // Tries, and pauses of a second between them.
       await s.time.pass(LEASE / 2)
@@ -339,7 +339,7 @@ t.test('a claim that could not be renewed is renewed as soon as the store is bac
   const s = scene(t, { shows: false })
   await atWork(s)
   const renewals = () => s.store.calls('renew').filter(([key]) => key === KEY).length
-  await comesBack(s, () => s.time.pass(LEASE / 2))
+  await comesBack(t, s, () => s.time.pass(LEASE / 2))
   t.equal(renewals(), 2)
   await s.time.pass(LEASE / 3 - 10)
   t.equal(renewals(), 2, 'that took the place of the next')
